@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Environment variables, read when asked for and validated."""
+
+import os
+from collections.abc import Sequence
+
+EMULATE = "VLLM_ASCEND_CT_EMULATE"
+SOC = "VLLM_ASCEND_CT_SOC"
+
+ENVIRONMENT_VARIABLES = {
+    EMULATE: "1: emulate the NPU operators on CPU; 0: NPU only; unset: emulate only "
+    "where torch_npu is not installed",
+    SOC: "chip whose operator limits apply: A2, A3, 310P or A5; unset: the chip "
+    "vllm-ascend was installed for, A2 when emulating",
+}
+
+
+def requested_plugins() -> list[str]:
+    """The names in `VLLM_PLUGINS`; empty when it is not set."""
+    import vllm.envs
+
+    return vllm.envs.VLLM_PLUGINS or []
+
+
+def emulate() -> bool | None:
+    """Whether to emulate the NPU operators; None leaves it to what is installed.
+
+    Raises:
+        ValueError: The variable is neither 0 nor 1.
+
+    """
+    value = choice(EMULATE, ("0", "1"))
+    return None if value is None else value == "1"
+
+
+def choice(name: str, choices: Sequence[str]) -> str | None:
+    """Read variable `name`, which must be one of `choices`; None when unset or empty.
+
+    Raises:
+        ValueError: It has another value.
+
+    """
+    value = os.environ.get(name) or None
+    if value is not None and value not in choices:
+        raise ValueError(
+            f"Invalid value in the environment ({name}={value!r}). Supported: "
+            f"{', '.join(choices)}, or unset. Correct or unset the variable."
+        )
+    return value

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Quantized linear layers as functions of tensors.
+
+Activation quantization and matrix multiplication, nothing else: no layers, no file
+formats, so that any quantization tool's linear method can call them. Leading axes of x
+are flattened for the operators, which take matrices.
+"""
+
+import torch
+
+
+def weight_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    group_size: int = 0,
+) -> torch.Tensor:
+    """16-bit activations by int8 or int4 weights: `x @ ((weight + offset) * scale)`.
+
+    One launch. `npu_weight_quant_batchmatmul` states the layouts.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: int8 `[K, N]`, or int4 packed eight to an int32 along the axis that is
+            contiguous in memory: a transposed view `[K / 8, N]`, or `[K, N / 8]`.
+        scale: `[1, N]`, or `[K / group_size, N]` laid out like the weight; dtype of x.
+        offset: Like the scale.
+        bias: `[N]`, fp32 for bf16 x, fp16 for fp16 x.
+        group_size: Elements of K that share a scale; 0 for one scale per channel.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    y = torch.ops.npu.npu_weight_quant_batchmatmul(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        scale,
+        antiquant_offset=offset,
+        bias=bias,
+        antiquant_group_size=group_size,
+    )
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def dynamic_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Activations quantized per token, symmetric, by int8 weights. Two launches.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: int8 `[K, N]`, contiguous or a transposed view.
+        weight_scale: fp32 `[N]`.
+        bias: `[N]`, dtype of x or fp32.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    q, x_scale = torch.ops.npu.npu_dynamic_quant(x.reshape(-1, x.shape[-1]))
+    y = torch.ops.npu.npu_quant_matmul(
+        q,
+        weight,
+        weight_scale,
+        pertoken_scale=x_scale,
+        bias=bias,
+        output_dtype=x.dtype,
+    )
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def dynamic_asymmetric_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Activations quantized per token over their own range, by int8 weights.
+
+    The offset of a token is a float, so its share `offset * weight_sum` is taken from
+    the int32 product in fp32: behind a product already rounded to x's dtype it would
+    cancel digits that are gone.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: int8 `[K, N]`, contiguous or a transposed view.
+        weight_scale: fp32 `[N]`.
+        weight_sum: fp32 `[N]`, the weight summed over K.
+        bias: `[N]`.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    q, x_scale, x_offset = torch.ops.npu.npu_dynamic_quant_asymmetric(
+        x.reshape(-1, x.shape[-1])
+    )
+    product = torch.ops.npu.npu_quant_matmul(
+        q, weight, weight_scale, output_dtype=torch.int32
+    )
+    y = torch.addcmul(product.float(), x_offset.unsqueeze(1), weight_sum, value=-1)
+    y = y * x_scale.unsqueeze(1) * weight_scale
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def static_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dequant_scale: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Activations quantized with given parameters, by int8 weights. Two launches.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: int8 `[K, N]`, contiguous or a transposed view.
+        dequant_scale: `[N]`, `x_scale` times the weight's scale: fp32 for bf16 x, int64
+            from `npu_trans_quant_param` for fp16 x.
+        x_scale: fp32 `[1]`; x is divided by it.
+        x_zero_point: int32 `[1]`.
+        bias: int32 `[N]`, added to the int32 product.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    q = torch.ops.npu.npu_quantize(
+        x.reshape(-1, x.shape[-1]), x_scale, x_zero_point, torch.qint8, -1, True
+    )
+    y = torch.ops.npu.npu_quant_matmul(
+        q, weight, dequant_scale, bias=bias, output_dtype=x.dtype
+    )
+    return y.reshape(*x.shape[:-1], -1)

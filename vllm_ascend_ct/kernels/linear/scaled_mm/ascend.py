@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""int8 linear kernel, as upstream's `kernels/linear/scaled_mm`."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+    Int8ScaledMMLinearKernel,
+    Int8ScaledMMLinearLayerConfig,
+)
+from vllm.model_executor.layers.quantization.utils import replace_parameter
+
+from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.kernels.linear.functional import (
+    dynamic_asymmetric_quant_matmul,
+    dynamic_quant_matmul,
+    static_quant_matmul,
+)
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.weights.int_quantized import int32_bias, weight_sum
+
+
+class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
+    """int8 activations, dynamic per token or static per tensor, by int8 weights.
+
+    Parameters that the layer gains: `azp_adj`, what the activations' zero point adds
+    (fp32 weight sums if dynamic, int32 bias if static), and for static activations
+    `dequant_scale` and `quant_bias`, the int32 bias with the layer's own folded in.
+    """
+
+    @classmethod
+    def is_supported(
+        cls, compute_capability: int | None = None
+    ) -> tuple[bool, str | None]:
+        return True, None
+
+    @classmethod
+    def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
+        if (
+            not c.is_static_input_scheme
+            and not c.input_symmetric
+            and current_limits().dynamic_quant_asymmetric is None
+        ):
+            return False, (
+                "asymmetric dynamic activations on a chip without "
+                "npu_dynamic_quant_asymmetric; supported: symmetric, or static"
+            )
+        return True, None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight_name, scale_name, *_, azp_adj_name = self.layer_param_names
+        weight, scale, *_ = self._get_layer_params(layer)
+        scale = scale.data.reshape(-1)
+        if not self.config.is_channelwise:
+            widths = torch.tensor(layer.logical_widths, device=scale.device)
+            scale = scale.repeat_interleave(widths)
+        if self.config.is_static_input_scheme:
+            self._process_static(layer, weight.data, scale)
+        elif not self.config.input_symmetric:
+            _register(layer, azp_adj_name, weight_sum(weight.data).float())
+        replace_parameter(layer, scale_name, scale)
+        replace_parameter(layer, weight_name, ascend_base.maybe_nz(weight.data.t()))
+
+    def _process_static(
+        self, layer: Any, weight: torch.Tensor, scale: torch.Tensor
+    ) -> None:
+        *_, x_scale_name, x_zero_point_name, azp_adj_name = self.layer_param_names
+        x_scale = getattr(layer, x_scale_name).data.reshape(1)
+        replace_parameter(layer, x_scale_name, x_scale)
+        zero_point = None
+        if not self.config.input_symmetric:
+            zero_point = getattr(layer, x_zero_point_name).data.reshape(1).int()
+            replace_parameter(layer, x_zero_point_name, zero_point)
+        dequant_scale = x_scale * scale
+        bias = getattr(layer, "bias", None)
+        for name, own_bias in ((azp_adj_name, None), ("quant_bias", bias)):
+            _register(
+                layer, name, int32_bias(weight, zero_point, own_bias, dequant_scale)
+            )
+        if getattr(layer, "params_dtype", torch.get_default_dtype()) == torch.float16:
+            # Rounded to the 10 mantissa bits that a float16 output keeps; the operator
+            # itself would truncate.
+            dequant_scale = torch.ops.npu.npu_trans_quant_param(dequant_scale, None, 1)
+        _register(layer, "dequant_scale", dequant_scale)
+
+    def apply_weights(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        weight, scale, x_scale, x_zero_point, azp_adj = self._get_layer_params(layer)
+        if self.config.is_static_input_scheme:
+            assert x_scale is not None
+            return static_quant_matmul(
+                x,
+                weight,
+                layer.dequant_scale,
+                x_scale,
+                x_zero_point,
+                azp_adj if bias is None else layer.quant_bias,
+            )
+        if not self.config.input_symmetric:
+            assert azp_adj is not None
+            return dynamic_asymmetric_quant_matmul(x, weight, scale, azp_adj, bias)
+        return dynamic_quant_matmul(x, weight, scale, bias)
+
+
+def _register(layer: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Register a derived tensor as a parameter, as sleep mode and reload expect."""
+    layer.register_parameter(
+        name,
+        None if value is None else torch.nn.Parameter(value, requires_grad=False),
+    )

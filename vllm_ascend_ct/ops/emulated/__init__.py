@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The NPU operators on CPU: same names and schemas, exact where the NPU is.
+
+They refuse what the NPU would refuse (`ops/limits.py`).
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+
+from vllm_ascend_ct.ops.emulated import (  # noqa: F401
+    quant_matmul,
+    quantize,
+    weight_quant_batchmatmul,
+    weights,
+)
+from vllm_ascend_ct.ops.emulated.registry import OPERATORS
+
+
+@cache
+def install() -> torch.library.Library:
+    """Make the emulated operators available as `torch.ops.npu.*` on CPU tensors.
+
+    Where torch_npu is installed its operator definitions and meta functions stay and
+    only CPU kernels are added. A second call does nothing.
+
+    Returns:
+        The library that holds the registrations; they last as long as it does.
+
+    """
+    if importlib.util.find_spec("torch_npu") is not None:
+        import torch_npu  # noqa: F401
+    library = torch.library.Library("npu", "FRAGMENT")
+    for operator in OPERATORS:
+        name = f"npu::{operator.name}"
+        if not hasattr(torch.ops.npu, operator.name):
+            library.define(operator.schema)
+            torch.library.register_fake(name, operator.fake, lib=library)
+        library.impl(operator.name, operator.cpu, "CPU")
+    return library

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The int8 matrix multiplication operator."""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from vllm_ascend_ct.ops.emulated.registry import (
+    as_dtype,
+    check_layout,
+    describe,
+    emulates,
+    is_transposed,
+    refuse,
+)
+from vllm_ascend_ct.ops.emulated.weights import truncate_to_fp19, unpack_quant_param
+from vllm_ascend_ct.ops.limits import current_limits
+
+_NAME = "npu_quant_matmul"
+
+
+def _quant_matmul_fake(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    output_dtype: int | None = None,
+    x1_dtype: int | None = None,
+    x2_dtype: int | None = None,
+    pertoken_scale_dtype: int | None = None,
+    scale_dtype: int | None = None,
+    group_sizes: list[int] | None = None,
+    y_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    unused = (x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, y_scale)
+    if group_sizes or any(argument is not None for argument in unused):
+        refuse(
+            _NAME,
+            "x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, group_sizes and "
+            "y_scale are not emulated",
+        )
+    for argument, tensor in (("x1", x1), ("x2", x2)):
+        if tensor.dtype != torch.int8 or tensor.dim() != 2:
+            refuse(_NAME, f"{argument} is {describe(tensor)}; emulated: 2-D int8")
+        check_layout(_NAME, argument, tensor)
+    if x2.shape[0] != x1.shape[1]:
+        refuse(_NAME, f"K of x1 is {x1.shape[1]}, of x2 {x2.shape[0]}")
+    m, n = x1.shape[0], x2.shape[1]
+    out_dtype = torch.int8 if output_dtype is None else as_dtype(_NAME, output_dtype)
+    inner_sizes = [x.shape[-2 if is_transposed(x) else -1] for x in (x1, x2)]
+    limits = current_limits().quant_matmul
+    if reason := limits.refusal(out_dtype, inner_sizes):
+        refuse(_NAME, reason)
+    operands = limits.operands(out_dtype, pertoken_scale is not None)
+    if operands is None:
+        refuse(_NAME, f"{out_dtype} output with a pertoken_scale")
+    for argument, vector, dtypes, sizes in (
+        ("scale", scale, operands.scale, (1, n)),
+        ("offset", offset, operands.offset, (1, n)),
+        ("pertoken_scale", pertoken_scale, (torch.float32,), (m,)),
+        ("bias", bias, operands.bias, (n,)),
+    ):
+        if vector is not None and (
+            vector.dtype not in dtypes
+            or vector.dim() != 1
+            or vector.shape[0] not in sizes
+            or not vector.is_contiguous()
+        ):
+            refuse(
+                _NAME,
+                f"{argument} is {describe(vector)}; supported for {out_dtype} output "
+                f"and pertoken_scale={pertoken_scale is not None}: contiguous 1-D of a "
+                f"size in {sizes}, dtype in {dtypes}",
+            )
+    return x1.new_empty((m, n), dtype=out_dtype)
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether torch's int8 matmul keeps all 32 bits on this CPU.
+
+    Without VNNI the library may add pairs of products in 16 bits.
+    """
+    x1 = torch.full((2, 256), -128, dtype=torch.int8)
+    x2 = torch.full((256, 16), 127, dtype=torch.int8)
+    x2[1::2] = -128
+    exact = x1.double() @ x2.double()
+    return torch.equal(torch._int_mm(x1, x2).double(), exact)
+
+
+def int_matmul(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    """Exact int32 product of int8 `[M, K]` and `[K, N]`."""
+    if _int_mm_is_exact():
+        return torch._int_mm(x1, x2)
+    return (x1.double() @ x2.double()).to(torch.int32)
+
+
+@emulates(
+    "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, "
+    "Tensor? pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, "
+    "int? x1_dtype=None, int? x2_dtype=None, int? pertoken_scale_dtype=None, "
+    "int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
+    fake=_quant_matmul_fake,
+)
+def npu_quant_matmul(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    output_dtype: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Multiply int8 by int8 and dequantize.
+
+    `(x1 @ x2 + bias_int32) * scale * pertoken_scale + bias_float`, accumulated in
+    int32, then one rounding in fp32 a step and one to the output. fp16 and int8 outputs
+    without `pertoken_scale` see a scale of 10 mantissa bits. An int32 output is the
+    accumulator: the scale is required and ignored.
+
+    Source: op-plugin `torch_npu-npu_quant_matmul.md`, `QuantMatmulKernelNpuOpApi.cpp`;
+    ops-nn `matmul/quant_batch_matmul_v3`, `aclnnQuantMatmulV5.md`.
+
+    Args:
+        x1: int8 `[M, K]`.
+        x2: int8 `[K, N]`, contiguous or a transposed view.
+        scale: `(1,)` or `(N,)`, dtype as `ops/limits.py` tells.
+        offset: fp32 `(1,)` or `(N,)`, int8 output only.
+        pertoken_scale: fp32 `(M,)`.
+        bias: `(N,)`; int32 is added to the accumulator, others after the scales.
+        output_dtype: Defaults to int8.
+        options: Only their defaults are emulated.
+
+    Returns:
+        `[M, N]` of the output dtype.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    result = _quant_matmul_fake(
+        x1, x2, scale, offset, pertoken_scale, bias, output_dtype, **options
+    )
+    accumulator = int_matmul(x1, x2)
+    if bias is not None and bias.dtype == torch.int32:
+        accumulator += bias
+    if result.dtype == torch.int32:
+        return result.copy_(accumulator)
+    values = accumulator.float()
+    if scale.dtype == torch.int64:
+        scale, packed_offset = unpack_quant_param(scale)
+        offset = packed_offset if offset is None else offset
+    elif pertoken_scale is None and result.dtype != torch.bfloat16:
+        scale = truncate_to_fp19(scale)
+    values *= scale.float()
+    if pertoken_scale is not None:
+        values *= pertoken_scale.unsqueeze(1)
+    if bias is not None and bias.dtype != torch.int32:
+        values += bias.float()
+    if result.dtype == torch.int8:
+        if offset is not None:
+            values += offset
+        values.round_().clamp_(-128, 127)
+    return result.copy_(values)

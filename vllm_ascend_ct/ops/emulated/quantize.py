@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Activation quantization operators."""
+
+from typing import Any
+
+import torch
+
+from vllm_ascend_ct.ops.emulated.registry import as_dtype, describe, emulates, refuse
+from vllm_ascend_ct.ops.limits import ActivationQuantLimits, current_limits
+from vllm_ascend_ct.ops.soc import Soc, current_soc
+
+_DYNAMIC_ARGUMENTS = (
+    "(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, "
+    "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.)"
+)
+
+
+def _to_int8(values: torch.Tensor) -> torch.Tensor:
+    """Round half to even and saturate; overwrites `values`."""
+    return values.round_().clamp_(-128, 127).to(torch.int8)
+
+
+def _check_dynamic(
+    name: str,
+    limits: ActivationQuantLimits | None,
+    x: torch.Tensor,
+    smooth_scales: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> None:
+    if limits is None:
+        refuse(name, "the chip does not have this operator")
+    if reason := limits.refusal(x.dtype, x.shape[-1]):
+        refuse(name, reason)
+    if x.dim() < 2:
+        refuse(name, f"input is {describe(x)}; supported: 2-D and more")
+    if group_index is not None or quant_mode != "pertoken" or dst_type_max:
+        refuse(name, "group_index, quant_mode and dst_type_max are not emulated")
+    if dst_type is not None and as_dtype(name, dst_type) != torch.int8:
+        refuse(name, f"dst_type={dst_type}; emulated: int8")
+    if smooth_scales is not None and (
+        smooth_scales.dtype != x.dtype or smooth_scales.shape != x.shape[-1:]
+    ):
+        refuse(
+            name,
+            f"smooth_scales is {describe(smooth_scales)}; emulated: 1-D, with the "
+            f"dtype and the last size of the input, which is {describe(x)}",
+        )
+
+
+def _smoothed(x: torch.Tensor, smooth_scales: torch.Tensor | None) -> torch.Tensor:
+    values = x.to(torch.float32)
+    return values if smooth_scales is None else values * smooth_scales.float()
+
+
+def _dynamic_quant_fake(
+    input: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    limits = current_limits().dynamic_quant
+    _check_dynamic("npu_dynamic_quant", limits, input, *args, **options)
+    return (
+        input.new_empty(input.shape, dtype=torch.int8),
+        input.new_empty(input.shape[:-1], dtype=torch.float32),
+    )
+
+
+@emulates(
+    f"npu_dynamic_quant{_DYNAMIC_ARGUMENTS} -> (Tensor, Tensor)",
+    fake=_dynamic_quant_fake,
+)
+def npu_dynamic_quant(
+    input: torch.Tensor, smooth_scales: torch.Tensor | None = None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row to int8, symmetric.
+
+    `scale = amax / 127`. A2 and A3 multiply by the rounded reciprocal, `q = rint(x *
+    (127 / amax))`; A5 divides, `rint(x / scale)`; 310P does it in fp16 and rounds half
+    away from zero. A row of zeros gives scale 0 and q 0.
+
+    Source: op-plugin `torch_npu-npu_dynamic_quant.md`; ops-nn `quant/dynamic_quant`.
+
+    Args:
+        input: `[..., K]` fp16 or bf16.
+        smooth_scales: `[K]`, dtype of the input, multiplied into the rows first.
+        options: Only their defaults are emulated.
+
+    Returns:
+        int8 `[..., K]` and fp32 scales `[...]`.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    q, scale = _dynamic_quant_fake(input, smooth_scales, **options)
+    values = _smoothed(input, smooth_scales)
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    row_scale = amax * torch.tensor(1 / 127, dtype=torch.float32)
+    soc = current_soc()
+    if soc is Soc.A5:
+        rows = torch.where(amax > 0, values / row_scale, 0)
+    elif soc is Soc.ASCEND_310P:
+        rows = (values.half() * torch.where(amax > 1e-12, 127 / amax, 0).half()).float()
+        rows = rows.abs().add_(0.5).floor_().copysign_(rows)
+    else:
+        rows = values * torch.where(amax > 0, 127 / amax, 0)
+    return q.copy_(_to_int8(rows)), scale.copy_(row_scale.squeeze(-1))
+
+
+def _dynamic_quant_asymmetric_fake(
+    input: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    limits = current_limits().dynamic_quant_asymmetric
+    _check_dynamic("npu_dynamic_quant_asymmetric", limits, input, *args, **options)
+    return (
+        input.new_empty(input.shape, dtype=torch.int8),
+        input.new_empty(input.shape[:-1], dtype=torch.float32),
+        input.new_empty(input.shape[:-1], dtype=torch.float32),
+    )
+
+
+@emulates(
+    f"npu_dynamic_quant_asymmetric{_DYNAMIC_ARGUMENTS} -> (Tensor, Tensor, Tensor)",
+    fake=_dynamic_quant_asymmetric_fake,
+)
+def npu_dynamic_quant_asymmetric(
+    input: torch.Tensor, smooth_scales: torch.Tensor | None = None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize each row to int8 over its own range.
+
+    `scale = max((max - min) / 255, 1e-12)`, `offset = 127 - max / scale`, which is not
+    rounded, and `q = rint(x * (1 / scale) + offset)`; so `x ~ (q - offset) * scale`.
+
+    Source: op-plugin `torch_npu-npu_dynamic_quant_asymmetric.md`; ops-nn
+    `quant/dynamic_quant_v2`.
+
+    Args:
+        input: `[..., K]` fp16 or bf16.
+        smooth_scales: `[K]`, dtype of the input, multiplied into the rows first.
+        options: Only their defaults are emulated.
+
+    Returns:
+        int8 `[..., K]`, fp32 scales `[...]` and fp32 offsets `[...]`.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    q, scale, offset = _dynamic_quant_asymmetric_fake(input, smooth_scales, **options)
+    values = _smoothed(input, smooth_scales)
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    row_scale = ((high - low) / 255).clamp_(min=1e-12)
+    row_offset = 127 - high / row_scale
+    q.copy_(_to_int8(values * (1 / row_scale) + row_offset))
+    return q, scale.copy_(row_scale.squeeze(-1)), offset.copy_(row_offset.squeeze(-1))
+
+
+def _quantize_axis(axis: int, div_mode: bool) -> int:
+    """The axis that the parameters run along; without `div_mode` -2 or the last."""
+    if div_mode:
+        return axis
+    return -2 if axis == -2 else -1
+
+
+def _quantize_fake(
+    input: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: int,
+    axis: int = 1,
+    div_mode: bool = True,
+) -> torch.Tensor:
+    name = "npu_quantize"
+    if reason := current_limits().quantize.refusal(input.dtype, input.shape[-1]):
+        refuse(name, reason)
+    if as_dtype(name, dtype) != torch.qint8:
+        refuse(name, f"dtype={dtype}; emulated: qint8")
+    axis = _quantize_axis(axis, div_mode)
+    if not -input.dim() <= axis < input.dim():
+        refuse(name, f"axis={axis} of an input that is {describe(input)}")
+    sizes = (1, input.shape[axis])
+    scale_dtypes = zero_point_dtypes = [input.dtype]
+    if div_mode:
+        scale_dtypes = [torch.float32, torch.bfloat16]
+        zero_point_dtypes = [torch.int8, torch.uint8, torch.int32, torch.bfloat16]
+    for argument, tensor, dtypes in (
+        ("scales", scales, scale_dtypes),
+        ("zero_points", zero_points, zero_point_dtypes),
+    ):
+        if tensor is None:
+            continue
+        if (
+            tensor.dtype not in dtypes
+            or tensor.dim() != 1
+            or tensor.shape[0] not in sizes
+        ):
+            refuse(
+                name,
+                f"{argument} is {describe(tensor)}; emulated with div_mode={div_mode}: "
+                f"1-D of a size in {sizes}, dtype in {dtypes}",
+            )
+    return torch.empty_like(input, dtype=torch.int8)
+
+
+@emulates(
+    "npu_quantize(Tensor input, Tensor scales, Tensor? zero_points, int dtype, "
+    "int axis=1, bool div_mode=True) -> Tensor",
+    fake=_quantize_fake,
+)
+def npu_quantize(
+    input: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: int,
+    axis: int = 1,
+    div_mode: bool = True,
+) -> torch.Tensor:
+    """Quantize to int8 with given parameters.
+
+    `rint(x / scales + zero_points)` with `div_mode`, else `rint(x * scales +
+    zero_points)`, in fp32.
+
+    Source: op-plugin `torch_npu-npu_quantize.md`, `QuantizeKernelNpuOpApi.cpp`;
+    ops-nn `quant/ascend_quant_v2`.
+
+    Args:
+        input: fp16 or bf16.
+        scales: `[1]` or as long as `axis`; fp32 or bf16 with `div_mode`, else of the
+            input's dtype.
+        zero_points: Like `scales`; integer or bf16 with `div_mode`, else of the
+            input's dtype.
+        dtype: `torch.qint8`.
+        axis: The axis that `scales` runs along; without `div_mode` the last one, or
+            the second last for -2.
+        div_mode: Whether `scales` divides.
+
+    Returns:
+        int8, shape of the input.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    q = _quantize_fake(input, scales, zero_points, dtype, axis, div_mode)
+    shape = [1] * input.dim()
+    shape[_quantize_axis(axis, div_mode)] = -1
+    factor = scales.float().view(shape)
+    values = input.float() / factor if div_mode else input.float() * factor
+    if zero_points is not None:
+        values = values + zero_points.float().view(shape)
+    return q.copy_(_to_int8(values))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""How an emulated operator is declared, and the rules that several of them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from vllm_ascend_ct import envs
+from vllm_ascend_ct.errors import OperatorLimitError
+from vllm_ascend_ct.ops.soc import current_soc
+
+
+@dataclass(frozen=True)
+class EmulatedOperator:
+    """One operator of the `npu` namespace."""
+
+    schema: str
+    cpu: Callable[..., Any]
+    fake: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+OPERATORS: list[EmulatedOperator] = []
+
+
+def emulates(
+    schema: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare the decorated function to be the CPU kernel of an operator.
+
+    Args:
+        schema: torch_npu's schema of the operator.
+        fake: Checks the arguments and allocates the results, on any device; the CPU
+            kernel calls it first.
+
+    """
+
+    def decorate(cpu: Callable[..., Any]) -> Callable[..., Any]:
+        OPERATORS.append(EmulatedOperator(schema, cpu, fake))
+        return cpu
+
+    return decorate
+
+
+def refuse(operator: str, reason: str) -> NoReturn:
+    """Refuse a call.
+
+    Raises:
+        OperatorLimitError: The NPU would not take the call, or the emulation does not
+            cover it.
+
+    """
+    raise OperatorLimitError(
+        f"{operator} on {current_soc().value} ({envs.SOC}): {reason}. A kernel must "
+        "not make this call: see vllm_ascend_ct/ops/limits.py."
+    )
+
+
+# ScalarType numbers: what an `int dtype` argument holds behind the dispatcher.
+_SCALAR_TYPES: dict[int, torch.dtype] = {
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    5: torch.float16,
+    6: torch.float32,
+    12: torch.qint8,
+    13: torch.quint8,
+    14: torch.qint32,
+    15: torch.bfloat16,
+    16: torch.quint4x2,
+}
+
+
+def as_dtype(operator: str, code: int | torch.dtype) -> torch.dtype:
+    """The dtype that an `int dtype` argument of `operator` names.
+
+    Raises:
+        OperatorLimitError: None that is emulated.
+
+    """
+    if isinstance(code, torch.dtype):
+        return code
+    if code not in _SCALAR_TYPES:
+        refuse(operator, f"dtype number {code} is not emulated")
+    return _SCALAR_TYPES[code]
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Dtype, shape and strides, for an error text."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+
+
+def is_transposed(tensor: torch.Tensor) -> bool:
+    """Whether the last two axes are a transposed view (op-plugin's own rule)."""
+    rows, columns = tensor.shape[-2:]
+    return (
+        tensor.stride(-2) == 1
+        and tensor.stride(-1) == rows
+        and not rows == columns == 1
+    )
+
+
+def check_layout(name: str, argument: str, tensor: torch.Tensor) -> None:
+    """Refuse strides that the matrix operators would copy or misread."""
+    if not (tensor.is_contiguous() or is_transposed(tensor)):
+        refuse(
+            name,
+            f"{argument} is {describe(tensor)}; supported: contiguous, or a transposed "
+            "view of a contiguous tensor",
+        )

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The weight-only matrix multiplication operator."""
+
+import torch
+from torch.nn.functional import linear
+
+from vllm_ascend_ct.ops.emulated.derived import DerivedTensors
+from vllm_ascend_ct.ops.emulated.registry import (
+    check_layout,
+    describe,
+    emulates,
+    is_transposed,
+    refuse,
+)
+from vllm_ascend_ct.ops.emulated.weights import unpack_int4
+from vllm_ascend_ct.ops.limits import current_limits
+
+_NAME = "npu_weight_quant_batchmatmul"
+_INT4_PER_INT32 = 8
+_WEIGHT_BITS = {torch.int32: 4, torch.int8: 8}
+_ROWS_AT_ONCE = 1024
+
+dequantized_weights = DerivedTensors()
+
+
+def _weight_size(weight: torch.Tensor) -> tuple[int, int]:
+    """Logical `[K, N]` of an int8 or int32-packed int4 weight."""
+    k, n = weight.shape
+    if weight.dtype == torch.int32:
+        if is_transposed(weight):
+            return k * _INT4_PER_INT32, n
+        return k, n * _INT4_PER_INT32
+    return k, n
+
+
+def _check_antiquant(
+    argument: str,
+    tensor: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group_size: int,
+) -> None:
+    k, n = _weight_size(weight)
+    shapes: list[tuple[int, ...]] = [(n,), (1, n), (1,), (1, 1)]
+    if group_size:
+        shapes = [(-(-k // group_size), n)]
+    if tensor.dtype != x.dtype or tuple(tensor.shape) not in shapes:
+        refuse(
+            _NAME,
+            f"{argument} is {describe(tensor)}; emulated: {x.dtype} like x, of one of "
+            f"the shapes {shapes}",
+        )
+    # The kernel reads the memory of a group-wise scale in the weight's own order.
+    transposed = is_transposed(weight)
+    ordered = is_transposed(tensor) if transposed else tensor.is_contiguous()
+    if group_size and not ordered:
+        refuse(
+            _NAME,
+            f"{argument} is {describe(tensor)}, weight is {describe(weight)}; "
+            "supported: both contiguous, or both transposed views",
+        )
+
+
+def _weight_quant_batchmatmul_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    antiquant_scale: torch.Tensor,
+    antiquant_offset: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> torch.Tensor:
+    limits = current_limits().weight_quant_batchmatmul
+    if any(argument is not None for argument in (quant_scale, quant_offset)) or (
+        weight_dtype is not None
+    ):
+        refuse(_NAME, "quant_scale, quant_offset and weight_dtype are not emulated")
+    if inner_precise not in (0, 1):
+        refuse(_NAME, f"inner_precise={inner_precise}; supported: 0, 1")
+    if (x.dim(), weight.dim()) != (2, 2) or weight.dtype not in _WEIGHT_BITS:
+        refuse(
+            _NAME,
+            f"x is {describe(x)}, weight is {describe(weight)}; supported: 2-D x, 2-D "
+            "int8 or int32 (packed int4) weight",
+        )
+    check_layout(_NAME, "weight", weight)
+    k, n = _weight_size(weight)
+    if x.shape[1] != k:
+        refuse(_NAME, f"K of x is {x.shape[1]}, of the weight {k}")
+    if reason := limits.refusal(
+        x.dtype, _WEIGHT_BITS[weight.dtype], k, n, antiquant_group_size
+    ):
+        refuse(_NAME, reason)
+    for argument, tensor in (
+        ("antiquant_scale", antiquant_scale),
+        ("antiquant_offset", antiquant_offset),
+    ):
+        if tensor is not None:
+            _check_antiquant(argument, tensor, x, weight, antiquant_group_size)
+    if bias is not None and (
+        bias.dtype != limits.bias_dtype(x.dtype)
+        or tuple(bias.shape) not in ((n,), (1, n))
+        or not bias.is_contiguous()
+    ):
+        refuse(
+            _NAME,
+            f"bias is {describe(bias)} for x of {x.dtype}; supported: contiguous "
+            f"{limits.bias_dtype(x.dtype)} ({n},) or (1, {n})",
+        )
+    return x.new_empty((x.shape[0], n))
+
+
+def _dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    """The weight that the NPU kernel multiplies by, as contiguous `[N, K]`.
+
+    fp16 rounds after the offset and after the scale, bf16 once after both; fp16 comes
+    back in fp32, in which CPUs multiply it faster and as exactly as the NPU.
+    """
+    k, n = _weight_size(weight)
+
+    def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(-1, tensor.shape[-1]).t().expand(n, -1).unsqueeze(-1)
+
+    def integers() -> torch.Tensor:
+        if weight.dtype == torch.int32:
+            if is_transposed(weight):
+                return unpack_int4(weight.t())
+            return unpack_int4(weight).t()
+        return weight.t()
+
+    step = scale.dtype if scale.dtype == torch.float16 else torch.float32
+    target = torch.float32 if scale.dtype == torch.float16 else torch.bfloat16
+    result = torch.empty((n, k), dtype=target)
+    parts = [integers(), rows_of(scale)]
+    if offset is not None:
+        parts.append(rows_of(offset))
+    for out, *rows in zip(
+        result.split(_ROWS_AT_ONCE), *(part.split(_ROWS_AT_ONCE) for part in parts)
+    ):
+        values = rows[0].to(step).unflatten(1, (-1, group_size or k))
+        if offset is not None:
+            values = values + rows[2].to(step)
+        out.copy_((values * rows[1].to(step)).flatten(1))
+    return result
+
+
+@emulates(
+    "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, "
+    "Tensor? antiquant_offset=None, Tensor? quant_scale=None, "
+    "Tensor? quant_offset=None, Tensor? bias=None, int antiquant_group_size=0, "
+    "int inner_precise=0, int? weight_dtype=None) -> Tensor",
+    fake=_weight_quant_batchmatmul_fake,
+)
+def npu_weight_quant_batchmatmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    antiquant_scale: torch.Tensor,
+    antiquant_offset: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    weight_dtype: int | None = None,
+) -> torch.Tensor:
+    """Multiply by a dequantized weight: `x @ ((weight + offset) * scale) + bias`.
+
+    The dequantized weight is kept, at 2 (bf16) or 4 (fp16) bytes a value, as long as
+    the weight lives: a CPU has no kernel that reads the NPU's layout.
+
+    Source: op-plugin `torch_npu-npu_weight_quant_batchmatmul.md`,
+    `WeightQuantBatchMatmulV2KernelNpuOpApi.cpp`; ops-nn
+    `matmul/weight_quant_batch_matmul_v2`.
+
+    Args:
+        x: `[M, K]` fp16 or bf16.
+        weight: int8 `[K, N]`, int32 `[K, N / 8]`, or transposed views: of int8
+            `[N, K]`, of int32 `[N, K / 8]`.
+        antiquant_scale: Dtype of x; `(N,)` or `(1, N)`, or `(ceil(K / group), N)` laid
+            out like the weight.
+        antiquant_offset: Like the scale; added to the integers.
+        quant_scale: Not emulated.
+        quant_offset: Not emulated.
+        bias: `(N,)`, fp32 for bf16 x and fp16 for fp16 x.
+        antiquant_group_size: 0, or a multiple of 32 below K.
+        inner_precise: 0 or 1; without effect.
+        weight_dtype: Not emulated.
+
+    Returns:
+        `[M, N]`, dtype of x.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    result = _weight_quant_batchmatmul_fake(
+        x,
+        weight,
+        antiquant_scale,
+        antiquant_offset,
+        quant_scale,
+        quant_offset,
+        bias,
+        antiquant_group_size,
+        inner_precise,
+        weight_dtype,
+    )
+    sources = [weight, antiquant_scale]
+    if antiquant_offset is not None:
+        sources.append(antiquant_offset)
+    matrix = dequantized_weights.get(
+        antiquant_group_size,
+        sources,
+        lambda: _dequantize(
+            weight, antiquant_scale, antiquant_offset, antiquant_group_size
+        ),
+    )
+    if bias is not None:
+        bias = bias.reshape(-1)
+        narrow_bias = bias.to(matrix.dtype)
+        if torch.equal(narrow_bias.to(bias.dtype), bias):
+            bias = narrow_bias
+        else:
+            matrix, bias = matrix.float(), bias.float()
+    return result.copy_(linear(x.to(matrix.dtype), matrix, bias))

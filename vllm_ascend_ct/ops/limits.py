@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What the NPU operators accept, by chip: the one place that holds these numbers.
+
+Kernels ask before weights are read, the emulation asks at each call. Sources: the
+torch_npu operator documents (op-plugin, `docs/zh/custom_APIs/torch_npu`) and the
+CANN 9.1.0 aclnn documents and host checks.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_ascend_ct.ops.soc import Soc, current_soc
+
+_FLOAT16 = (torch.float16,)
+_FLOAT16_BFLOAT16 = (torch.float16, torch.bfloat16)
+_INT4_PER_INT32 = 8
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+@dataclass(frozen=True)
+class ActivationQuantLimits:
+    """`npu_dynamic_quant`, `npu_dynamic_quant_asymmetric`, `npu_quantize`."""
+
+    x_dtypes: tuple[torch.dtype, ...] = _FLOAT16_BFLOAT16
+    k_multiple: int = 1
+
+    def refusal(self, x_dtype: torch.dtype, k: int) -> str | None:
+        """Why rows of `k` elements of `x_dtype` cannot be quantized, or None."""
+        if x_dtype not in self.x_dtypes:
+            return f"x dtype {x_dtype}; supported: {_names(self.x_dtypes)}"
+        if k % self.k_multiple:
+            return f"K={k}; supported: multiples of {self.k_multiple}"
+        return None
+
+
+@dataclass(frozen=True)
+class WeightQuantBatchMatmulLimits:
+    """`npu_weight_quant_batchmatmul`: 16-bit activations, int8 or int4 weights."""
+
+    x_dtypes: tuple[torch.dtype, ...] = _FLOAT16_BFLOAT16
+    weight_bits: tuple[int, ...] = (4, 8)
+    max_size: int = 65535
+    group_multiple: int = 32
+
+    def refusal(
+        self, x_dtype: torch.dtype, weight_bits: int, k: int, n: int, group_size: int
+    ) -> str | None:
+        """Why a `[k, n]` weight cannot be multiplied, or None.
+
+        Args:
+            x_dtype: dtype of the activations, scales and offsets.
+            weight_bits: 4 or 8.
+            k: input features.
+            n: output features.
+            group_size: elements of K that share a scale; 0 for one per channel.
+
+        """
+        if x_dtype not in self.x_dtypes:
+            return f"activation dtype {x_dtype}; supported: {_names(self.x_dtypes)}"
+        if weight_bits not in self.weight_bits:
+            return f"{weight_bits}-bit weights; supported: {self.weight_bits}"
+        for name, size in (("K", k), ("N", n)):
+            if not 1 <= size <= self.max_size:
+                return f"{name}={size}; supported: 1 to {self.max_size}"
+        if weight_bits == 4 and k % _INT4_PER_INT32:
+            return f"K={k}; supported for int4: multiples of {_INT4_PER_INT32}"
+        if group_size and not (
+            group_size % self.group_multiple == 0
+            and self.group_multiple <= group_size < k
+        ):
+            return (
+                f"group_size={group_size}; supported: per channel, or a multiple of "
+                f"{self.group_multiple} below K={k}"
+            )
+        return None
+
+    def bias_dtype(self, x_dtype: torch.dtype) -> torch.dtype:
+        """Dtype that the bias must have."""
+        return torch.float32 if x_dtype == torch.bfloat16 else x_dtype
+
+
+@dataclass(frozen=True)
+class QuantMatmulOperands:
+    """Dtypes that the operands of `npu_quant_matmul` may have; bias may be absent."""
+
+    scale: tuple[torch.dtype, ...]
+    bias: tuple[torch.dtype, ...] = (torch.int32,)
+    offset: tuple[torch.dtype, ...] = ()
+
+
+_FLOAT32_BFLOAT16 = (torch.float32, torch.bfloat16)
+# int8 x int8, by output dtype and whether there is a pertoken_scale.
+_QUANT_MATMUL_OPERANDS = {
+    (torch.float16, False): QuantMatmulOperands((torch.int64, torch.float32)),
+    (torch.int8, False): QuantMatmulOperands(
+        (torch.int64, torch.float32), offset=(torch.float32,)
+    ),
+    (torch.int32, False): QuantMatmulOperands(_FLOAT32_BFLOAT16),
+    (torch.bfloat16, False): QuantMatmulOperands(
+        _FLOAT32_BFLOAT16, (torch.int32, *_FLOAT32_BFLOAT16)
+    ),
+    (torch.float16, True): QuantMatmulOperands(
+        (torch.float32,), (torch.int32, torch.float16, torch.float32)
+    ),
+    (torch.bfloat16, True): QuantMatmulOperands(
+        _FLOAT32_BFLOAT16, (torch.int32, *_FLOAT32_BFLOAT16)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class QuantMatmulLimits:
+    """`npu_quant_matmul` with int8 activations and int8 weights."""
+
+    out_dtypes: tuple[torch.dtype, ...] = (
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.int32,
+    )
+    max_size: int = 65535
+
+    def refusal(self, out_dtype: torch.dtype, inner_sizes: list[int]) -> str | None:
+        """Why a product cannot be computed, or None.
+
+        Args:
+            out_dtype: dtype of the result.
+            inner_sizes: size of the contiguous axis of each operand.
+
+        """
+        if out_dtype not in self.out_dtypes:
+            return f"output dtype {out_dtype}; supported: {_names(self.out_dtypes)}"
+        for size in inner_sizes:
+            if not 1 <= size <= self.max_size:
+                return f"inner axis of size {size}; supported: 1 to {self.max_size}"
+        return None
+
+    def operands(
+        self, out_dtype: torch.dtype, pertoken: bool
+    ) -> QuantMatmulOperands | None:
+        """Dtypes of the other operands; None where there is no such kernel."""
+        return _QUANT_MATMUL_OPERANDS.get((out_dtype, pertoken))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The operators of one chip; None where the chip lacks one."""
+
+    weight_quant_batchmatmul: WeightQuantBatchMatmulLimits = field(
+        default_factory=WeightQuantBatchMatmulLimits
+    )
+    quant_matmul: QuantMatmulLimits = field(default_factory=QuantMatmulLimits)
+    dynamic_quant: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
+    dynamic_quant_asymmetric: ActivationQuantLimits | None = field(
+        default_factory=ActivationQuantLimits
+    )
+    quantize: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
+
+
+LIMITS = {
+    Soc.A2: Limits(),
+    Soc.A3: Limits(),
+    Soc.A5: Limits(
+        weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=2**31 - 1),
+    ),
+    Soc.ASCEND_310P: Limits(
+        weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(
+            x_dtypes=_FLOAT16, weight_bits=(8,)
+        ),
+        quant_matmul=QuantMatmulLimits(out_dtypes=(torch.float16, torch.int8)),
+        dynamic_quant=ActivationQuantLimits(x_dtypes=_FLOAT16, k_multiple=32),
+        dynamic_quant_asymmetric=None,
+        quantize=ActivationQuantLimits(x_dtypes=_FLOAT16),
+    ),
+}
+
+
+def current_limits() -> Limits:
+    """The limits of the chip in use (`current_soc`)."""
+    return LIMITS[current_soc()]

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Which Ascend chip the operator limits are taken for."""
+
+from enum import Enum
+
+from vllm_ascend_ct import envs
+
+
+class Soc(Enum):
+    """Chip families; A2 and A3 run the same kernels."""
+
+    A2 = "A2"
+    A3 = "A3"
+    ASCEND_310P = "310P"
+    A5 = "A5"
+
+
+_default = Soc.A2
+
+
+def set_default_soc(soc: Soc) -> None:
+    """Make `soc` what `current_soc` answers when the environment names none."""
+    global _default
+    _default = soc
+
+
+def current_soc() -> Soc:
+    """The chip named by `VLLM_ASCEND_CT_SOC`, else the default.
+
+    Raises:
+        ValueError: The variable names no chip.
+
+    """
+    value = envs.choice(envs.SOC, [soc.value for soc in Soc])
+    return _default if value is None else Soc(value)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The platform for machines without an NPU."""
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import PlatformEnum
+
+from vllm_ascend_ct import envs
+from vllm_ascend_ct.ops.soc import current_soc
+from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
+
+if TYPE_CHECKING:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+logger = init_logger("vllm.ascend_ct.platforms")
+
+
+class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
+    """vLLM's CPU platform, out of tree, with the NPU operators emulated.
+
+    `_enum` makes upstream's kernel registries offer our kernels. Everything else that
+    asks keeps CPU's branches: `is_out_of_tree` would lead to a device "cpu:<rank>" and
+    to experts that other platforms bring.
+    """
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+
+    def is_cpu(self) -> bool:
+        return True
+
+    def is_out_of_tree(self) -> bool:
+        return False
+
+    @classmethod
+    def prepare_process(cls) -> None:
+        from vllm_ascend_ct.ops import emulated
+
+        emulated.install()
+
+    @classmethod
+    def pre_register_and_update(
+        cls, parser: "FlexibleArgumentParser | None" = None
+    ) -> None:
+        super().pre_register_and_update(parser)
+        logger.warning_once(
+            "Emulating the NPU operators of an Ascend %s on CPU: results and limits "
+            "are the NPU's, speed is not. On an NPU host install torch_npu and "
+            "vllm-ascend, or set %s=0 to be refused instead.",
+            current_soc().value,
+            envs.EMULATE,
+        )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What both platforms have in common."""
+
+import os
+from typing import TYPE_CHECKING
+
+import vllm.envs
+from vllm.logger import init_logger
+
+from vllm_ascend_ct import envs
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.platforms.interface import Platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    _Base = Platform
+else:
+    _Base = object
+
+logger = init_logger("vllm.ascend_ct.platforms")
+
+
+class AscendCTPlatformMixin(_Base):
+    """Goes before the base platform among the bases of a platform class."""
+
+    @classmethod
+    def prepare_process(cls) -> None:
+        """Make the NPU operators usable in this process; may be called again."""
+        raise NotImplementedError
+
+    @classmethod
+    def get_quant_config(
+        cls, quantization: str, quant_config_cls: "type[QuantizationConfig]"
+    ) -> "type[QuantizationConfig]":
+        """Name the config class that serves a quantization method here.
+
+        vLLM calls this for every method it knows, where it has the hook.
+
+        Args:
+            quantization: Name of the method.
+            quant_config_cls: The class that serves it otherwise.
+
+        """
+        if quantization != "compressed-tensors":
+            return quant_config_cls
+        from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
+            AscendCompressedTensorsConfig,
+        )
+
+        return AscendCompressedTensorsConfig
+
+    @classmethod
+    def pre_register_and_update(
+        cls, parser: "FlexibleArgumentParser | None" = None
+    ) -> None:
+        """Register what general plugins register: some entry points skip those."""
+        super().pre_register_and_update(parser)
+        from vllm_ascend_ct.register import register
+
+        register()
+
+    @classmethod
+    def validate_environ(cls, hard_fail: bool) -> None:
+        """Check for unknown `VLLM_*` variables, knowing this package's own too."""
+        known = {*vllm.envs.environment_variables, *envs.ENVIRONMENT_VARIABLES}
+        for name in os.environ:
+            if name.startswith("VLLM_") and name not in known:
+                if hard_fail:
+                    raise ValueError(f"Unknown vLLM environment variable: {name}")
+                logger.warning("Unknown vLLM environment variable: %s", name)

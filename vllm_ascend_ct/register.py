@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What this package hooks into vLLM, all through vLLM's public registries."""
+
+from functools import cache
+
+from vllm_ascend_ct import ascend_base, envs
+from vllm_ascend_ct.errors import PlatformError
+
+
+@cache
+def register() -> None:
+    """Register operators, kernels and the quantization config, once a process.
+
+    Raises:
+        PlatformError: vLLM resolved to a platform that is not out of tree, so nothing
+            registered here would ever be used.
+
+    """
+    from vllm.platforms import PlatformEnum, current_platform
+
+    from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
+
+    if current_platform._enum is not PlatformEnum.OOT:
+        raise PlatformError(
+            f"vLLM runs on {type(current_platform).__name__}, no Ascend platform",
+            where=f"VLLM_PLUGINS={','.join(envs.requested_plugins())}",
+            supported="ascend_ct alone, or ascend,ascend_ct beside vllm-ascend",
+            remedy="Unset VLLM_TARGET_DEVICE, which turns platform plugins off",
+        )
+    if isinstance(current_platform, AscendCTPlatformMixin):
+        current_platform.prepare_process()
+    else:
+        from vllm_ascend_ct.ops.soc import set_default_soc
+
+        set_default_soc(ascend_base.soc())
+    register_quantization_config()
+    register_linear_kernels()
+
+
+@cache
+def register_quantization_config() -> None:
+    """Serve "compressed-tensors" with our config.
+
+    A vLLM that has the `get_quant_config` hook asks the platform; the registry is
+    needed where the hook or our platform is missing.
+    """
+    from vllm.platforms import Platform, current_platform
+
+    from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
+
+    hook = getattr(Platform, "get_quant_config", None)
+    if hook is not None and isinstance(current_platform, AscendCTPlatformMixin):
+        return
+
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
+        AscendCompressedTensorsConfig,
+    )
+
+    ascend_base.import_compressed_tensors_config()
+    register_quantization_config("compressed-tensors")(AscendCompressedTensorsConfig)
+
+
+def register_linear_kernels() -> None:
+    """Offer the NPU kernels to upstream's kernel selection."""
+    from vllm.model_executor.kernels.linear import register_linear_kernel
+    from vllm.platforms import PlatformEnum
+
+    from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
+        AscendWNA16LinearKernel,
+    )
+    from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
+        AscendInt8ScaledMMLinearKernel,
+    )
+
+    register_linear_kernel(AscendWNA16LinearKernel, PlatformEnum.OOT, "mp")
+    register_linear_kernel(AscendInt8ScaledMMLinearKernel, PlatformEnum.OOT, "int8")
