@@ -9,6 +9,7 @@ once (`tools/tiny_model.py`) and kept in `--base`.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStrategy,
     apply_quantization_config,
+    disable_quantization,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools import tiny_model
 
@@ -82,6 +84,43 @@ def _set_qparams(
             parameter.data.copy_(value.reshape(parameter.shape))
 
 
+def set_input_range(module: Any, low: torch.Tensor, high: torch.Tensor) -> None:
+    """Set the static activation parameters of a module that `prepare` prepared."""
+    args = module.quantization_scheme.input_activations
+    _set_qparams(module, "input", low, high, args)
+
+
+def prepare(
+    model: torch.nn.Module, recipe: dict[str, str], ignore: Sequence[str] = ()
+) -> list[Any]:
+    """Attach quantization parameters to a model, those of the weights rounded off.
+
+    Args:
+        model: What to quantize.
+        recipe: Name in `SCHEMES` for each target: a class, a layer or `re:` pattern.
+        ignore: Layers to leave alone.
+
+    Returns:
+        The modules whose static activation range is still to be set.
+
+    """
+    groups = {}
+    for number, (target, name) in enumerate(recipe.items()):
+        weights, activations = SCHEMES[name]
+        groups[f"group_{number}"] = QuantizationScheme(
+            targets=[target], weights=weights, input_activations=activations
+        )
+    config = QuantizationConfig(config_groups=groups, ignore=list(ignore))
+    apply_quantization_config(model, config)
+    static = []
+    for module in model.modules():
+        if scheme := getattr(module, "quantization_scheme", None):
+            _set_weight_qparams(module, scheme.weights)
+            if hasattr(module, "input_scale"):
+                static.append(module)
+    return static
+
+
 def _set_weight_qparams(module: Any, args: QuantizationArgs) -> None:
     weight = module.weight.data.float()
     if args.strategy == QuantizationStrategy.TENSOR:
@@ -92,61 +131,30 @@ def _set_weight_qparams(module: Any, args: QuantizationArgs) -> None:
     _set_qparams(module, "weight", low, high, args)
 
 
-def _set_input_qparams(
-    model: PreTrainedModel, modules: list[Any], tokens: torch.Tensor
-) -> None:
-    """Run `tokens` through the model and take each input's range."""
+def calibrate(model: torch.nn.Module, modules: list[Any], tokens: torch.Tensor) -> None:
+    """Run `tokens`, `[B, T]`, through the model and set each input's range."""
     ranges: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def observe(module: Any, inputs: tuple[torch.Tensor]) -> None:
         ranges[module] = inputs[0].aminmax()
 
     hooks = [module.register_forward_pre_hook(observe) for module in modules]
-    for module in modules:
-        module.quantization_enabled = False
+    model.apply(disable_quantization)
     with torch.no_grad():
         model(tokens)
     for hook in hooks:
         hook.remove()
     for module, (low, high) in ranges.items():
-        args = module.quantization_scheme.input_activations
-        _set_qparams(module, "input", low, high, args)
+        set_input_range(module, low, high)
 
 
-def quantize(
-    model: PreTrainedModel,
-    recipe: dict[str, str],
-    ignore: list[str],
-    calibration: torch.Tensor,
-) -> ModelCompressor:
-    """Quantize and compress a model in place.
-
-    Args:
-        model: What to quantize.
-        recipe: Name in `SCHEMES` for each target: a class, a layer or `re:` pattern.
-        ignore: Layers to leave alone.
-        calibration: `[B, T]` tokens that set the range of static activations.
+def compress(model: torch.nn.Module) -> ModelCompressor:
+    """Replace the weights by their compressed form, in place.
 
     Returns:
         The compressor, which writes the quantization config.
 
     """
-    groups = {}
-    for number, (target, name) in enumerate(recipe.items()):
-        weights, activations = SCHEMES[name]
-        groups[f"group_{number}"] = QuantizationScheme(
-            targets=[target], weights=weights, input_activations=activations
-        )
-    config = QuantizationConfig(config_groups=groups, ignore=ignore)
-    apply_quantization_config(model, config)
-    modules: list[Any] = [
-        m for m in model.modules() if hasattr(m, "quantization_scheme")
-    ]
-    for module in modules:
-        _set_weight_qparams(module, module.quantization_scheme.weights)
-    static = [m for m in modules if hasattr(m, "input_scale")]
-    if static:
-        _set_input_qparams(model, static, calibration)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     return compressor
@@ -156,14 +164,14 @@ def make(
     out: Path,
     recipe: dict[str, str],
     base: Path = DEFAULT_BASE,
-    ignore: tuple[str, ...] = ("lm_head",),
+    ignore: Sequence[str] = ("lm_head",),
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write a checkpoint of the base model, which is trained first if missing.
 
     Args:
         out: Directory to write.
-        recipe: As in `quantize`.
+        recipe: As in `prepare`.
         base: Directory of the unquantized model.
         ignore: Layers to leave alone.
         dtype: Of what is not quantized.
@@ -175,7 +183,9 @@ def make(
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     calibration = tokenizer(tiny_model.corpus()[:4000], return_tensors="pt")
-    compressor = quantize(model, recipe, list(ignore), calibration["input_ids"])
+    if static := prepare(model, recipe, ignore):
+        calibrate(model, static, calibration["input_ids"])
+    compressor = compress(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     compressor.update_config(str(out))

@@ -39,6 +39,9 @@ class DerivedTensors:
             self._entries[places] = entry
         return entry.value
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+import os
+
+# Before anything imports vLLM: which platform this process runs on is settled then.
+os.environ["VLLM_PLUGINS"] = "ascend_ct"
+os.environ["VLLM_ASCEND_CT_EMULATE"] = "1"
+os.environ.pop("VLLM_ASCEND_CT_SOC", None)
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import make_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulated_platform() -> None:
+    """Without this, stock CPU kernels could make everything below pass."""
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    assert type(current_platform).__name__ == "EmulatedAscendCTPlatform"
+    load_general_plugins()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make the checkpoint of a scheme, once a session."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+
+    def make(scheme: str) -> Path:
+        out = directory / scheme
+        if not out.exists():
+            make_checkpoint.make(out, {"Linear": scheme})
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def single_rank() -> Iterator[None]:
+    """Let upstream's parallel layers be built, for one rank."""
+    from vllm.utils.network_utils import get_open_port
+
+    from tests.layers.quantized_layers import tensor_parallel
+
+    with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

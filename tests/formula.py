@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What a quantized linear layer computes, in float64.
+
+Written from the compressed-tensors format alone: integers, scales and zero points as
+they stand in the checkpoint, activations quantized as the config says.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs
+
+
+@dataclass
+class FormulaLinear:
+    """One linear layer of a checkpoint."""
+
+    weight: torch.Tensor  # float64 [N, K], dequantized
+    input_args: QuantizationArgs | None
+    input_scale: torch.Tensor | None
+    input_zero_point: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.double()
+        if self.input_args is not None:
+            q, scale, zero_point = self._quantize(x)
+            x = (q.round().clamp(-128, 127) - zero_point) * scale
+        y = x @ self.weight.t()
+        return y if self.bias is None else y + self.bias.double()
+
+    def narrow(self, start: int, length: int) -> "FormulaLinear":
+        """The layer over part of its input, without the bias."""
+        return replace(self, weight=self.weight.narrow(1, start, length), bias=None)
+
+    def without_ties(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero what lies so near the middle of two integers that either is right."""
+        if self.input_args is None:
+            return x
+        q, *_ = self._quantize(x.double())
+        return torch.where((q - q.floor() - 0.5).abs() < 1e-3, 0, x)
+
+    def _quantize(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Put x into units of its grid, not yet rounded, with scale and zero point."""
+        assert self.input_args is not None
+        if self.input_args.dynamic:
+            low = x.amin(-1, keepdim=True).clamp(max=0)
+            high = x.amax(-1, keepdim=True).clamp(min=0)
+            if self.input_args.symmetric:
+                scale = torch.maximum(-low, high) / 127
+                zero_point = torch.zeros_like(scale)
+            else:
+                scale = (high - low) / 255
+                zero_point = (-128 - low / scale).round()
+        else:
+            assert self.input_scale is not None
+            scale = self.input_scale.double()
+            zero_point = torch.zeros_like(scale)
+            if not self.input_args.symmetric:
+                assert self.input_zero_point is not None
+                zero_point = self.input_zero_point.double()
+        return x / scale + zero_point, scale, zero_point
+
+
+def formula_linear(module: Any, scheme: Any) -> FormulaLinear:
+    """Read a compressed `torch.nn.Linear`."""
+    tensors = dict(module.named_parameters())
+    args = scheme.weights
+    scale = tensors["weight_scale"].double()
+    if "weight_packed" in tensors:
+        shape = tensors["weight_shape"]
+        integers = unpack_from_int32(tensors["weight_packed"], args.num_bits, shape)
+    else:
+        integers = tensors["weight"]
+    zero_point = torch.zeros_like(scale)
+    if not args.symmetric:
+        zero_point = unpack_from_int32(
+            tensors["weight_zero_point"], args.num_bits, scale.shape, packed_dim=0
+        ).double()
+    groups = scale.shape[-1]
+    dequantized = (
+        integers.double().unflatten(1, (groups, -1)) - zero_point.unsqueeze(-1)
+    ) * scale.unsqueeze(-1)
+    return FormulaLinear(
+        dequantized.flatten(1),
+        scheme.input_activations,
+        tensors.get("input_scale"),
+        tensors.get("input_zero_point"),
+        tensors.get("bias"),
+    )
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the expected."""
+    return float((actual.double() - expected).norm() / expected.norm())

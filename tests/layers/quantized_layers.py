@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Upstream's linear layers over random compressed-tensors weights."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config,
+    set_current_vllm_config,
+)
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.utils.network_utils import get_distributed_init_method
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tests.formula import FormulaLinear, formula_linear
+from tools.make_checkpoint import compress, prepare, set_input_range
+
+HEAD_SIZE = 64
+PREFIX = "model.layers.0"
+FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+# Relative error against float64; both dtypes round the weights and the result.
+TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
+# The operator rounds neither its offset nor does it keep 0 inside the range.
+DYNAMIC_ASYMMETRIC_TOLERANCE = 2e-2
+
+
+def tolerance(scheme: str, dtype: torch.dtype) -> float:
+    if scheme.endswith("dynamic-asym"):
+        return DYNAMIC_ASYMMETRIC_TOLERANCE
+    return TOLERANCES[dtype]
+
+
+@contextmanager
+def tensor_parallel(rank: int, world_size: int, port: int) -> Iterator[None]:
+    """Join a group of ranks, in which upstream's parallel layers can be built."""
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(
+            world_size=world_size,
+            rank=rank,
+            local_rank=rank,
+            distributed_init_method=get_distributed_init_method("127.0.0.1", port),
+            backend="gloo",
+        )
+        initialize_model_parallel(tensor_model_parallel_size=world_size)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer of upstream's and the checkpoint layers that fill it."""
+
+    name: str
+    k: int
+    shards: dict[str, int]  # N of each
+    build: Callable[..., Any]
+
+    @property
+    def shard_ids(self) -> list[str | int | None]:
+        if self.name == "qkv_proj":
+            return ["q", "k", "v"]
+        if self.name == "gate_up_proj":
+            return [0, 1]
+        return [None]
+
+
+def qkv_case(hidden: int, heads: int, kv_heads: int) -> Case:
+    def build(**kwargs: Any) -> QKVParallelLinear:
+        return QKVParallelLinear(hidden, HEAD_SIZE, heads, kv_heads, **kwargs)
+
+    sizes = (heads * HEAD_SIZE, kv_heads * HEAD_SIZE, kv_heads * HEAD_SIZE)
+    return Case("qkv_proj", hidden, dict(zip(FUSED["qkv_proj"], sizes)), build)
+
+
+def gate_up_case(hidden: int, intermediate: int) -> Case:
+    def build(**kwargs: Any) -> MergedColumnParallelLinear:
+        return MergedColumnParallelLinear(hidden, [intermediate] * 2, **kwargs)
+
+    shards = dict.fromkeys(FUSED["gate_up_proj"], intermediate)
+    return Case("gate_up_proj", hidden, shards, build)
+
+
+def row_case(k: int, n: int) -> Case:
+    def build(**kwargs: Any) -> RowParallelLinear:
+        return RowParallelLinear(k, n, **kwargs)
+
+    return Case("down_proj", k, {"down_proj": n}, build)
+
+
+def replicated_case(k: int, n: int) -> Case:
+    def build(**kwargs: Any) -> ReplicatedLinear:
+        return ReplicatedLinear(k, n, **kwargs)
+
+    return Case("out_proj", k, {"out_proj": n}, build)
+
+
+def activations(tokens: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make activations that are not centred, as behind a gated unit."""
+    return (torch.randn(tokens, k) + 0.3).to(dtype)
+
+
+def compressed_modules(
+    case: Case, scheme: str, dtype: torch.dtype, bias: bool
+) -> torch.nn.ModuleDict:
+    """Make the checkpoint's layers with the compressed-tensors library."""
+    modules = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(case.k, n, bias) for name, n in case.shards.items()}
+    ).to(dtype)
+    low, high = activations(64, case.k, dtype).aminmax()
+    for module in prepare(modules, {"Linear": scheme}):
+        set_input_range(module, low, high)
+    return modules
+
+
+def load(
+    case: Case, scheme: str, dtype: torch.dtype, bias: bool, **kwargs: Any
+) -> tuple[Any, list[FormulaLinear]]:
+    """Build and load one of upstream's layers.
+
+    Returns:
+        The layer, ready to run, and the formula of each of its shards.
+
+    """
+    modules = compressed_modules(case, scheme, dtype, bias)
+    schemes = {name: module.quantization_scheme for name, module in modules.items()}
+    compress(modules)
+    config = get_quantization_config("compressed-tensors").from_config(
+        QuantizationConfig.from_pretrained(modules).model_dump()
+    )
+    config.packed_modules_mapping = FUSED
+    get_current_vllm_config().compilation_config.static_forward_context.clear()
+    with set_default_torch_dtype(dtype):
+        layer = case.build(
+            bias=bias, quant_config=config, prefix=f"{PREFIX}.{case.name}", **kwargs
+        )
+        parameters = dict(layer.named_parameters())
+        for shard_id, module in zip(case.shard_ids, modules.values()):
+            for name, tensor in module.named_parameters():
+                loader = parameters[name].weight_loader
+                shard = () if shard_id is None else (shard_id,)
+                loader(parameters[name], tensor.data.clone(), *shard)
+        layer.quant_method.process_weights_after_loading(layer)
+    formulas = [
+        formula_linear(module, schemes[name]) for name, module in modules.items()
+    ]
+    return layer, formulas

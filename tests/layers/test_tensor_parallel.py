@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Every scheme over two ranks, through upstream's layers and loaders."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from vllm.plugins import load_general_plugins
+from vllm.utils.network_utils import get_open_port
+
+from tests.formula import FormulaLinear, relative_error
+from tests.layers.quantized_layers import (
+    Case,
+    activations,
+    gate_up_case,
+    load,
+    qkv_case,
+    row_case,
+    tensor_parallel,
+    tolerance,
+)
+from tools.make_checkpoint import SCHEMES
+
+WORLD_SIZE = 2
+COLUMN_CASES = (qkv_case(256, heads=4, kv_heads=2), gate_up_case(256, 320))
+# The second leaves a rank with one group of 128.
+ROW_CASES = (row_case(512, 192), row_case(256, 192))
+
+
+# A tolerance covers the rounding of the weights and of the result. What ranks exchange
+# is rounded once more.
+EXCHANGE = math.sqrt(3 / 2)
+
+
+def _column_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> float:
+    layer, formulas = load(case, scheme, dtype, bias=True)
+    x = formulas[0].without_ties(activations(5, case.k, dtype))
+    shares = [formula(x).chunk(WORLD_SIZE, dim=-1)[rank] for formula in formulas]
+    return relative_error(layer(x)[0], torch.cat(shares, dim=-1))
+
+
+def _row_inputs(
+    case: Case, formula: FormulaLinear, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Each rank's input and, in float64, its product."""
+    share = case.k // WORLD_SIZE
+    parts = [formula.narrow(start, share) for start in range(0, case.k, share)]
+    inputs = [part.without_ties(activations(5, share, dtype)) for part in parts]
+    return inputs, [part(x) for part, x in zip(parts, inputs)]
+
+
+def _row_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> float:
+    layer, (formula,) = load(case, scheme, dtype, bias=False, reduce_results=False)
+    inputs, products = _row_inputs(case, formula, dtype)
+    return relative_error(layer(inputs[rank])[0], products[rank])
+
+
+def _reduced_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> float:
+    layer, (formula,) = load(case, scheme, dtype, bias=True)
+    assert formula.bias is not None
+    inputs, products = _row_inputs(case, formula, dtype)
+    expected = sum(products, formula.bias.double())
+    return relative_error(layer(inputs[rank])[0], expected) / EXCHANGE
+
+
+CHECKS = (
+    (_column_error, COLUMN_CASES),
+    (_row_error, ROW_CASES),
+    (_reduced_error, ROW_CASES),
+)
+
+
+def _run(rank: int, port: int) -> None:
+    # Spawned processes have not seen the fixtures.
+    load_general_plugins()
+    torch.set_num_threads(1)
+    failures = []
+    with tensor_parallel(rank, WORLD_SIZE, port):
+        for scheme, dtype in product(SCHEMES, (torch.bfloat16, torch.float16)):
+            for check, cases in CHECKS:
+                for case in cases:
+                    torch.manual_seed(0)
+                    error = check(rank, case, scheme, dtype)
+                    if not error < tolerance(scheme, dtype):
+                        failures.append((scheme, dtype, check.__name__, error))
+    assert not failures, failures
+
+
+def test_output_is_the_formula_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The name of the shared memory that CPU ranks reduce through.
+    monkeypatch.setenv("VLLM_DIST_IDENT", "test_tensor_parallel")
+    torch.multiprocessing.spawn(_run, args=(get_open_port(),), nprocs=WORLD_SIZE)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_narrowed_formulas_add_up() -> None:
+    """The reference itself, for a scheme whose activations are left alone."""
+    _, (formula,) = load(ROW_CASES[0], "w4a16-g32", torch.bfloat16, bias=False)
+    x = activations(5, 512, torch.bfloat16)
+    halves = formula.narrow(0, 256)(x[:, :256]) + formula.narrow(256, 256)(x[:, 256:])
+    torch.testing.assert_close(halves, formula(x))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""One valid call of each emulated operator, which tests then vary."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+M, K, N, GROUP = 5, 128, 48, 32
+
+
+@dataclass
+class Call:
+    operator: str
+    args: list[Any]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> Any:
+        return getattr(torch.ops.npu, self.operator)(*self.args, **self.kwargs)
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def packed_int4(*shape: int) -> torch.Tensor:
+    """Random int32 words: every one is eight valid int4 values."""
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
+
+def x(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(M, K).to(dtype)
+
+
+def scales(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.rand(shape) + 0.1).to(dtype)
+
+
+def weight_quant_call(
+    dtype: torch.dtype = torch.bfloat16, bits: int = 4, group: int = GROUP
+) -> Call:
+    """Transposed weight with group-wise scale and offset."""
+    weight = packed_int4(N, K // 8) if bits == 4 else int8(N, K)
+    groups = K // group if group else 1
+    offset = torch.randint(-8, 8, (N, groups)).to(dtype)
+    return Call(
+        "npu_weight_quant_batchmatmul",
+        [x(dtype), weight.t(), scales(N, groups, dtype=dtype).t(), offset.t()],
+        {"antiquant_group_size": group},
+    )
+
+
+def quant_matmul_call(
+    out_dtype: torch.dtype = torch.bfloat16, pertoken: bool = True
+) -> Call:
+    return Call(
+        "npu_quant_matmul",
+        [int8(M, K), int8(N, K).t(), scales(N)],
+        {
+            "output_dtype": out_dtype,
+            "pertoken_scale": scales(M) if pertoken else None,
+        },
+    )
+
+
+CALLS: dict[str, Callable[[], Call]] = {
+    "npu_dynamic_quant": lambda: Call("npu_dynamic_quant", [x()]),
+    "npu_dynamic_quant_asymmetric": lambda: Call("npu_dynamic_quant_asymmetric", [x()]),
+    "npu_quantize": lambda: Call(
+        "npu_quantize",
+        [x(), scales(1), torch.tensor([3], dtype=torch.int32), torch.qint8, -1, True],
+    ),
+    "npu_trans_quant_param": lambda: Call("npu_trans_quant_param", [scales(N)]),
+    "npu_convert_weight_to_int4pack": lambda: Call(
+        "npu_convert_weight_to_int4pack",
+        [torch.randint(-8, 8, (N, K), dtype=torch.int32)],
+    ),
+    "npu_format_cast": lambda: Call("npu_format_cast", [int8(K, N), 29]),
+    "npu_weight_quant_batchmatmul": weight_quant_call,
+    "npu_quant_matmul": quant_matmul_call,
+}

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.ops.calls import CALLS
+from vllm_ascend_ct.ops.emulated import install
+from vllm_ascend_ct.ops.emulated.registry import OPERATORS
+
+
+def test_every_operator_has_a_call_here() -> None:
+    assert {operator.name for operator in OPERATORS} == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    """Schema, fake tensors and tracing with dynamic shapes agree with the kernel."""
+    call = CALLS[name]()
+    torch.library.opcheck(
+        getattr(torch.ops.npu, name).default, tuple(call.args), call.kwargs
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_result_is_on_its_own(name: str) -> None:
+    """No operator here returns or writes its input."""
+    call = CALLS[name]()
+    inputs = [arg for arg in call.args if isinstance(arg, torch.Tensor)]
+    before = [tensor.clone() for tensor in inputs]
+    results = call.run()
+    results = results if isinstance(results, tuple) else (results,)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    assert all(r.untyped_storage().data_ptr() not in storages for r in results)
+    assert all(map(torch.equal, inputs, before))
+
+
+def test_install_is_idempotent() -> None:
+    assert install() is install()
+
+
+def test_install_needs_neither_vllm_nor_a_platform() -> None:
+    script = """
+import sys
+import torch
+from vllm_ascend_ct.ops import emulated
+emulated.install()
+emulated.install()
+q, scale = torch.ops.npu.npu_dynamic_quant(torch.ones(2, 8).half())
+assert q.eq(127).all()
+assert "vllm" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_operators_that_exist_keep_their_definition() -> None:
+    """As where torch_npu is present: only CPU kernels are added."""
+    script = """
+import torch
+library = torch.library.Library("npu", "DEF")
+library.define("npu_trans_quant_param(Tensor scale, Tensor? offset=None, "
+               "int? round_mode=0) -> Tensor")
+torch.library.register_fake("npu::npu_trans_quant_param",
+                            lambda scale, *rest: scale.new_empty(7),
+                            lib=library)
+from vllm_ascend_ct.ops import emulated
+emulated.install()
+packed = torch.ops.npu.npu_trans_quant_param(torch.ones(1))
+assert packed.item() == 0x3F800000 | 1 << 46
+meta = torch.ops.npu.npu_trans_quant_param(torch.ones(1, device="meta"))
+assert meta.shape == (7,)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
