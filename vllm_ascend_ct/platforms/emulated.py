@@ -2,18 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The platform for machines without an NPU."""
 
-from typing import TYPE_CHECKING
-
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import PlatformEnum
 
 from vllm_ascend_ct import envs
-from vllm_ascend_ct.ops.soc import current_soc
 from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
-
-if TYPE_CHECKING:
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.ascend_ct.platforms")
 
@@ -42,14 +36,11 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
         emulated.install()
 
     @classmethod
-    def pre_register_and_update(
-        cls, parser: "FlexibleArgumentParser | None" = None
-    ) -> None:
-        super().pre_register_and_update(parser)
+    def announce(cls) -> None:
+        super().announce()
         logger.warning_once(
-            "Emulating the NPU operators of an Ascend %s on CPU: results and limits "
-            "are the NPU's, speed is not. On an NPU host install torch_npu and "
-            "vllm-ascend, or set %s=0 to be refused instead.",
-            current_soc().value,
+            "Emulating the NPU operators on CPU: results and limits are the NPU's, "
+            "speed is not. On an NPU host install torch_npu and vllm-ascend, or set "
+            "%s=0 to be refused instead.",
             envs.EMULATE,
         )

@@ -9,6 +9,7 @@ import vllm.envs
 from vllm.logger import init_logger
 
 from vllm_ascend_ct import envs
+from vllm_ascend_ct.ops.soc import current_soc
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -60,6 +61,18 @@ class AscendCTPlatformMixin(_Base):
         from vllm_ascend_ct.register import register
 
         register()
+        # Without a parser an engine is being configured, and logging already is.
+        if parser is None:
+            cls.announce()
+
+    @classmethod
+    def announce(cls) -> None:
+        """Log which platform serves, in the process that configures the engine."""
+        logger.info_once(
+            "Serving compressed-tensors models on %s, Ascend %s.",
+            cls.__name__,
+            current_soc().value,
+        )
 
     @classmethod
     def validate_environ(cls, hard_fail: bool) -> None:

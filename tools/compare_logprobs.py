@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Compare what vLLM serves with a float32 reference, one row a scheme.
+
+    python -m tools.compare_logprobs [SCHEME...]
+
+For each scheme: the reference's mean log-probability on held-out text, then the mean
+absolute difference to it of the emulated platform (eager, compiled, two ranks) and of
+vLLM's own CPU platform.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.logprobs import mean_difference, reference
+from tools.make_checkpoint import SCHEMES, make
+
+CHECKPOINTS = Path("build/checkpoints")
+# column -> (VLLM_PLUGINS, arguments of tools.logprobs)
+COLUMNS = {
+    "eager": ("ascend_ct", ["--eager"]),
+    "compiled": ("ascend_ct", []),
+    "tp2": ("ascend_ct", ["--tp", "2"]),
+    "tp2 eager": ("ascend_ct", ["--tp", "2", "--eager"]),
+    "cpu eager": ("", ["--eager"]),
+    "cpu compiled": ("", []),
+}
+
+
+def two_ranks() -> str:
+    """Halves of this process's cores, for `VLLM_CPU_OMP_THREADS_BIND`."""
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    return "|".join(
+        ",".join(map(str, half)) for half in (cores[:middle], cores[middle:])
+    )
+
+
+def run_column(column: str, checkpoints: list[Path]) -> dict[str, list[float] | str]:
+    """Serve the checkpoints one after the other in a process of their own."""
+    plugins, arguments = COLUMNS[column]
+    out = CHECKPOINTS / f"{column.replace(' ', '-')}.json"
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": plugins,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    if "--tp" in arguments:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = two_ranks()
+    else:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    subprocess.run(
+        [sys.executable, "-m", "tools.logprobs", str(out), *arguments]
+        + [str(checkpoint) for checkpoint in checkpoints],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+    results: dict[str, list[float] | str] = json.loads(out.read_text())
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("schemes", nargs="*", metavar="SCHEME", default=list(SCHEMES))
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    arguments = parser.parse_args()
+    checkpoints = [CHECKPOINTS / scheme for scheme in arguments.schemes]
+    for checkpoint in checkpoints:
+        make(checkpoint, {"Linear": checkpoint.name})
+    expected = {checkpoint.name: reference(checkpoint) for checkpoint in checkpoints}
+    columns = {name: run_column(name, checkpoints) for name in arguments.columns}
+    width = max(map(len, arguments.schemes))
+    print(f"{'scheme':{width}}  reference  " + "  ".join(f"{c:>12}" for c in columns))
+    reasons = []
+    for scheme, logprobs in expected.items():
+        cells = [f"{scheme:{width}}  {sum(logprobs) / len(logprobs):9.4f}"]
+        for name, column in columns.items():
+            result = column[scheme]
+            if isinstance(result, str):
+                reasons.append(f"{scheme}, {name}: {result}")
+                cells.append(f"{'not served':>12}")
+            else:
+                cells.append(f"{mean_difference(result, logprobs):12.5f}")
+        print("  ".join(cells))
+    print(*reasons, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

