@@ -63,7 +63,8 @@ class WeightQuantBatchMatmulLimits:
         if x_dtype not in self.x_dtypes:
             return f"activation dtype {x_dtype}; supported: {_names(self.x_dtypes)}"
         if weight_bits not in self.weight_bits:
-            return f"{weight_bits}-bit weights; supported: {self.weight_bits}"
+            supported = ", ".join(map(str, self.weight_bits))
+            return f"{weight_bits}-bit weights; supported: {supported}"
         for name, size in (("K", k), ("N", n)):
             if not 1 <= size <= self.max_size:
                 return f"{name}={size}; supported: 1 to {self.max_size}"

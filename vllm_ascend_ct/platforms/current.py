@@ -17,8 +17,8 @@ _SUPPORTED = "an NPU host with torch_npu and vllm-ascend, or emulation on CPU"
 _EMULATE_INSTEAD = f"set {envs.EMULATE}=1 to emulate the operators on CPU"
 
 
-def _is_emulated() -> bool:
-    """Choose the base.
+def is_emulated() -> bool:
+    """Choose between the two bases.
 
     Raises:
         PlatformError: The NPU base is due and cannot run.
@@ -50,7 +50,7 @@ def _is_emulated() -> bool:
     return False
 
 
-if _is_emulated():
+if is_emulated():
     from vllm_ascend_ct.platforms.emulated import (
         EmulatedAscendCTPlatform as AscendCTPlatform,
     )

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Counting what a device would have to launch."""
+
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Change metadata only.
+_VIEWS = {"view", "_unsafe_view", "t", "transpose", "unsqueeze", "expand", "alias"}
+
+
+class Launches(TorchDispatchMode):
+    """Records the operators that touch memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket.__name__ not in _VIEWS:
+            self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))

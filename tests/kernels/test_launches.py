@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Operator launches of a linear layer's forward, through upstream's layers."""
+
+import pytest
+import torch
+
+from tests.kernels.launches import Launches
+from tests.layers.quantized_layers import activations, load, row_case
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+ELEMENTWISE = ["aten._to_copy", "aten.addcmul", "aten.mul", "aten.mul"]
+EXPECTED = {
+    "w4a16-g128": ["npu.npu_weight_quant_batchmatmul"],
+    "w4a16-g32-asym": ["npu.npu_weight_quant_batchmatmul"],
+    "w8a16-channel": ["npu.npu_weight_quant_batchmatmul"],
+    "w8a8-channel-dynamic": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"],
+    "w8a8-tensor-dynamic": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"],
+    "w8a8-channel-static": ["npu.npu_quantize", "npu.npu_quant_matmul"],
+    "w8a8-channel-static-asym": ["npu.npu_quantize", "npu.npu_quant_matmul"],
+    # The offsets are per token, which no operator takes: int32 out, corrected in fp32.
+    "w8a8-channel-dynamic-asym": [
+        "npu.npu_dynamic_quant_asymmetric",
+        "npu.npu_quant_matmul",
+        *ELEMENTWISE,
+        "aten.add",
+        "aten._to_copy",
+    ],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", EXPECTED)
+def test_launches(scheme: str, dtype: torch.dtype) -> None:
+    layer, _ = load(row_case(512, 96), scheme, dtype, bias=True)
+    x = activations(3, 512, dtype)
+    with Launches() as launches:
+        layer(x)
+    assert launches.names == EXPECTED[scheme]

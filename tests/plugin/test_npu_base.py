@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The NPU base, over a stand-in for torch_npu and vllm-ascend.
+
+The stand-in does what matters here the way vllm-ascend 0.23.0 does it: its platform
+registers a compressed-tensors config of its own, by import, after general plugins ran,
+and its general plugins are filtered by `VLLM_PLUGINS`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.plugin.fresh import run_ok
+from tests.plugin.test_register import OURS, STATE
+
+FILES = {
+    "torch_npu/__init__.py": """
+class npu:
+    device_count = staticmethod(lambda: 1)
+""",
+    "vllm_ascend/__init__.py": """
+ran = []
+
+def register():
+    return "vllm_ascend.platform.NPUPlatform"
+
+def register_connector():
+    ran.append("connector")
+
+def register_model():
+    ran.append("model")
+""",
+    "vllm_ascend/utils.py": """
+from enum import Enum
+
+class AscendDeviceType(Enum):
+    _310P = 2
+
+def get_ascend_device_type():
+    return AscendDeviceType._310P
+""",
+    "vllm_ascend/platform.py": """
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import PlatformEnum
+
+class NPUPlatform(CpuPlatform):
+    _enum = PlatformEnum.OOT
+    supported_quantization = ["compressed-tensors"]
+
+    @classmethod
+    def pre_register_and_update(cls, parser=None):
+        import vllm_ascend.quantization.compressed_tensors_config
+""",
+    "vllm_ascend/quantization/__init__.py": "",
+    "vllm_ascend/quantization/compressed_tensors_config.py": """
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+@register_quantization_config("compressed-tensors")
+class Theirs(QuantizationConfig):
+    pass
+""",
+    "vllm_ascend-0.23.0.dist-info/METADATA": """\
+Metadata-Version: 2.1
+Name: vllm_ascend
+Version: 0.23.0
+""",
+    "vllm_ascend-0.23.0.dist-info/entry_points.txt": """
+[vllm.platform_plugins]
+ascend = vllm_ascend:register
+
+[vllm.general_plugins]
+ascend_kv_connector = vllm_ascend:register_connector
+ascend_model = vllm_ascend:register_model
+""",
+}
+
+SCRIPT = (
+    STATE
+    + """
+import vllm_ascend
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm_ascend.platform import NPUPlatform
+
+load_general_plugins()
+current_platform.pre_register_and_update()
+import vllm_ascend.quantization.compressed_tensors_config
+current_platform.pre_register_and_update()
+print(type(current_platform).__name__, isinstance(current_platform, NPUPlatform))
+print(state())
+print(sorted(vllm_ascend.ran))
+"""
+)
+
+
+@pytest.fixture
+def npu_host(tmp_path: Path) -> Path:
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_alone(npu_host: Path) -> None:
+    """Our platform is vllm-ascend's, our config outlasts its, its plugins ran once."""
+    out = run_ok(
+        SCRIPT
+        + """
+from vllm_ascend_ct.ops.soc import current_soc
+print(current_soc().value)
+""",
+        path=npu_host,
+        VLLM_PLUGINS="ascend_ct",
+    )
+    assert out.splitlines() == [
+        "NPUAscendCTPlatform True",
+        OURS,
+        "['connector', 'model']",
+        "310P",
+    ]
+
+
+def test_beside_vllm_ascend(npu_host: Path) -> None:
+    """vllm-ascend stays the platform; config and kernels are ours."""
+    out = run_ok(
+        SCRIPT, path=npu_host, VLLM_PLUGINS="ascend,ascend_ct,ascend_kv_connector"
+    )
+    assert out.splitlines() == ["NPUPlatform True", OURS, "['connector']"]
+
+
+def test_named_plugins_do_not_run_twice(npu_host: Path) -> None:
+    out = run_ok(SCRIPT, path=npu_host, VLLM_PLUGINS="ascend_ct,ascend_model")
+    assert out.splitlines()[-1] == "['connector', 'model']"
+
+
+def test_not_asked_for(npu_host: Path) -> None:
+    out = run_ok(SCRIPT, path=npu_host, VLLM_PLUGINS="ascend,ascend_model")
+    assert out.splitlines() == [
+        "NPUPlatform True",
+        "['Theirs', [], []]",
+        "['model']",
+    ]

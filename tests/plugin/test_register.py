@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What is registered, where, and that nothing else of vLLM changes."""
+
+import pickle
+
+from vllm.platforms import current_platform
+
+from tests.plugin.fresh import run_ok
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
+    AscendCompressedTensorsConfig,
+)
+
+STATE = """
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.platforms import PlatformEnum
+
+def state():
+    oot = PlatformEnum.OOT
+    return [
+        get_quantization_config("compressed-tensors").__name__,
+        [k.__name__ for k in linear._POSSIBLE_KERNELS.get(oot, [])],
+        [k.__name__ for k in linear._POSSIBLE_INT8_KERNELS.get(oot, [])],
+    ]
+"""
+OURS = (
+    "['AscendCompressedTensorsConfig', ['AscendWNA16LinearKernel'], "
+    "['AscendInt8ScaledMMLinearKernel']]"
+)
+THEIRS = "['CompressedTensorsConfig', [], []]"
+
+
+def test_registered_once_however_often_it_is_asked_for() -> None:
+    """The platform alone suffices: some entry points skip general plugins."""
+    out = run_ok(
+        STATE
+        + """
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+import vllm_ascend_ct
+current_platform.pre_register_and_update()
+print(state())
+current_platform.pre_register_and_update()
+load_general_plugins()
+vllm_ascend_ct.general_plugin()
+print(state())
+""",
+        VLLM_PLUGINS="ascend_ct",
+    )
+    assert out.splitlines() == [OURS, OURS]
+
+
+def test_installed_but_not_asked_for() -> None:
+    out = run_ok(
+        STATE
+        + """
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+import sys
+load_general_plugins()
+print(type(current_platform).__name__)
+print(state())
+print([name for name in sys.modules if name.startswith("vllm_ascend_ct.")])
+"""
+    )
+    assert out.splitlines() == ["CpuPlatform", THEIRS, "['vllm_ascend_ct.envs']"]
+
+
+def test_hook_of_the_platform_names_the_config() -> None:
+    hook = current_platform.get_quant_config
+    assert hook("compressed-tensors", object) is AscendCompressedTensorsConfig
+    assert hook("fp8", object) is object
+
+
+def test_hook_of_vllm_makes_the_registry_unnecessary() -> None:
+    """A vLLM whose `Platform` has `get_quant_config` asks for the class itself."""
+    out = run_ok(
+        """
+from vllm.platforms import Platform, current_platform
+from vllm.model_executor.layers import quantization
+Platform.get_quant_config = classmethod(lambda cls, name, default: default)
+from vllm_ascend_ct.register import register
+register()
+print(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG)
+""",
+        VLLM_PLUGINS="ascend_ct",
+    )
+    assert out == "{}"
+
+
+def test_nothing_of_vllm_is_patched() -> None:
+    """No attribute of a module or class changes; registries grow by ours alone."""
+    out = run_ok(
+        """
+import sys, types
+from vllm.platforms import current_platform
+import vllm.model_executor.kernels.linear
+import vllm.model_executor.layers.quantization as quantization
+import vllm.model_executor.models.qwen2
+import vllm.v1.engine.core
+quantization.get_quantization_config("compressed-tensors")
+
+def snapshot():
+    seen = {}
+    for name, module in sorted(sys.modules.items()):
+        if not name.startswith(("vllm.", "torch.", "compressed_tensors.")):
+            continue
+        for key, value in vars(module).items():
+            seen[name, key] = value
+            if isinstance(value, type) and value.__module__ == name:
+                seen.update({(name, key, k): v for k, v in vars(value).items()})
+    return seen
+
+before = snapshot()
+known = {name for name, *_ in before}
+from vllm_ascend_ct.register import register
+register()
+after = snapshot()
+changed = [k for k, v in before.items() if k not in after or after[k] is not v]
+added = [k for k, v in after.items() if k not in before and k[0] in known
+         and not isinstance(v, types.ModuleType)]
+print(changed + added)
+""",
+        VLLM_PLUGINS="ascend_ct",
+    )
+    assert out == "[]"
+
+
+def test_config_survives_the_way_to_a_worker() -> None:
+    """It is unpickled, by name, before plugins run."""
+    config = AscendCompressedTensorsConfig.from_config(
+        {"config_groups": {}, "format": "pack-quantized"}
+    )
+    out = run_ok(
+        f"""
+import pickle
+config = pickle.loads({pickle.dumps(config)!r})
+print(type(config).__name__, config.quant_format)
+""",
+        VLLM_PLUGINS="ascend_ct",
+    )
+    assert out == "AscendCompressedTensorsConfig pack-quantized"

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Imports point down the layers, and importing the package costs nothing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.plugin.fresh import run_ok
+
+PACKAGE = Path(__file__).parents[1] / "vllm_ascend_ct"
+# From the bottom up; a layer may import from itself and from those before it.
+LAYERS = ["errors", "envs", "ops", "weights", "ascend_base", "kernels", "quantization"]
+LAYERS += ["register", "platforms"]
+# What a layer must not know at all.
+FORBIDDEN = {
+    "ops": ("vllm", "compressed_tensors", "vllm_ascend"),
+    "weights": ("vllm", "vllm_ascend"),
+    "envs": ("torch",),
+    "errors": ("torch", "vllm"),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {
+                node.module or "",
+                *(f"{node.module}.{a.name}" for a in node.names),
+            }
+    return found
+
+
+def layer_of(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] == PACKAGE.name and len(parts) > 1 and parts[1] in LAYERS:
+        return parts[1]
+    return None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    relative = path.relative_to(PACKAGE).with_suffix("")
+    if relative.name == "__init__" and relative.parent == Path():
+        return
+    layer = relative.parts[0]
+    assert layer in LAYERS, f"{layer} has no place among the layers"
+    for module in imports(path):
+        target = layer_of(module)
+        if target is not None:
+            # The platforms register; what is registered needs no platform but to ask
+            # which one is in use.
+            if (layer, target) == ("register", "platforms"):
+                continue
+            assert LAYERS.index(target) <= LAYERS.index(layer), f"{layer} -> {module}"
+        assert module.split(".")[0] not in FORBIDDEN.get(layer, ()), module
+
+
+def test_kernel_functions_know_no_layers() -> None:
+    """What other quantization tools call needs torch alone."""
+    path = PACKAGE / "kernels/linear/functional.py"
+    assert imports(path) == {"torch"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    out = run_ok(
+        """
+import sys
+import vllm_ascend_ct
+print([name for name in ("torch", "vllm", "transformers") if name in sys.modules])
+"""
+    )
+    assert out == "[]"

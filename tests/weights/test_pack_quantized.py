@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+from tools.memory import TensorMemory
+from vllm_ascend_ct.ops.emulated.weights import unpack_int4
+from vllm_ascend_ct.weights.pack_quantized import (
+    to_npu_offset,
+    to_npu_scale,
+    to_npu_weight,
+)
+
+N, K, GROUPS = 48, 128, 4
+BITS = pytest.mark.parametrize("bits", [4, 8])
+
+
+def random_integers(bits: int, *shape: int) -> torch.Tensor:
+    """Every value there is, then random ones."""
+    bound = 1 << (bits - 1)
+    values = torch.randint(-bound, bound, shape, dtype=torch.int8)
+    every = torch.arange(-bound, bound, dtype=torch.int8)
+    values.view(-1)[: len(every)] = every[: values.numel()]
+    return values
+
+
+@BITS
+def test_weight_holds_the_integers_of_the_checkpoint(bits: int) -> None:
+    integers = random_integers(bits, N, K)
+    weight = to_npu_weight(pack_to_int32(integers, bits), bits)
+    if bits == 8:
+        assert weight.dtype == torch.int8 and weight.shape == (K, N)
+        assert torch.equal(weight, integers.t())
+    else:
+        assert weight.dtype == torch.int32 and weight.shape == (K // 8, N)
+        assert torch.equal(unpack_int4(weight.t()), integers)
+
+
+def test_int4_weight_is_what_the_operator_packs() -> None:
+    """Bit for bit what npu_convert_weight_to_int4pack makes of the widened weight."""
+    integers = random_integers(4, N, K)
+    packed = torch.ops.npu.npu_convert_weight_to_int4pack(integers.int())
+    assert torch.equal(to_npu_weight(pack_to_int32(integers, 4), 4).t(), packed)
+
+
+@BITS
+def test_nothing_is_copied(bits: int) -> None:
+    packed = pack_to_int32(random_integers(bits, N, K), bits)
+    scale = torch.rand(N, GROUPS)
+    with TensorMemory() as memory:
+        weight = to_npu_weight(packed, bits)
+        npu_scale = to_npu_scale(scale)
+    assert memory.peak == 0
+    assert weight.data_ptr() == packed.data_ptr()
+    assert npu_scale.data_ptr() == scale.data_ptr()
+    assert weight.stride(0) == 1 and npu_scale.stride() == (1, GROUPS)
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_offset_is_the_negated_zero_point(bits: int, dtype: torch.dtype) -> None:
+    zero_points = random_integers(bits, N, GROUPS)
+    scale = torch.rand(N, GROUPS).to(dtype)
+    offset = to_npu_offset(pack_to_int32(zero_points, bits, packed_dim=0), scale, bits)
+    assert offset.dtype == dtype
+    assert offset.shape == (GROUPS, N) and offset.stride() == (1, GROUPS)
+    assert torch.equal(offset, -zero_points.t().to(dtype))
+
+
+def test_operator_computes_the_checkpoint_formula() -> None:
+    """(q - zero_point) * scale, with q as in the checkpoint."""
+    integers, zero_points = random_integers(4, N, K), random_integers(4, N, GROUPS)
+    scale = torch.rand(N, GROUPS).bfloat16()
+    result = torch.ops.npu.npu_weight_quant_batchmatmul(
+        torch.eye(K).bfloat16(),
+        to_npu_weight(pack_to_int32(integers, 4), 4),
+        to_npu_scale(scale),
+        to_npu_offset(pack_to_int32(zero_points, 4, packed_dim=0), scale, 4),
+        antiquant_group_size=K // GROUPS,
+    )
+    shifted = integers.view(N, GROUPS, -1).int() - zero_points.int().unsqueeze(-1)
+    expected = (shifted * scale.float().unsqueeze(-1)).view(N, K).t()
+    assert torch.equal(result, expected.bfloat16())
