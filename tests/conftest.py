@@ -29,15 +29,17 @@ def emulated_platform() -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Make the checkpoint of a scheme, once a session."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make the checkpoint of a recipe, once a session."""
     directory = tmp_path_factory.mktemp("checkpoints")
+    known: dict[str, Path] = {}
 
-    def make(scheme: str) -> Path:
-        out = directory / scheme
-        if not out.exists():
-            make_checkpoint.make(out, {"Linear": scheme})
-        return out
+    def make(recipe: dict[str, str], dtype: torch.dtype = torch.bfloat16) -> Path:
+        key = f"{recipe} {dtype}"
+        if key not in known:
+            known[key] = directory / str(len(known))
+            make_checkpoint.make(known[key], recipe, dtype=dtype)
+        return known[key]
 
     return make
 

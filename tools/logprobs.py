@@ -10,6 +10,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 LENGTH = 500
 
@@ -79,9 +80,10 @@ def served(
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
+    of_positions: Any = output.prompt_logprobs
     return [
         of_position[token].logprob
-        for token, of_position in zip(tokens[1:], output.prompt_logprobs[1:])
+        for token, of_position in zip(tokens[1:], of_positions[1:])
     ]
 
 

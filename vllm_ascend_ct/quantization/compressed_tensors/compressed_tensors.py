@@ -5,6 +5,7 @@
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationType
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -91,7 +92,16 @@ class AscendCompressedTensorsConfig(CompressedTensorsConfig):
     def get_scheme(
         self, layer: torch.nn.Module, layer_name: str | None = None
     ) -> CompressedTensorsScheme | None:
-        scheme = super().get_scheme(layer, layer_name)
+        args: dict[str, Any] = self.get_scheme_dict(layer, layer_name) or {}
+        for name in ("weights", "input_activations"):
+            quantized = args.get(name)
+            if quantized is not None and quantized.type != QuantizationType.INT:
+                # Upstream would look for kernels while it constructs the scheme.
+                raise _refused(f"{name} of type={quantized.type}", layer_name)
+        try:
+            scheme = super().get_scheme(layer, layer_name)
+        except NotImplementedError as error:
+            raise _refused(str(error), layer_name) from error
         if scheme is None or isinstance(scheme, _SUPPORTED_SCHEMES):
             return scheme
         raise _refused(f"{type(scheme).__name__} has no NPU kernel", layer_name)
