@@ -146,6 +146,30 @@ def test_refused_by_name(name: str) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(("k", "n"), [(65536, 8), (8, 65536)])
+def test_int8_layers_too_large_are_refused(k: int, n: int) -> None:
+    """Before memory for their weights is asked for."""
+    with pytest.raises(UnsupportedCheckpointError, match="inner axis of size 65536"):
+        ReplicatedLinear(
+            k,
+            n,
+            params_dtype=torch.bfloat16,
+            quant_config=config(W8, TOKEN, "int-quantized"),
+            prefix=PREFIX,
+        )
+
+
+@pytest.mark.parametrize(
+    ("soc", "dtypes"),
+    [("A2", [torch.float16, torch.bfloat16]), ("310P", [torch.float16])],
+)
+def test_model_dtypes(
+    monkeypatch: pytest.MonkeyPatch, soc: str, dtypes: list[torch.dtype]
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    assert config(W4).get_supported_act_dtypes() == dtypes
+
+
 def test_refusals_are_not_taken_for_an_unquantized_lm_head() -> None:
     """Upstream drops the ValueErrors of an lm_head and serves it unquantized."""
     assert not issubclass(UnsupportedCheckpointError, ValueError)

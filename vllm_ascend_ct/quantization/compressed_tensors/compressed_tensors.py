@@ -25,13 +25,14 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 
 from vllm_ascend_ct import ascend_base
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.ops.limits import current_limits
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
 _SUPPORTED_SCHEMES = (CompressedTensorsWNA16, CompressedTensorsW8A8Int8)
 _SUPPORTED = (
-    "linear layers with int4 or int8 weights in groups of 32, 64, 128 or per channel "
-    "(pack-quantized), or with int8 weights and int8 activations (int-quantized)"
+    "linear layers with int4 or int8 weights, per channel or in groups of a multiple "
+    "of 32 (pack-quantized), or with int8 weights and activations (int-quantized)"
 )
 _REMEDY = (
     "Quantize the model again with a supported scheme, or add the layer to `ignore`"
@@ -64,6 +65,10 @@ class AscendCompressedTensorsConfig(CompressedTensorsConfig):
                 "unquantized."
             )
             self.kv_cache_scheme = None
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes a model may have; vLLM asks before it loads anything."""
+        return list(current_limits().weight_quant_batchmatmul.x_dtypes)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None
@@ -114,11 +119,34 @@ class AscendCompressedTensorsLinearMethod(CompressedTensorsLinearMethod):
     # vllm-ascend takes a layer to be unquantized where this stays None.
     quant_method: CompressedTensorsScheme | None = None
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        prefix = getattr(layer, "prefix", None)
+        if isinstance(layer.scheme, CompressedTensorsW8A8Int8):
+            # Upstream does not tell an int8 kernel the sizes.
+            sizes = [input_size_per_partition, sum(output_partition_sizes)]
+            if reason := current_limits().quant_matmul.refusal(params_dtype, sizes):
+                raise _refused(reason, prefix)
         try:
-            super().create_weights(layer, *args, **kwargs)
+            super().create_weights(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                **extra_weight_attrs,
+            )
         except ValueError as error:
-            raise _refused(str(error), getattr(layer, "prefix", None)) from error
+            raise _refused(str(error), prefix) from error
         self.quant_method = layer.scheme
         # Upstream's layers do this in their constructors, vllm-ascend's do not.
         if isinstance(layer, LinearBase) and hasattr(layer, "tp_rank"):
