@@ -3,6 +3,7 @@
 """Which platform vLLM resolves to; in fresh interpreters where vLLM decides."""
 
 import importlib.util
+import os
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -148,10 +149,10 @@ def test_unknown_chip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_variables_are_known_to_the_check_of_the_environment(
-    monkeypatch: pytest.MonkeyPatch,
+    mocker: MockerFixture,
 ) -> None:
-    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A3")
+    mocker.patch.dict(os.environ, {"VLLM_ASCEND_CT_SOC": "A3"}, clear=True)
     current_platform.validate_environ(hard_fail=True)
-    monkeypatch.setenv("VLLM_ASCEND_CT_SOCK", "A3")
+    os.environ["VLLM_ASCEND_CT_SOCK"] = "A3"
     with pytest.raises(ValueError, match="Unknown .*: VLLM_ASCEND_CT_SOCK"):
         current_platform.validate_environ(hard_fail=True)
