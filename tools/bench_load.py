@@ -4,8 +4,9 @@
 
     python -m tools.bench_load [--k 4096 --n 11008] [--json]
 
-Each route is timed against a plain copy of the same packed bytes in the same run; only
-the ratios mean anything. Memory counts tensors made on the way, over the packed bytes.
+What a kernel does with a layer after loading, timed against a plain copy of the packed
+bytes in the same run; only ratios mean anything. Memory counts the tensors made on the
+way, as the dispatcher sees them: not what torch widens inside an operator.
 """
 
 import argparse
@@ -14,13 +15,25 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from vllm.model_executor.kernels.linear import (
+    Int8ScaledMMLinearLayerConfig,
+    MPLinearLayerConfig,
+)
+from vllm.scalar_type import scalar_types
 
 from tools.memory import TensorMemory
+from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
+    AscendWNA16LinearKernel,
+)
+from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
+    AscendInt8ScaledMMLinearKernel,
+)
 from vllm_ascend_ct.ops import emulated
-from vllm_ascend_ct.weights import int_quantized, pack_quantized
 
 GROUP_SIZE = 128
 ROUNDS = 5
@@ -46,70 +59,127 @@ class Result:
 
 
 def measure(
-    route: str, make: Callable[[], torch.Tensor], run: Callable[[torch.Tensor], object]
+    route: str,
+    packed_bytes: int,
+    make: Callable[[], Any],
+    run: Callable[[Any], object],
 ) -> Result:
-    """Run `run` on fresh inputs and compare it with copying the input."""
+    """Run `run` on what `make` makes, and compare it with copying `packed_bytes`."""
     times, copy_times = [], []
+    source = torch.zeros(packed_bytes, dtype=torch.int8)
+    target = torch.zeros_like(source)
     for _ in range(ROUNDS):
-        packed = make()
-        target = torch.zeros_like(packed)
         start = time.perf_counter()
-        target.copy_(packed)
+        target.copy_(source)
         copy_times.append(time.perf_counter() - start)
+        made = make()
         start = time.perf_counter()
-        run(packed)
+        run(made)
         times.append(time.perf_counter() - start)
-    packed = make()
+    made = make()
     with TensorMemory() as memory:
-        kept = run(packed)
-    bytes_packed = packed.numel() * packed.element_size()
+        kept = run(made)
     seconds = statistics.median(times)
     result = Result(
         route,
         seconds,
         seconds / statistics.median(copy_times),
-        memory.peak / bytes_packed,
-        memory.current / bytes_packed,
+        memory.peak / packed_bytes,
+        memory.current / packed_bytes,
     )
     del kept
     return result
 
 
-def routes(k: int, n: int) -> list[Result]:
-    """Measure every layout, and how else int4 weights are brought to the NPU."""
-    scale = torch.rand(n, k // GROUP_SIZE).bfloat16()
-    channel_scale = torch.rand(n)
-    zero_points = torch.randint(0, 2**31, (n // 8, k // GROUP_SIZE), dtype=torch.int32)
+def parameters(**tensors: torch.Tensor) -> torch.nn.Module:
+    """Make a module with parameters, as upstream's schemes leave a layer."""
+    layer = torch.nn.Module()
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    return layer
 
-    def packed(bits: int) -> Callable[[], torch.Tensor]:
-        words = k * bits // 32
-        return lambda: torch.randint(-(2**31), 2**31, (n, words), dtype=torch.int32)
 
-    def int8() -> torch.Tensor:
-        return torch.randint(-128, 128, (n, k), dtype=torch.int8)
+def packed_weight(bits: int, k: int, n: int) -> torch.Tensor:
+    """Make random words: each is a valid set of values."""
+    return torch.randint(-(2**31), 2**31, (n, k * bits // 32), dtype=torch.int32)
 
-    def repack(weight: torch.Tensor) -> torch.Tensor:
-        values = unpack_from_int32(weight, 4, torch.Size((n, k)))
-        return torch.ops.npu.npu_convert_weight_to_int4pack(
-            values.t().contiguous().int()
+
+def weight_only(bits: int, k: int, n: int, asymmetric: bool) -> Result:
+    """Measure what the weight-only kernel does with a layer."""
+    types = (scalar_types.uint4, scalar_types.uint8)
+    biased = (scalar_types.uint4b8, scalar_types.uint8b128)
+    config = MPLinearLayerConfig(
+        full_weight_shape=(k, n),
+        partition_weight_shape=(k, n),
+        weight_type=(types if asymmetric else biased)[bits == 8],
+        act_type=torch.bfloat16,
+        group_size=GROUP_SIZE,
+        zero_points=asymmetric,
+    )
+    kernel = AscendWNA16LinearKernel(config, "weight", "scale", "zero_point")
+
+    def make() -> torch.nn.Module:
+        return parameters(
+            weight=packed_weight(bits, k, n),
+            scale=torch.rand(n, k // GROUP_SIZE).bfloat16(),
+            zero_point=packed_weight(bits, n, k // GROUP_SIZE).t().contiguous(),
         )
 
-    def asymmetric(weight: torch.Tensor) -> object:
-        offset = pack_quantized.to_npu_offset(zero_points, scale, 4)
-        return pack_quantized.to_npu_weight(weight, 4), offset
+    route = f"w{bits}a16-g{GROUP_SIZE}{'-asym' if asymmetric else ''}"
+    run = kernel.process_weights_after_loading
+    return measure(route, k * n * bits // 8, make, run)
 
-    def static(weight: torch.Tensor) -> object:
-        zero_point = torch.tensor([3], dtype=torch.int32)
-        return int_quantized.int32_bias(weight, zero_point, None, channel_scale)
 
+def int8(k: int, n: int, static: bool, asymmetric: bool) -> Result:
+    """Measure what the int8 kernel does with a layer."""
+    names = ["weight", "scale", "input_scale", "input_zero_point", "azp_adj"]
+    config = Int8ScaledMMLinearLayerConfig(
+        is_static_input_scheme=static,
+        is_channelwise=True,
+        input_symmetric=not asymmetric,
+    )
+    kernel = AscendInt8ScaledMMLinearKernel(config, names)
+
+    def make() -> torch.nn.Module:
+        return parameters(
+            weight=torch.randint(-128, 128, (n, k), dtype=torch.int8),
+            scale=torch.rand(n, 1),
+            input_scale=torch.rand(1),
+            input_zero_point=torch.ones(1, dtype=torch.int8),
+        )
+
+    kind = "static" if static else "dynamic"
+    route = f"w8a8-channel-{kind}{'-asym' if asymmetric else ''}"
+    return measure(route, k * n, make, kernel.process_weights_after_loading)
+
+
+def unpack_transpose_pack(k: int, n: int) -> Result:
+    """Measure how else int4 weights are brought to the NPU."""
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        values = unpack_from_int32(weight, 4, torch.Size((n, k)))
+        widened = values.t().contiguous().int()
+        packed: torch.Tensor = torch.ops.npu.npu_convert_weight_to_int4pack(widened)
+        return packed
+
+    def make() -> torch.Tensor:
+        return packed_weight(4, k, n)
+
+    return measure("w4a16, unpack-transpose-pack", k * n // 2, make, run)
+
+
+def routes(k: int, n: int) -> list[Result]:
+    """Measure every scheme's load."""
     return [
-        measure("w4a16", packed(4), lambda w: pack_quantized.to_npu_weight(w, 4)),
-        measure("w4a16, unpack-transpose-pack", packed(4), repack),
-        measure("w4a16 asymmetric, with offsets", packed(4), asymmetric),
-        measure("w8a16", packed(8), lambda w: pack_quantized.to_npu_weight(w, 8)),
-        measure("w8a8 dynamic", int8, lambda w: w.t()),
-        measure("w8a8 dynamic asymmetric", int8, int_quantized.weight_sum),
-        measure("w8a8 static asymmetric", int8, static),
+        weight_only(4, k, n, asymmetric=False),
+        unpack_transpose_pack(k, n),
+        weight_only(4, k, n, asymmetric=True),
+        weight_only(8, k, n, asymmetric=False),
+        weight_only(8, k, n, asymmetric=True),
+        *(
+            int8(k, n, static, asymmetric)
+            for static, asymmetric in product((False, True), repeat=2)
+        ),
     ]
 
 

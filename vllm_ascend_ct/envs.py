@@ -8,12 +8,7 @@ from collections.abc import Sequence
 EMULATE = "VLLM_ASCEND_CT_EMULATE"
 SOC = "VLLM_ASCEND_CT_SOC"
 
-ENVIRONMENT_VARIABLES = {
-    EMULATE: "1: emulate the NPU operators on CPU; 0: NPU only; unset: emulate only "
-    "where torch_npu is not installed",
-    SOC: "chip whose operator limits apply: A2, A3, 310P or A5; unset: the chip "
-    "vllm-ascend was installed for, A2 when emulating",
-}
+ENVIRONMENT_VARIABLES = (EMULATE, SOC)
 
 
 def requested_plugins() -> list[str]:

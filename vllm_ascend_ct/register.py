@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """What this package hooks into vLLM, all through vLLM's public registries."""
 
+import os
 from functools import cache
 
 from vllm_ascend_ct import ascend_base, envs
@@ -24,16 +25,16 @@ def register() -> None:
     if current_platform._enum is not PlatformEnum.OOT:
         raise PlatformError(
             f"vLLM runs on {type(current_platform).__name__}, no Ascend platform",
-            where=f"VLLM_PLUGINS={','.join(envs.requested_plugins())}",
+            where=f"VLLM_PLUGINS={','.join(envs.requested_plugins())}, "
+            f"VLLM_TARGET_DEVICE={os.environ.get('VLLM_TARGET_DEVICE', 'unset')}",
             supported="ascend_ct alone, or ascend,ascend_ct beside vllm-ascend",
-            remedy="Unset VLLM_TARGET_DEVICE, which turns platform plugins off",
+            remedy="Name ascend only where vllm-ascend is installed, and unset "
+            "VLLM_TARGET_DEVICE, which turns platform plugins off",
         )
     if isinstance(current_platform, AscendCTPlatformMixin):
         current_platform.prepare_process()
     else:
-        from vllm_ascend_ct.ops.soc import set_default_soc
-
-        set_default_soc(ascend_base.soc())
+        ascend_base.prepare_process()
     register_quantization_config()
     register_linear_kernels()
 
@@ -56,11 +57,10 @@ def register_quantization_config() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
-        AscendCompressedTensorsConfig,
+        AscendCTConfig,
     )
 
-    ascend_base.import_compressed_tensors_config()
-    register_quantization_config("compressed-tensors")(AscendCompressedTensorsConfig)
+    register_quantization_config("compressed-tensors")(AscendCTConfig)
 
 
 def register_linear_kernels() -> None:

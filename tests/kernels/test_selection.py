@@ -59,7 +59,12 @@ def test_accepted(config: MPLinearLayerConfig) -> None:
         (mp_config(group_size=48), "group_size=48"),
         (mp_config(shape=(65536, 8)), "K=65536; supported: 1 to 65535"),
         (mp_config(shape=(128, 65536)), "N=65536; supported: 1 to 65535"),
-        (mp_config(group_size=-1, shape=(100, 8)), "K=100; supported for int4: mul"),
+        (mp_config(group_size=-1, shape=(100, 8)), "K=100; supported: multiples of 8"),
+        (
+            mp_config(scalar_types.uint8, -1, shape=(102, 8)),
+            "K=102; supported: multiples of 4",
+        ),
+        (mp_config(group_size=-1, shape=(64, 1)), "N=1; supported for int4: 2"),
         (mp_config(act_type=torch.float32), "activation dtype torch.float32"),
     ],
 )
@@ -91,3 +96,11 @@ def test_asymmetric_dynamic_activations(
     result, reason = AscendInt8ScaledMMLinearKernel.can_implement(config)
     assert result is accepted
     assert accepted or reason is not None and "npu_dynamic_quant_asymmetric" in reason
+
+
+def test_g_idx_is_refused() -> None:
+    """Releases before 0.30 pass checkpoints with activation ordering on."""
+    config = mp_config()
+    config.has_g_idx = True
+    accepted, reason = AscendWNA16LinearKernel.can_implement(config)
+    assert not accepted and reason is not None and "g_idx" in reason

@@ -29,9 +29,9 @@ COLUMN_CASES = (qkv_case(256, heads=4, kv_heads=2), gate_up_case(256, 320))
 ROW_CASES = (row_case(512, 192), row_case(256, 192))
 
 
-# A tolerance covers the rounding of the weights and of the result. What ranks exchange
-# is rounded once more.
-EXCHANGE = math.sqrt(3 / 2)
+# A tolerance covers two roundings, of the weights and of the result; what ranks
+# exchange is rounded a third time.
+REDUCED = math.sqrt(3 / 2)
 
 
 def _column_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> float:
@@ -62,13 +62,14 @@ def _reduced_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> fl
     assert formula.bias is not None
     inputs, products = _row_inputs(case, formula, dtype)
     expected = sum(products, formula.bias.double())
-    return relative_error(layer(inputs[rank])[0], expected) / EXCHANGE
+    return relative_error(layer(inputs[rank])[0], expected)
 
 
+# What is checked, over which layers, with how much of the tolerance.
 CHECKS = (
-    (_column_error, COLUMN_CASES),
-    (_row_error, ROW_CASES),
-    (_reduced_error, ROW_CASES),
+    (_column_error, COLUMN_CASES, 1),
+    (_row_error, ROW_CASES, 1),
+    (_reduced_error, ROW_CASES, REDUCED),
 )
 
 
@@ -79,11 +80,11 @@ def _run(rank: int, port: int) -> None:
     failures = []
     with tensor_parallel(rank, WORLD_SIZE, port):
         for scheme, dtype in product(SCHEMES, (torch.bfloat16, torch.float16)):
-            for check, cases in CHECKS:
+            for check, cases, roundings in CHECKS:
                 for case in cases:
                     torch.manual_seed(0)
                     error = check(rank, case, scheme, dtype)
-                    if not error < tolerance(scheme, dtype):
+                    if not error < tolerance(scheme, dtype) * roundings:
                         failures.append((scheme, dtype, check.__name__, error))
     assert not failures, failures
 

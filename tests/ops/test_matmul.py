@@ -71,6 +71,15 @@ def test_weight_quant_batchmatmul_contiguous_weights(dtype: torch.dtype) -> None
         assert relative_error(call.run(), expected) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("shape", [(N,), (1, N), (1,), (1, 1)], ids=str)
+def test_weight_quant_batchmatmul_shapes_of_one_group(shape: tuple[int, ...]) -> None:
+    call = weight_quant_call(group=0)
+    call.args[2], call.args[3] = scales(*shape, dtype=torch.bfloat16), None
+    weight = integers(call.args[1]) * call.args[2].double()
+    expected = call.args[0].double() @ weight
+    assert relative_error(call.run(), expected) < 3e-3
+
+
 @DTYPES
 def test_weight_quant_batchmatmul_bias(dtype: torch.dtype) -> None:
     call = weight_quant_call(dtype)
@@ -103,6 +112,9 @@ def test_derived_weights_follow_changes_and_die_with_their_source() -> None:
     assert not torch.equal(after, before)
     assert relative_error(after, weight_quant_formula(call)) < 3e-3
     assert len(dequantized_weights) == 1
+    # As vLLM writes weights when it loads others into a running engine.
+    call.args[1].data.bitwise_xor_(0x22222222)
+    assert relative_error(call.run(), weight_quant_formula(call)) < 3e-3
     other = weight_quant_call()
     del call
     other.run()

@@ -65,6 +65,16 @@ REFUSED: dict[str, Callable[[], Call]] = {
     "group_size=16": lambda: weight_quant(antiquant_group_size=16),
     "K=65536; supported: 1 to 65535": lambda: too_wide(65536, 8),
     "N=65536; supported: 1 to 65535": lambda: too_wide(8, 65536),
+    "antiquant_offset is .* supported: the same shape": lambda: weight_quant(
+        {2: scales(1, N, dtype=BF16), 3: scales(N, dtype=BF16)}, antiquant_group_size=0
+    ),
+    "weight is int32 .0, 48.*not empty": lambda: weight_quant(
+        {1: packed_int4(N, 0).t()}
+    ),
+    "x is bfloat16 .0, 128.*not empty": lambda: weight_quant({0: x()[:0]}),
+    "N=1; supported for int4": lambda: weight_quant(
+        {1: packed_int4(1, K // 8).t(), 2: scales(1, 4, dtype=BF16).t(), 3: None}
+    ),
     "activation dtype torch.float32": lambda: weight_quant({0: torch.randn(M, K)}),
     "K of x is 64, of the weight 128": lambda: weight_quant(
         {0: torch.randn(M, 64).bfloat16()}
@@ -116,6 +126,7 @@ REFUSED: dict[str, Callable[[], Call]] = {
     ),
     "K of x1 is 128, of x2 64": lambda: quant({1: int8(N, 64).t()}),
     "x1 is bfloat16": lambda: quant({0: x()}),
+    "x1 is int8 .0, 128.*not empty": lambda: quant({0: int8(0, K)}),
     "group_sizes": lambda: quant(group_sizes=[1, 128, 128]),
     # activations
     "input is bfloat16 .128,.": lambda: of("npu_dynamic_quant", {0: x()[0]}),
@@ -129,12 +140,19 @@ REFUSED: dict[str, Callable[[], Call]] = {
     "scales is float16 .* div_mode=True": lambda: of(
         "npu_quantize", {1: scales(1).half()}
     ),
+    "zero_points is int32 .2,.*supported: the same shape": lambda: of(
+        "npu_quantize", {2: torch.zeros(2, dtype=torch.int32)}
+    ),
+    "zero_points is int32 .1,.*torch.bfloat16": lambda: of(
+        "npu_quantize", {1: scales(1, dtype=BF16)}
+    ),
     "zero_points is int64": lambda: of("npu_quantize", {2: torch.tensor([3])}),
     "dtype=14; emulated: qint8": lambda: of("npu_quantize", {3: torch.qint32}),
     "axis=2": lambda: of("npu_quantize", {4: 2}),
     # weights
     "round_mode=2": lambda: of("npu_trans_quant_param", round_mode=2),
     r"got float32 \(4, 12\)": lambda: of("npu_trans_quant_param", {0: scales(4, 12)}),
+    r"sizes \[48, 3\]": lambda: of("npu_trans_quant_param", offset=torch.zeros(3)),
     r"weight is int32 \(2, 8, 8\)": lambda: of(
         "npu_convert_weight_to_int4pack", {0: torch.zeros(2, 8, 8, dtype=torch.int32)}
     ),
@@ -177,3 +195,22 @@ def test_int4_weights_on_310p(monkeypatch: pytest.MonkeyPatch) -> None:
         weight_quant_call(torch.float16).run()
     with pytest.raises(OperatorLimitError, match="on 310P .* torch.bfloat16"):
         weight_quant_call(bits=8).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": torch.zeros(N).half()}, "bias is float16"),
+        ({"output_dtype": BF16}, "output dtype torch.bfloat16"),
+        ({"output_dtype": torch.int32}, "output dtype torch.int32"),
+    ],
+)
+def test_int8_matmul_on_310p(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    quant(output_dtype=torch.float16).run()
+    with pytest.raises(OperatorLimitError, match=f"on 310P .* {message}"):
+        quant(**{"output_dtype": torch.float16, **changes}).run()
+    with pytest.raises(OperatorLimitError, match="supported: a transposed view"):
+        quant({1: int8(K, N)}, output_dtype=torch.float16).run()

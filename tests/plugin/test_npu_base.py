@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugin.fresh import run_ok
+from tests.plugin.fresh import run, run_ok
 from tests.plugin.test_register import OURS, STATE
 
 FILES = {
     "torch_npu/__init__.py": """
+import os
+
 class npu:
-    device_count = staticmethod(lambda: 1)
+    device_count = staticmethod(lambda: int(os.environ.get("STUB_DEVICES", "1")))
 """,
     "vllm_ascend/__init__.py": """
 ran = []
@@ -127,7 +129,23 @@ def test_beside_vllm_ascend(npu_host: Path) -> None:
     out = run_ok(
         SCRIPT, path=npu_host, VLLM_PLUGINS="ascend,ascend_ct,ascend_kv_connector"
     )
-    assert out.splitlines() == ["NPUPlatform True", OURS, "['connector']"]
+    assert out.splitlines() == ["NPUPlatform True", OURS, "['connector', 'model']"]
+
+
+@pytest.mark.parametrize("emulate", [None, "0"])
+def test_no_device(npu_host: Path, emulate: str | None) -> None:
+    """Never a silent fallback; asked of the process that configures the engine."""
+    result = run(
+        SCRIPT,
+        path=npu_host,
+        VLLM_PLUGINS="ascend_ct",
+        VLLM_ASCEND_CT_EMULATE=emulate,
+        STUB_DEVICES="0",
+    )
+    assert (result.returncode == 0) is (emulate == "0")
+    if emulate is None:
+        assert "no NPU answers (VLLM_ASCEND_CT_EMULATE=unset)" in result.stderr
+        assert "Check `npu-smi info`" in result.stderr
 
 
 def test_named_plugins_do_not_run_twice(npu_host: Path) -> None:

@@ -14,8 +14,8 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
-    AscendCompressedTensorsConfig,
-    AscendCompressedTensorsLinearMethod,
+    AscendCTConfig,
+    AscendCTLinearMethod,
 )
 
 PREFIX = "model.layers.3.mlp.down_proj"
@@ -38,12 +38,12 @@ TOKEN = ints(8, "token", dynamic=True)
 
 def config(
     weights: Any, inputs: Any = None, fmt: str = "pack-quantized", **more: Any
-) -> AscendCompressedTensorsConfig:
+) -> AscendCTConfig:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     made = get_quantization_config("compressed-tensors").from_config(
         {"config_groups": {"group_0": group}, "format": fmt, **more}
     )
-    assert type(made) is AscendCompressedTensorsConfig
+    assert type(made) is AscendCTConfig
     return made
 
 
@@ -66,7 +66,7 @@ def test_what_vllm_ascend_reads_off_any_config() -> None:
     assert not hasattr(made, "get_kv_quant_dtype")
     layer = ReplicatedLinear(8, 8)
     method = made.get_quant_method(layer, PREFIX, tid2eid=None)
-    assert isinstance(method, AscendCompressedTensorsLinearMethod)
+    assert isinstance(method, AscendCTLinearMethod)
 
 
 def test_linear_method_is_what_vllm_ascend_expects() -> None:
@@ -83,7 +83,7 @@ def test_parameters_follow_a_layer_that_does_not_split() -> None:
     made = config(W4)
     layer.scheme = made.get_scheme(layer, PREFIX)
     del layer.weight
-    AscendCompressedTensorsLinearMethod(made).create_weights(
+    AscendCTLinearMethod(made).create_weights(
         layer,
         input_size_per_partition=256,
         output_partition_sizes=[64],

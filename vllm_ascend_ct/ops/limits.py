@@ -70,6 +70,9 @@ class WeightQuantBatchMatmulLimits:
                 return f"{name}={size}; supported: 1 to {self.max_size}"
         if weight_bits == 4 and k % _INT4_PER_INT32:
             return f"K={k}; supported for int4: multiples of {_INT4_PER_INT32}"
+        if weight_bits == 4 and n == 1:
+            # torch_npu's meta function takes the transposed view for a [K, 8] weight.
+            return "N=1; supported for int4: 2 and more"
         if group_size and not (
             group_size % self.group_multiple == 0
             and self.group_multiple <= group_size < k
@@ -96,7 +99,8 @@ class QuantMatmulOperands:
 
 _FLOAT32_BFLOAT16 = (torch.float32, torch.bfloat16)
 # int8 x int8, by output dtype and whether there is a pertoken_scale.
-_QUANT_MATMUL_OPERANDS = {
+_OperandTable = dict[tuple[torch.dtype, bool], QuantMatmulOperands]
+_OPERANDS: _OperandTable = {
     (torch.float16, False): QuantMatmulOperands((torch.int64, torch.float32)),
     (torch.int8, False): QuantMatmulOperands(
         (torch.int64, torch.float32), offset=(torch.float32,)
@@ -112,19 +116,29 @@ _QUANT_MATMUL_OPERANDS = {
         _FLOAT32_BFLOAT16, (torch.int32, *_FLOAT32_BFLOAT16)
     ),
 }
+_OPERANDS_310P: _OperandTable = {
+    (torch.float16, False): _OPERANDS[torch.float16, False],
+    (torch.int8, False): _OPERANDS[torch.int8, False],
+    (torch.float16, True): QuantMatmulOperands((torch.float32,)),
+}
 
 
 @dataclass(frozen=True)
 class QuantMatmulLimits:
-    """`npu_quant_matmul` with int8 activations and int8 weights."""
+    """`npu_quant_matmul` with int8 activations and int8 weights.
 
-    out_dtypes: tuple[torch.dtype, ...] = (
-        torch.float16,
-        torch.bfloat16,
-        torch.int8,
-        torch.int32,
-    )
+    Attributes:
+        operands: What the other operands may be, by output dtype and whether there is
+            a pertoken_scale.
+        max_size: Of the axis of an operand that is contiguous in memory.
+        transposed_nz: Whether the weight has to be the transposed view of a
+            FRACTAL_NZ tensor.
+
+    """
+
+    operands: _OperandTable = field(default_factory=lambda: _OPERANDS)
     max_size: int = 65535
+    transposed_nz: bool = False
 
     def refusal(self, out_dtype: torch.dtype, inner_sizes: list[int]) -> str | None:
         """Why a product cannot be computed, or None.
@@ -134,18 +148,13 @@ class QuantMatmulLimits:
             inner_sizes: size of the contiguous axis of each operand.
 
         """
-        if out_dtype not in self.out_dtypes:
-            return f"output dtype {out_dtype}; supported: {_names(self.out_dtypes)}"
+        out_dtypes = tuple(dict.fromkeys(dtype for dtype, _ in self.operands))
+        if out_dtype not in out_dtypes:
+            return f"output dtype {out_dtype}; supported: {_names(out_dtypes)}"
         for size in inner_sizes:
             if not 1 <= size <= self.max_size:
                 return f"inner axis of size {size}; supported: 1 to {self.max_size}"
         return None
-
-    def operands(
-        self, out_dtype: torch.dtype, pertoken: bool
-    ) -> QuantMatmulOperands | None:
-        """Dtypes of the other operands; None where there is no such kernel."""
-        return _QUANT_MATMUL_OPERANDS.get((out_dtype, pertoken))
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ LIMITS = {
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(
             x_dtypes=_FLOAT16, weight_bits=(8,)
         ),
-        quant_matmul=QuantMatmulLimits(out_dtypes=(torch.float16, torch.int8)),
+        quant_matmul=QuantMatmulLimits(_OPERANDS_310P, transposed_nz=True),
         dynamic_quant=ActivationQuantLimits(x_dtypes=_FLOAT16, k_multiple=32),
         dynamic_quant_asymmetric=None,
         quantize=ActivationQuantLimits(x_dtypes=_FLOAT16),

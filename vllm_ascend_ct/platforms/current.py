@@ -6,47 +6,38 @@ Chosen while this module is imported: vLLM stops at an error here, whereas after
 error in the plugin function it would go on with its own CPU platform.
 """
 
+import importlib
 import importlib.util
 
-from vllm_ascend_ct import ascend_base, envs
+from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import PlatformError
 
 __all__ = ["AscendCTPlatform"]
-
-_SUPPORTED = "an NPU host with torch_npu and vllm-ascend, or emulation on CPU"
-_EMULATE_INSTEAD = f"set {envs.EMULATE}=1 to emulate the operators on CPU"
 
 
 def is_emulated() -> bool:
     """Choose between the two bases.
 
     Raises:
-        PlatformError: The NPU base is due and cannot run.
+        PlatformError: The NPU base is due and something that it needs is missing.
 
     """
     emulate = envs.emulate()
     has_torch_npu = importlib.util.find_spec("torch_npu") is not None
     if emulate or (emulate is None and not has_torch_npu):
         return True
-    where = f"{envs.EMULATE}={'unset' if emulate is None else int(emulate)}"
-    if not has_torch_npu or not ascend_base.is_installed():
-        missing = "vllm-ascend" if has_torch_npu else "torch_npu"
-        raise PlatformError(
-            f"{missing} is not installed",
-            where=where,
-            supported=_SUPPORTED,
-            remedy=f"Install {missing}, or {_EMULATE_INSTEAD}",
-        )
-    import torch_npu
-
-    if torch_npu.npu.device_count() == 0:
-        raise PlatformError(
-            "torch_npu is installed but no NPU answers",
-            where=where,
-            supported=_SUPPORTED,
-            remedy="Check `npu-smi info`, the driver, ASCEND_RT_VISIBLE_DEVICES and "
-            f"the devices mapped into the container, or {_EMULATE_INSTEAD}",
-        )
+    for package in ("torch_npu", "vllm_ascend"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise PlatformError(
+                f"{package} cannot be imported: {error}",
+                where=f"{envs.EMULATE}={'unset' if emulate is None else '0'}",
+                supported="a host with torch_npu, vllm-ascend and CANN's environment "
+                "set, or emulation on CPU",
+                remedy=f"Install {package} and source CANN's set_env.sh, or set "
+                f"{envs.EMULATE}=1 to emulate the operators",
+            ) from error
     return False
 
 

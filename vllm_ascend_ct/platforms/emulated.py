@@ -21,7 +21,6 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
     """
 
     _enum = PlatformEnum.OOT
-    device_name = "cpu"
 
     def is_cpu(self) -> bool:
         return True
@@ -39,8 +38,8 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
     def announce(cls) -> None:
         super().announce()
         logger.warning_once(
-            "Emulating the NPU operators on CPU: results and limits are the NPU's, "
-            "speed is not. On an NPU host install torch_npu and vllm-ascend, or set "
-            "%s=0 to be refused instead.",
+            "Emulating the NPU operators on CPU: results and limits follow their "
+            "documents, speed does not. On an NPU host install torch_npu and "
+            "vllm-ascend, or set %s=0 to be refused instead.",
             envs.EMULATE,
         )

@@ -47,10 +47,10 @@ class AscendCTPlatformMixin(_Base):
         if quantization != "compressed-tensors":
             return quant_config_cls
         from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
-            AscendCompressedTensorsConfig,
+            AscendCTConfig,
         )
 
-        return AscendCompressedTensorsConfig
+        return AscendCTConfig
 
     @classmethod
     def pre_register_and_update(

@@ -2,10 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The platform for NPU hosts."""
 
+import torch_npu
 from vllm_ascend.platform import NPUPlatform
 
 from vllm_ascend_ct import ascend_base, envs
-from vllm_ascend_ct.ops.soc import set_default_soc
+from vllm_ascend_ct.errors import PlatformError
 from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
 
 
@@ -14,6 +15,19 @@ class NPUAscendCTPlatform(AscendCTPlatformMixin, NPUPlatform):
 
     @classmethod
     def prepare_process(cls) -> None:
-        """Run what `VLLM_PLUGINS` keeps vLLM from running; torch_npu has the rest."""
-        set_default_soc(ascend_base.soc())
-        ascend_base.load_general_plugins(loaded=envs.requested_plugins())
+        ascend_base.prepare_process()
+
+    @classmethod
+    def announce(cls) -> None:
+        super().announce()
+        # Asked of the process that configures the engine only: a frontend or a Ray head
+        # may well see no device.
+        if envs.emulate() is None and torch_npu.npu.device_count() == 0:
+            raise PlatformError(
+                "torch_npu is installed but no NPU answers",
+                where=f"{envs.EMULATE}=unset",
+                supported="a host with an NPU, or emulation on CPU",
+                remedy="Check `npu-smi info`, the driver, ASCEND_RT_VISIBLE_DEVICES "
+                f"and the devices mapped into the container, or set {envs.EMULATE}=1 "
+                f"to emulate; {envs.EMULATE}=0 skips this check",
+            )

@@ -2,31 +2,53 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """From the `int-quantized` format to what the int8 operators read.
 
-On disk a weight is int8 `[N, K]`; the operators take its transposed view.
+On disk a weight is int8 `[N, K]`; the operators take its transposed view, or `[K, N]`
+in the memory format that the NPU's matrix unit reads fastest.
 """
 
 import torch
 
+_FRACTAL_NZ = 29
+_ROWS_AT_ONCE = 256
 # Leaves the int32 accumulator room for the product itself.
 _MAX_INT32_BIAS = 2**30
 
 
+def to_npu_weight(weight: torch.Tensor, nz: bool, transposed_nz: bool) -> torch.Tensor:
+    """Turn a weight into an operator's.
+
+    Args:
+        weight: int8 `[N, K]`, contiguous.
+        nz: Whether to hold it in FRACTAL_NZ, which copies it.
+        transposed_nz: Whether to cast it as it is and transpose the view.
+
+    Returns:
+        int8 `[K, N]`.
+
+    """
+    if transposed_nz:
+        return torch.ops.npu.npu_format_cast(weight, _FRACTAL_NZ).t()
+    if nz:
+        return torch.ops.npu.npu_format_cast(weight.t().contiguous(), _FRACTAL_NZ)
+    return weight.t()
+
+
 def weight_sum(weight: torch.Tensor) -> torch.Tensor:
     """Sum int8 `[N, K]` over K, exactly: int32 `[N]`."""
-    return weight.sum(dim=1, dtype=torch.int32)
+    # torch widens what it sums to a tensor of its own: some rows at a time.
+    parts = [rows.sum(dim=1, dtype=torch.int32) for rows in weight.split(_ROWS_AT_ONCE)]
+    return torch.cat(parts)
 
 
 def int32_bias(
-    weight: torch.Tensor,
-    zero_point: torch.Tensor | None,
+    zero_point_share: torch.Tensor | None,
     bias: torch.Tensor | None,
     dequant_scale: torch.Tensor,
 ) -> torch.Tensor | None:
     """Fold a zero point and a bias into what is added to the int32 product.
 
     Args:
-        weight: int8 `[N, K]`.
-        zero_point: int32 `[1]` of the activations.
+        zero_point_share: int32 `[N]`, what the activations' zero point adds.
         bias: `[N]`.
         dequant_scale: fp32 `[N]`, scale of the activations times that of the weight.
 
@@ -34,19 +56,18 @@ def int32_bias(
         int32 `[N]`, None if there is nothing to add.
 
     Raises:
-        ValueError: The bias does not fit next to the product.
+        ValueError: The sum does not fit next to the product.
 
     """
-    if zero_point is None and bias is None:
-        return None
-    total = torch.zeros_like(dequant_scale, dtype=torch.float64)
-    if zero_point is not None:
-        total -= weight_sum(weight).double() * zero_point
-    if bias is not None:
-        total += (bias.double() / dequant_scale.double()).round()
+    if bias is None:
+        return zero_point_share
+    # On the host, because NPUs have no float64.
+    total = (bias.cpu().double() / dequant_scale.cpu().double()).round()
+    if zero_point_share is not None:
+        total += zero_point_share.cpu()
     if not bool((total.abs() <= _MAX_INT32_BIAS).all()):
         raise ValueError(
             f"bias / (input_scale * weight_scale) reaches {total.abs().max():.3g}, "
             f"supported up to {_MAX_INT32_BIAS}"
         )
-    return total.to(torch.int32)
+    return total.to(dequant_scale.device, torch.int32)

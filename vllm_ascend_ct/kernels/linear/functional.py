@@ -43,7 +43,7 @@ def weight_quant_matmul(
         bias=bias,
         antiquant_group_size=group_size,
     )
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def dynamic_quant_matmul(
@@ -73,7 +73,7 @@ def dynamic_quant_matmul(
         bias=bias,
         output_dtype=x.dtype,
     )
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def dynamic_asymmetric_quant_matmul(
@@ -110,7 +110,7 @@ def dynamic_asymmetric_quant_matmul(
     y = y * x_scale.unsqueeze(1) * weight_scale
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def static_quant_matmul(
@@ -142,4 +142,4 @@ def static_quant_matmul(
     y = torch.ops.npu.npu_quant_matmul(
         q, weight, dequant_scale, bias=bias, output_dtype=x.dtype
     )
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -5,6 +5,7 @@
 They refuse what the NPU would refuse (`ops/limits.py`).
 """
 
+import contextlib
 import importlib.util
 from functools import cache
 
@@ -23,7 +24,7 @@ from vllm_ascend_ct.ops.emulated.registry import OPERATORS
 def install() -> torch.library.Library:
     """Make the emulated operators available as `torch.ops.npu.*` on CPU tensors.
 
-    Where torch_npu is installed its operator definitions and meta functions stay and
+    Where torch_npu can be imported its operator definitions and meta functions stay and
     only CPU kernels are added. A second call does nothing.
 
     Returns:
@@ -31,7 +32,9 @@ def install() -> torch.library.Library:
 
     """
     if importlib.util.find_spec("torch_npu") is not None:
-        import torch_npu  # noqa: F401
+        # Without CANN it cannot be imported, and defines nothing.
+        with contextlib.suppress(ImportError):
+            import torch_npu  # noqa: F401
     library = torch.library.Library("npu", "FRAGMENT")
     for operator in OPERATORS:
         name = f"npu::{operator.name}"

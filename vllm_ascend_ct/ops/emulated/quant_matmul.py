@@ -55,7 +55,9 @@ def _quant_matmul_fake(
     limits = current_limits().quant_matmul
     if reason := limits.refusal(out_dtype, inner_sizes):
         refuse(_NAME, reason)
-    operands = limits.operands(out_dtype, pertoken_scale is not None)
+    if limits.transposed_nz and not is_transposed(x2):
+        refuse(_NAME, f"x2 is {describe(x2)}; supported: a transposed view")
+    operands = limits.operands.get((out_dtype, pertoken_scale is not None))
     if operands is None:
         refuse(_NAME, f"{out_dtype} output with a pertoken_scale")
     for argument, vector, dtypes, sizes in (

@@ -182,9 +182,15 @@ def _quantize_fake(
         refuse(name, f"axis={axis} of an input that is {describe(input)}")
     sizes = (1, input.shape[axis])
     scale_dtypes = zero_point_dtypes = [input.dtype]
-    if div_mode:
-        scale_dtypes = [torch.float32, torch.bfloat16]
-        zero_point_dtypes = [torch.int8, torch.uint8, torch.int32, torch.bfloat16]
+    if div_mode and scales.dtype != torch.bfloat16:
+        scale_dtypes = [torch.float32]
+        zero_point_dtypes = [torch.int8, torch.uint8, torch.int32]
+    if zero_points is not None and zero_points.shape != scales.shape:
+        refuse(
+            name,
+            f"zero_points is {describe(zero_points)}, scales is {describe(scales)}; "
+            "supported: the same shape",
+        )
     for argument, tensor, dtypes in (
         ("scales", scales, scale_dtypes),
         ("zero_points", zero_points, zero_point_dtypes),
@@ -223,14 +229,14 @@ def npu_quantize(
     zero_points)`, in fp32.
 
     Source: op-plugin `torch_npu-npu_quantize.md`, `QuantizeKernelNpuOpApi.cpp`;
-    ops-nn `quant/ascend_quant_v2`.
+    ops-nn `quant/quantize` (`aclnn_quantize.cpp`), `quant/ascend_quant_v2`.
 
     Args:
         input: fp16 or bf16.
-        scales: `[1]` or as long as `axis`; fp32 or bf16 with `div_mode`, else of the
-            input's dtype.
-        zero_points: Like `scales`; integer or bf16 with `div_mode`, else of the
-            input's dtype.
+        scales: `[1]` or as long as `axis`; fp32 with `div_mode`, else (or with a bf16
+            input) of the input's dtype.
+        zero_points: Shape of `scales`; integers for fp32 scales, else of the input's
+            dtype.
         dtype: `torch.qint8`.
         axis: The axis that `scales` runs along; without `div_mode` the last one, or
             the second last for -2.

@@ -108,7 +108,9 @@ def is_transposed(tensor: torch.Tensor) -> bool:
 
 
 def check_layout(name: str, argument: str, tensor: torch.Tensor) -> None:
-    """Refuse strides that the matrix operators would copy or misread."""
+    """Refuse what the matrix operators would copy, misread or have no kernel for."""
+    if tensor.numel() == 0:
+        refuse(name, f"{argument} is {describe(tensor)}; supported: not empty")
     if not (tensor.is_contiguous() or is_transposed(tensor)):
         refuse(
             name,

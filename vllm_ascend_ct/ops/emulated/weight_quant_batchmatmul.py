@@ -51,10 +51,11 @@ def _check_antiquant(
             f"{argument} is {describe(tensor)}; emulated: {x.dtype} like x, of one of "
             f"the shapes {shapes}",
         )
+    if not group_size:
+        return
     # The kernel reads the memory of a group-wise scale in the weight's own order.
     transposed = is_transposed(weight)
-    ordered = is_transposed(tensor) if transposed else tensor.is_contiguous()
-    if group_size and not ordered:
+    if not (is_transposed(tensor) if transposed else tensor.is_contiguous()):
         refuse(
             _NAME,
             f"{argument} is {describe(tensor)}, weight is {describe(weight)}; "
@@ -88,6 +89,7 @@ def _weight_quant_batchmatmul_fake(
             "int8 or int32 (packed int4) weight",
         )
     check_layout(_NAME, "weight", weight)
+    check_layout(_NAME, "x", x)
     k, n = _weight_size(weight)
     if x.shape[1] != k:
         refuse(_NAME, f"K of x is {x.shape[1]}, of the weight {k}")
@@ -95,12 +97,19 @@ def _weight_quant_batchmatmul_fake(
         x.dtype, _WEIGHT_BITS[weight.dtype], k, n, antiquant_group_size
     ):
         refuse(_NAME, reason)
-    for argument, tensor in (
-        ("antiquant_scale", antiquant_scale),
-        ("antiquant_offset", antiquant_offset),
-    ):
-        if tensor is not None:
-            _check_antiquant(argument, tensor, x, weight, antiquant_group_size)
+    _check_antiquant(
+        "antiquant_scale", antiquant_scale, x, weight, antiquant_group_size
+    )
+    if antiquant_offset is not None:
+        _check_antiquant(
+            "antiquant_offset", antiquant_offset, x, weight, antiquant_group_size
+        )
+        if antiquant_offset.shape != antiquant_scale.shape:
+            refuse(
+                _NAME,
+                f"antiquant_offset is {describe(antiquant_offset)}, antiquant_scale is "
+                f"{describe(antiquant_scale)}; supported: the same shape",
+            )
     if bias is not None and (
         bias.dtype != limits.bias_dtype(x.dtype)
         or tuple(bias.shape) not in ((n,), (1, n))

@@ -31,7 +31,10 @@ def _trans_quant_param_fake(
         ):
             supported = "contiguous float32 (n,) or (1, n)"
             refuse(name, f"got {describe(tensor)}; supported: {supported}")
-    longest = scale if offset is None or len(offset) <= len(scale) else offset
+    sizes = [scale.numel(), scale.numel() if offset is None else offset.numel()]
+    if sizes[0] != sizes[1] and 1 not in sizes:
+        refuse(name, f"sizes {sizes}; supported: the same, or one of them 1")
+    longest = scale if offset is None or offset.numel() <= scale.numel() else offset
     return scale.new_empty(longest.shape, dtype=torch.int64)
 
 

@@ -39,7 +39,7 @@ _REMEDY = (
 )
 
 
-class AscendCompressedTensorsConfig(CompressedTensorsConfig):
+class AscendCTConfig(CompressedTensorsConfig):
     """Serves with NPU kernels, and refuses by name what they cannot serve."""
 
     # vllm-ascend asks these of any config (attention backends, KV connectors).
@@ -89,7 +89,7 @@ class AscendCompressedTensorsConfig(CompressedTensorsConfig):
         except ValueError as error:
             raise _refused(str(error), prefix) from error
         if type(method) is CompressedTensorsLinearMethod:
-            return AscendCompressedTensorsLinearMethod(self)
+            return AscendCTLinearMethod(self)
         if isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod:
             return ascend_base.unquantized_linear_method() or method
         return method
@@ -113,7 +113,7 @@ class AscendCompressedTensorsConfig(CompressedTensorsConfig):
 
 
 @register_weight_loader_v2_supported_method
-class AscendCompressedTensorsLinearMethod(CompressedTensorsLinearMethod):
+class AscendCTLinearMethod(CompressedTensorsLinearMethod):
     """Upstream's linear method, with what vllm-ascend's layers need besides."""
 
     # vllm-ascend takes a layer to be unquantized where this stays None.

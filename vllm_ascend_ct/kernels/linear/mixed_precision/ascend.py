@@ -38,7 +38,12 @@ class AscendWNA16LinearKernel(MPLinearKernel):
         if c.weight_type not in _WEIGHT_TYPES:
             supported = ", ".join(map(str, _WEIGHT_TYPES))
             return False, f"weight type {c.weight_type}; supported: {supported}"
+        if getattr(c, "has_g_idx", False):
+            return False, "activation ordering with g_idx; supported: without"
         k, n = c.partition_weight_shape
+        per_word = 32 // c.weight_type.size_bits
+        if k % per_word:
+            return False, f"K={k}; supported: multiples of {per_word}"
         reason = current_limits().weight_quant_batchmatmul.refusal(
             c.act_type, c.weight_type.size_bits, k, n, _operator_group_size(c)
         )

@@ -18,7 +18,11 @@ from vllm_ascend_ct.kernels.linear.functional import (
     static_quant_matmul,
 )
 from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.weights.int_quantized import int32_bias, weight_sum
+from vllm_ascend_ct.weights.int_quantized import (
+    int32_bias,
+    to_npu_weight,
+    weight_sum,
+)
 
 
 class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
@@ -59,8 +63,13 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             self._process_static(layer, weight.data, scale)
         elif not self.config.input_symmetric:
             _register(layer, azp_adj_name, weight_sum(weight.data).float())
+        npu_weight = to_npu_weight(
+            weight.data,
+            nz=ascend_base.prefers_nz(),
+            transposed_nz=current_limits().quant_matmul.transposed_nz,
+        )
         replace_parameter(layer, scale_name, scale)
-        replace_parameter(layer, weight_name, ascend_base.maybe_nz(weight.data.t()))
+        replace_parameter(layer, weight_name, npu_weight)
 
     def _process_static(
         self, layer: Any, weight: torch.Tensor, scale: torch.Tensor
@@ -68,16 +77,17 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         *_, x_scale_name, x_zero_point_name, azp_adj_name = self.layer_param_names
         x_scale = getattr(layer, x_scale_name).data.reshape(1)
         replace_parameter(layer, x_scale_name, x_scale)
-        zero_point = None
+        zero_point_share = None
         if not self.config.input_symmetric:
             zero_point = getattr(layer, x_zero_point_name).data.reshape(1).int()
             replace_parameter(layer, x_zero_point_name, zero_point)
+            zero_point_share = weight_sum(weight) * -zero_point
         dequant_scale = x_scale * scale
         bias = getattr(layer, "bias", None)
-        for name, own_bias in ((azp_adj_name, None), ("quant_bias", bias)):
-            _register(
-                layer, name, int32_bias(weight, zero_point, own_bias, dequant_scale)
-            )
+        _register(layer, azp_adj_name, zero_point_share)
+        _register(
+            layer, "quant_bias", int32_bias(zero_point_share, bias, dequant_scale)
+        )
         if getattr(layer, "params_dtype", torch.get_default_dtype()) == torch.float16:
             # Rounded to the 10 mantissa bits that a float16 output keeps; the operator
             # itself would truncate.
@@ -104,7 +114,10 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         if not self.config.input_symmetric:
             assert azp_adj is not None
             return dynamic_asymmetric_quant_matmul(x, weight, scale, azp_adj, bias)
-        return dynamic_quant_matmul(x, weight, scale, bias)
+        operands = current_limits().quant_matmul.operands[x.dtype, True]
+        if bias is None or bias.dtype in operands.bias:
+            return dynamic_quant_matmul(x, weight, scale, bias)
+        return dynamic_quant_matmul(x, weight, scale) + bias
 
 
 def _register(layer: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
