@@ -81,6 +81,31 @@ def static(dtype: torch.dtype, asymmetric: bool) -> list[Any]:
     ]
 
 
+def int4_by_int8(dtype: torch.dtype, group_size: int) -> list[Any]:
+    groups = K // group_size if group_size else 0
+    scale = (torch.int64, (groups, N), (N, 1)) if groups else vector(torch.int64)
+    matmul = {
+        "offset": vector(FP32),
+        "pertoken_scale": (FP32, (M, 1), (1, 1)) if groups else ROWS,
+        "output_dtype": dtype,
+        "group_sizes": [0, 0, group_size],
+    }
+    weight = (torch.int32, (K, N // 8), (N // 8, 1))
+    return [
+        ("npu_dynamic_quant", [X[dtype]], {}),
+        ("npu_quant_matmul", [Q, weight, scale], matmul),
+    ]
+
+
+def fake_quantized(dtype: torch.dtype, weight_call: list[Any]) -> list[Any]:
+    y = (dtype, (M, N), (N, 1))
+    return [
+        ("npu_quantize", [X[dtype], ONE, None, torch.qint8, -1, True], {}),
+        *weight_call,
+        ("npu_quantize", [y, ONE, None, torch.qint8, -1, True], {}),
+    ]
+
+
 CASES: list[tuple[str, torch.dtype, list[Any]]] = [
     ("w4a16-g32", BF16, weight_only(BF16, INT4, 16, False, 32)),
     ("w4a16-g64", FP16, weight_only(FP16, INT4, 8, False, 64)),
@@ -98,6 +123,26 @@ CASES: list[tuple[str, torch.dtype, list[Any]]] = [
     ("w8a8-channel-static-asym", FP16, static(FP16, asymmetric=True)),
     ("w8a8-tensor-static", FP16, static(FP16, asymmetric=False)),
     ("w8a8-tensor-static-asym", BF16, static(BF16, asymmetric=True)),
+    ("w2a16-g64", BF16, weight_only(BF16, INT4, 8, False, 64)),
+    ("w3a16-channel-asym", FP16, weight_only(FP16, INT4, 1, True, 0)),
+    ("w5a16-g64-asym", BF16, weight_only(BF16, INT8, 8, True, 64)),
+    ("w7a16-channel", FP16, weight_only(FP16, INT8, 1, False, 0)),
+    ("w4a8-channel", BF16, int4_by_int8(BF16, 0)),
+    ("w4a8-g256-packed", FP16, int4_by_int8(FP16, 256)),
+    ("w2a8-g256-packed", BF16, int4_by_int8(BF16, 256)),
+    ("w6a8-channel-packed", BF16, dynamic(BF16)),
+    ("w8a8-channel-packed", FP16, dynamic(FP16)),
+    ("w4a8-g128", BF16, weight_only(BF16, INT4, 4, False, 128)),
+    (
+        "w4a8o8-channel",
+        BF16,
+        fake_quantized(BF16, weight_only(BF16, INT4, 1, False, 0)),
+    ),
+    (
+        "w8a8o8-channel-int",
+        FP16,
+        fake_quantized(FP16, weight_only(FP16, INT8, 1, False, 0)),
+    ),
 ]
 
 

@@ -140,3 +140,17 @@ def test_operators_see_matrices(
     y = function(torch.randn(2, 3, K).bfloat16(), int8_weight, torch.rand(N))
     assert y.shape == (2, 3, N)
     assert npu.method_calls[0].args[0].shape == (6, K)
+
+
+def test_more_outputs_than_the_operator_takes_at_once() -> None:
+    """Through the emulated operator: the parts are those of the whole."""
+    x = torch.randn(3, K).bfloat16()
+    weight = torch.randint(-(2**31), 2**31, (N, K // 8), dtype=torch.int32).t()
+    scale = torch.rand(N, G).bfloat16().t()
+    offset = torch.randn(N, G).bfloat16().t()
+    bias = torch.randn(N)
+    operands = x, weight, scale, offset, bias, K // G
+    whole = functional.weight_quant_matmul(*operands, max_n=N)
+    for max_n in (N - 1, 20, 7):
+        parts = functional.weight_quant_matmul(*operands, max_n=max_n)
+        torch.testing.assert_close(parts, whole)

@@ -11,6 +11,7 @@ from tests.layers.quantized_layers import activations, load, row_case
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 ELEMENTWISE = ["aten._to_copy", "aten.addcmul", "aten.mul", "aten.mul"]
+FAKE_QUANT = ["npu.npu_quantize", "aten.mul", "aten._to_copy"]
 EXPECTED = {
     "w4a16-g128": ["npu.npu_weight_quant_batchmatmul"],
     "w4a16-g32-asym": ["npu.npu_weight_quant_batchmatmul"],
@@ -18,6 +19,18 @@ EXPECTED = {
     "w8a8-channel-dynamic": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"],
     "w8a8-tensor-dynamic": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"],
     "w8a8-channel-static": ["npu.npu_quantize", "npu.npu_quant_matmul"],
+    "w3a16-g64": ["npu.npu_weight_quant_batchmatmul"],
+    "w6a16-channel-asym": ["npu.npu_weight_quant_batchmatmul"],
+    "w4a8-g128": ["npu.npu_weight_quant_batchmatmul"],
+    # A bias is not the operator's.
+    "w4a8-channel": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul", "aten.add"],
+    "w4a8-g256-packed": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul", "aten.add"],
+    "w8a8-channel-packed": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"],
+    "w8a8o8-channel-int": [
+        *FAKE_QUANT,
+        "npu.npu_weight_quant_batchmatmul",
+        *FAKE_QUANT,
+    ],
     "w8a8-channel-static-asym": ["npu.npu_quantize", "npu.npu_quant_matmul"],
     # The offsets are per token, which no operator takes: int32 out, corrected in fp32.
     "w8a8-channel-dynamic-asym": [

@@ -12,7 +12,12 @@ from vllm.model_executor.kernels.linear import (
 from vllm.scalar_type import ScalarType, scalar_types
 
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
+    WEIGHT_TYPES,
     AscendWNA16LinearKernel,
+)
+from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
+    AscendWNA8LinearKernel,
+    with_quantized_activations,
 )
 from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     AscendInt8ScaledMMLinearKernel,
@@ -31,7 +36,7 @@ def mp_config(
         weight_type=weight_type,
         act_type=act_type,
         group_size=group_size,
-        zero_points=not weight_type.has_bias(),
+        zero_points=weight_type in (scalar_types.uint4, scalar_types.uint8),
     )
 
 
@@ -44,6 +49,10 @@ def mp_config(
         mp_config(scalar_types.uint8, 64, act_type=torch.float16),
         mp_config(group_size=1024),
         mp_config(group_size=96, shape=(960, 8)),
+        mp_config(scalar_types.uint8, -1, shape=(102, 8)),
+        # More outputs than the operator takes are computed some at a time.
+        mp_config(shape=(128, 65536)),
+        *(mp_config(weight_type) for weight_type in WEIGHT_TYPES),
     ],
 )
 def test_accepted(config: MPLinearLayerConfig) -> None:
@@ -53,17 +62,14 @@ def test_accepted(config: MPLinearLayerConfig) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (mp_config(scalar_types.uint2b2), "weight type uint2b2; supported: uint4b8"),
-        (mp_config(scalar_types.int4), "weight type int4"),
+        (
+            mp_config(scalar_types.float8_e4m3fn),
+            "weight type float8_e4m3fn; supported: uint2b2",
+        ),
         (mp_config(group_size=16), "group_size=16; supported: per channel, or a mul"),
         (mp_config(group_size=48), "group_size=48"),
         (mp_config(shape=(65536, 8)), "K=65536; supported: 1 to 65535"),
-        (mp_config(shape=(128, 65536)), "N=65536; supported: 1 to 65535"),
-        (mp_config(group_size=-1, shape=(100, 8)), "K=100; supported: multiples of 8"),
-        (
-            mp_config(scalar_types.uint8, -1, shape=(102, 8)),
-            "K=102; supported: multiples of 4",
-        ),
+        (mp_config(group_size=-1, shape=(100, 8)), "K=100; supported for int4: mul"),
         (mp_config(group_size=-1, shape=(64, 1)), "N=1; supported for int4: 2"),
         (mp_config(act_type=torch.float32), "activation dtype torch.float32"),
     ],
@@ -104,3 +110,29 @@ def test_g_idx_is_refused() -> None:
     config.has_g_idx = True
     accepted, reason = AscendWNA16LinearKernel.can_implement(config)
     assert not accepted and reason is not None and "g_idx" in reason
+
+
+@pytest.mark.parametrize(
+    ("config", "symmetric", "reason"),
+    [
+        (mp_config(scalar_types.int4, -1), True, None),
+        (mp_config(scalar_types.uint4b8, 256, shape=(512, 64)), True, None),
+        (mp_config(scalar_types.uint2b2, 128), True, "group_size=128"),
+        (mp_config(scalar_types.uint8b128, -1), True, None),
+        (mp_config(scalar_types.uint8b128, 128), True, "group_size=128 of 8-bit"),
+        (mp_config(scalar_types.int4, -1), False, "asymmetric activations"),
+        (mp_config(scalar_types.uint4, -1), True, "weight type uint4; supp"),
+        (mp_config(scalar_types.int4, -1, shape=(128, 12)), True, "N=12; supp"),
+        (mp_config(scalar_types.int4, -1, shape=(128, 65536)), True, "N=65536"),
+        (mp_config(scalar_types.int4, -1, shape=(29576, 8)), True, "K=29576"),
+    ],
+)
+def test_quantized_activations(
+    config: MPLinearLayerConfig, symmetric: bool, reason: str | None
+) -> None:
+    weight_only = AscendWNA16LinearKernel(config, "q", "s", "z")
+    kernel, given = with_quantized_activations(weight_only, symmetric)
+    if reason is None:
+        assert type(kernel) is AscendWNA8LinearKernel and given is None
+    else:
+        assert kernel is weight_only and given is not None and reason in given

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vllm_ascend_ct.ops.emulated.weights import unpack_int4
+
 M, K, N, GROUP = 5, 128, 48, 32
 
 
@@ -65,6 +67,27 @@ def quant_matmul_call(
     )
 
 
+def a8w4_call(
+    out_dtype: torch.dtype = torch.bfloat16, group: int = 256, k: int = 512
+) -> Call:
+    """int8 by int4, with the assist term that makes it the plain product."""
+    weight = packed_int4(k, N // 8)
+    scale = (torch.rand(k // group if group else 1, N) * 1e-2).bfloat16().float()
+    packed = torch.ops.npu.npu_trans_quant_param(scale.flatten())
+    grouped = unpack_int4(weight).double().view(len(scale), -1, N)
+    assist = 8 * (grouped.sum(1) * scale.double()).sum(0)
+    return Call(
+        "npu_quant_matmul",
+        [int8(M, k), weight, packed.reshape(scale.shape if group else (N,))],
+        {
+            "offset": assist.float(),
+            "pertoken_scale": scales(*((M, 1) if group else (M,))),
+            "output_dtype": out_dtype,
+            "group_sizes": [0, 0, group],
+        },
+    )
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "npu_dynamic_quant": lambda: Call("npu_dynamic_quant", [x()]),
     "npu_dynamic_quant_asymmetric": lambda: Call("npu_dynamic_quant_asymmetric", [x()]),
@@ -80,4 +103,5 @@ CALLS: dict[str, Callable[[], Call]] = {
     "npu_format_cast": lambda: Call("npu_format_cast", [int8(K, N), 29]),
     "npu_weight_quant_batchmatmul": weight_quant_call,
     "npu_quant_matmul": quant_matmul_call,
+    "npu_quant_matmul, int4": a8w4_call,
 }

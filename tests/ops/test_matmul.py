@@ -11,6 +11,7 @@ from tests.ops.calls import (
     K,
     M,
     N,
+    a8w4_call,
     int8,
     packed_int4,
     quant_matmul_call,
@@ -18,9 +19,13 @@ from tests.ops.calls import (
     weight_quant_call,
     x,
 )
-from vllm_ascend_ct.ops.emulated.quant_matmul import int_matmul
+from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
 from vllm_ascend_ct.ops.emulated.weight_quant_batchmatmul import dequantized_weights
-from vllm_ascend_ct.ops.emulated.weights import truncate_to_fp19, unpack_int4
+from vllm_ascend_ct.ops.emulated.weights import (
+    truncate_to_fp19,
+    unpack_int4,
+    unpack_quant_param,
+)
 
 # Rounding of the dequantized weight and of the result.
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
@@ -194,3 +199,24 @@ def test_quant_matmul_int8_is_the_default() -> None:
     assert result.dtype == torch.int8
     assert (result.double() - expected).abs().max() <= 1
     assert {result.min().item(), result.max().item()} == {-128, 127}
+
+
+@DTYPES
+@pytest.mark.parametrize("group", [0, 256])
+def test_quant_matmul_int8_by_int4(dtype: torch.dtype, group: int) -> None:
+    """The halves and the assist term add up to the plain product."""
+    call = a8w4_call(dtype, group, k=1024)
+    scale, _ = unpack_quant_param(call.args[2].reshape(-1, N))
+    weight = unpack_int4(call.args[1]).double().view(len(scale), -1, N)
+    weight = (weight * scale.double().unsqueeze(1)).view(-1, N)
+    product = call.args[0].double() @ weight
+    expected = product * call.kwargs["pertoken_scale"].double().reshape(-1, 1)
+    # fp16 sums of groups, then one rounding to the result.
+    assert relative_error(call.run(), expected) < TOLERANCES[dtype]
+
+
+def test_quant_matmul_int8_by_int4_needs_the_assist_term() -> None:
+    call = a8w4_call()
+    right = call.run()
+    call.kwargs["offset"] = torch.zeros(N)
+    assert relative_error(call.run(), right.double()) > 0.01

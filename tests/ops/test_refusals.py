@@ -14,6 +14,7 @@ from tests.ops.calls import (
     K,
     M,
     N,
+    a8w4_call,
     int8,
     packed_int4,
     quant_matmul_call,
@@ -214,3 +215,38 @@ def test_int8_matmul_on_310p(
         quant(**{"output_dtype": torch.float16, **changes}).run()
     with pytest.raises(OperatorLimitError, match="supported: a transposed view"):
         quant({1: int8(K, N)}, output_dtype=torch.float16).run()
+
+
+def a8w4(args: dict[int, Any] | None = None, **kwargs: Any) -> Call:
+    return changed(a8w4_call(), args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: a8w4(bias=torch.zeros(N)), "without bias"),
+        (lambda: a8w4(offset=None), "offset is missing"),
+        (lambda: a8w4(offset=torch.zeros(N).half()), "offset is float16"),
+        (lambda: a8w4(group_sizes=None), "group_sizes=None"),
+        (lambda: a8w4(group_sizes=[0, 0, 128]), "group_size=128; supported: per ch"),
+        (lambda: a8w4(group_sizes=[0, 0, 0]), "scale is int64 .2, 48."),
+        (lambda: a8w4(pertoken_scale=scales(M)), "pertoken_scale is float32 .5,."),
+        (lambda: a8w4(output_dtype=torch.int8), "output dtype torch.int8"),
+        (lambda: a8w4(x1_dtype=1), "x1_dtype"),
+        (lambda: a8w4({1: packed_int4(N // 8, 512).t()}), "x2 is .* contiguous"),
+        (lambda: a8w4({0: int8(M, 256)}), "K of x1 is 256, of x2 512"),
+    ],
+)
+def test_int8_by_int4(call: Callable[[], Call], reason: str) -> None:
+    with pytest.raises(OperatorLimitError, match=reason):
+        call().run()
+
+
+@pytest.mark.parametrize("soc", ["310P", "A5"])
+def test_int8_by_int4_is_not_on_every_chip(
+    monkeypatch: pytest.MonkeyPatch, soc: str
+) -> None:
+    call = a8w4_call()
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    with pytest.raises(OperatorLimitError, match="does not multiply int8 by int4"):
+        call.run()

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+import math
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+from tools.dequantize import unpack_dense
+from tools.make_checkpoint import pack_dense
 from tools.memory import TensorMemory
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
+from vllm_ascend_ct.weights import int4
 from vllm_ascend_ct.weights.pack_quantized import (
     to_npu_offset,
     to_npu_scale,
     to_npu_weight,
+    unpack,
 )
 
 N, K, GROUPS = 48, 128, 4
-BITS = pytest.mark.parametrize("bits", [4, 8])
+BITS = pytest.mark.parametrize("bits", range(2, 9))
+IN_PLACE = pytest.mark.parametrize("bits", [4, 8])
 
 
 def random_integers(bits: int, *shape: int) -> torch.Tensor:
@@ -28,8 +35,8 @@ def random_integers(bits: int, *shape: int) -> torch.Tensor:
 @BITS
 def test_weight_holds_the_integers_of_the_checkpoint(bits: int) -> None:
     integers = random_integers(bits, N, K)
-    weight = to_npu_weight(pack_to_int32(integers, bits), bits)
-    if bits == 8:
+    weight = to_npu_weight(pack_dense(integers, bits), bits, K)
+    if bits > 4:
         assert weight.dtype == torch.int8 and weight.shape == (K, N)
         assert torch.equal(weight, integers.t())
     else:
@@ -41,15 +48,15 @@ def test_int4_weight_is_what_the_operator_packs() -> None:
     """Bit for bit what npu_convert_weight_to_int4pack makes of the widened weight."""
     integers = random_integers(4, N, K)
     packed = torch.ops.npu.npu_convert_weight_to_int4pack(integers.int())
-    assert torch.equal(to_npu_weight(pack_to_int32(integers, 4), 4).t(), packed)
+    assert torch.equal(to_npu_weight(pack_to_int32(integers, 4), 4, K).t(), packed)
 
 
-@BITS
+@IN_PLACE
 def test_nothing_is_copied(bits: int) -> None:
     packed = pack_to_int32(random_integers(bits, N, K), bits)
     scale = torch.rand(N, GROUPS)
     with TensorMemory() as memory:
-        weight = to_npu_weight(packed, bits)
+        weight = to_npu_weight(packed, bits, K)
         npu_scale = to_npu_scale(scale)
     assert memory.peak == 0
     assert weight.data_ptr() == packed.data_ptr()
@@ -62,7 +69,8 @@ def test_nothing_is_copied(bits: int) -> None:
 def test_offset_is_the_negated_zero_point(bits: int, dtype: torch.dtype) -> None:
     zero_points = random_integers(bits, N, GROUPS)
     scale = torch.rand(N, GROUPS).to(dtype)
-    offset = to_npu_offset(pack_to_int32(zero_points, bits, packed_dim=0), scale, bits)
+    packed = pack_dense(zero_points.t(), bits).t()
+    offset = to_npu_offset(packed, scale, bits)
     assert offset.dtype == dtype
     assert offset.shape == (GROUPS, N) and offset.stride() == (1, GROUPS)
     assert torch.equal(offset, -zero_points.t().to(dtype))
@@ -74,7 +82,7 @@ def test_operator_computes_the_checkpoint_formula() -> None:
     scale = torch.rand(N, GROUPS).bfloat16()
     result = torch.ops.npu.npu_weight_quant_batchmatmul(
         torch.eye(K).bfloat16(),
-        to_npu_weight(pack_to_int32(integers, 4), 4),
+        to_npu_weight(pack_to_int32(integers, 4), 4, K),
         to_npu_scale(scale),
         to_npu_offset(pack_to_int32(zero_points, 4, packed_dim=0), scale, 4),
         antiquant_group_size=K // GROUPS,
@@ -82,3 +90,29 @@ def test_operator_computes_the_checkpoint_formula() -> None:
     shifted = integers.view(N, GROUPS, -1).int() - zero_points.int().unsqueeze(-1)
     expected = (shifted * scale.float().unsqueeze(-1)).view(N, K).t()
     assert torch.equal(result, expected.bfloat16())
+
+
+@BITS
+@pytest.mark.parametrize("size", [32, 96, 100, 1])
+def test_rows_of_any_length_are_unpacked(bits: int, size: int) -> None:
+    integers = random_integers(bits, 5, size)
+    packed = pack_dense(integers, bits)
+    assert packed.shape == (5, math.ceil(size * bits / 32))
+    assert torch.equal(unpack_dense(packed, bits, size), integers.long())
+    assert torch.equal(unpack(packed, bits, size), integers)
+
+
+@IN_PLACE
+def test_no_gaps_is_what_the_library_packs(bits: int) -> None:
+    integers = random_integers(bits, N, K)
+    assert torch.equal(pack_dense(integers, bits), pack_to_int32(integers, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_widening_keeps_some_rows_in_memory(bits: int) -> None:
+    n, k = 4096, 512
+    packed = torch.randint(-(2**31), 2**31, (n, k * bits // 32), dtype=torch.int32)
+    with TensorMemory() as memory:
+        weight = to_npu_weight(packed, bits, k)
+    rows_at_once = 8 * int4.ROWS_AT_ONCE * k
+    assert memory.peak <= weight.nbytes + rows_at_once

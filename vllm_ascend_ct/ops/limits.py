@@ -158,8 +158,47 @@ class QuantMatmulLimits:
 
 
 @dataclass(frozen=True)
+class A8W4Limits:
+    """`npu_quant_matmul` with int8 activations and int4 weights packed along N."""
+
+    out_dtypes: tuple[torch.dtype, ...] = _FLOAT16_BFLOAT16
+    group_sizes: tuple[int, ...] = (256,)
+    max_k: int = 29575
+    max_n: int = 65535
+
+    def refusal(
+        self, out_dtype: torch.dtype, k: int, n: int, group_size: int
+    ) -> str | None:
+        """Why a product cannot be computed, or None.
+
+        Args:
+            out_dtype: dtype of the result.
+            k: input features.
+            n: output features.
+            group_size: elements of K that share a scale; 0 for one per channel.
+
+        """
+        if out_dtype not in self.out_dtypes:
+            return f"output dtype {out_dtype}; supported: {_names(self.out_dtypes)}"
+        if group_size not in (0, *self.group_sizes):
+            sizes = ", ".join(map(str, self.group_sizes))
+            return f"group_size={group_size}; supported: per channel, {sizes}"
+        multiple = group_size or 2
+        if not 1 <= k <= self.max_k or k % multiple:
+            return f"K={k}; supported: multiples of {multiple} up to {self.max_k}"
+        if not 1 <= n <= self.max_n or n % _INT4_PER_INT32:
+            return f"N={n}; supported: multiples of {_INT4_PER_INT32} to {self.max_n}"
+        return None
+
+
+@dataclass(frozen=True)
 class Limits:
-    """The operators of one chip; None where the chip lacks one."""
+    """The operators of one chip; None where the chip lacks one.
+
+    Attributes:
+        float_weights: Floating-point weight formats that the chip multiplies.
+
+    """
 
     weight_quant_batchmatmul: WeightQuantBatchMatmulLimits = field(
         default_factory=WeightQuantBatchMatmulLimits
@@ -170,6 +209,8 @@ class Limits:
         default_factory=ActivationQuantLimits
     )
     quantize: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
+    a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
+    float_weights: tuple[str, ...] = ()
 
 
 LIMITS = {
@@ -177,6 +218,8 @@ LIMITS = {
     Soc.A3: Limits(),
     Soc.A5: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=2**31 - 1),
+        a8w4=None,
+        float_weights=("FP8", "MXFP8", "MXFP4"),
     ),
     Soc.ASCEND_310P: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(
@@ -186,6 +229,7 @@ LIMITS = {
         dynamic_quant=ActivationQuantLimits(x_dtypes=_FLOAT16, k_multiple=32),
         dynamic_quant_asymmetric=None,
         quantize=ActivationQuantLimits(x_dtypes=_FLOAT16),
+        a8w4=None,
     ),
 }
 

@@ -6,7 +6,11 @@ On disk a weight is int8 `[N, K]`; the operators take its transposed view, or `[
 in the memory format that the NPU's matrix unit reads fastest.
 """
 
+from collections.abc import Iterator
+
 import torch
+
+from vllm_ascend_ct.weights import int4
 
 _FRACTAL_NZ = 29
 _ROWS_AT_ONCE = 256
@@ -38,6 +42,22 @@ def weight_sum(weight: torch.Tensor) -> torch.Tensor:
     # torch widens what it sums to a tensor of its own: some rows at a time.
     parts = [rows.sum(dim=1, dtype=torch.int32) for rows in weight.split(_ROWS_AT_ONCE)]
     return torch.cat(parts)
+
+
+def int4_rows(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Take int8 `[N, K]` some rows at a time, as int4 values.
+
+    Raises:
+        ValueError: A value is no int4.
+
+    """
+    for part in weight.split(int4.ROWS_AT_ONCE):
+        low, high = part.aminmax()
+        if low < -8 or high > 7:
+            raise ValueError(
+                f"weight has values from {low} to {high}; supported for 4 bits: -8 to 7"
+            )
+        yield part
 
 
 def int32_bias(

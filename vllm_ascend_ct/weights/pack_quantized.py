@@ -2,33 +2,99 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """From the `pack-quantized` format to what the weight-only operators read.
 
-On disk a weight is int32 `[N, K * bits / 32]`: consecutive inputs, lowest bits first,
-each value stored with 2 ** (bits - 1) added. The operators want two's complement in the
-same order, so a layout is a flipped top bit and a transposed view: nothing is widened
-and nothing copied. (The operator's document recommends this view for scales per
-channel; how fast it is with groups is to be measured on a chip.)
+On disk a weight is int32 `[N, K * bits / 32]`: consecutive inputs as one stream of
+bits, lowest first, each value stored with 2 ** (bits - 1) added. The operators want
+two's complement in the same order, int4 or int8. So for 4 and 8 bits a layout is a
+flipped top bit and a transposed view: nothing is widened and nothing copied. (The
+operator's document recommends this view for scales per channel; how fast it is with
+groups is to be measured on a chip.) Other widths go to the next that an operator has.
 """
 
+from collections.abc import Iterator
+
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+from vllm_ascend_ct.weights import int4
 
 # The top bit of every value in an int32 word, as a signed number.
 _TOP_BITS = {4: 0x88888888 - (1 << 32), 8: 0x80808080 - (1 << 32)}
+_WORD = 32
 
 
-def to_npu_weight(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Turn a packed weight into an operator's, in its own memory.
+def operator_bits(bits: int) -> int:
+    """Width that holds `bits` in an operator's layout: 4 or 8."""
+    return 4 if bits <= 4 else 8
+
+
+def unpack(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Unpack the dense bit stream of each row.
+
+    Values may lie across two words, as compressed-tensors 0.18 and later write 3, 5, 6
+    and 7 bits.
 
     Args:
-        packed: int32 `[N, K * bits / 32]`, contiguous; overwritten.
-        bits: 4 or 8.
+        packed: int32 `[R, ceil(size * bits / 32)]`.
+        bits: 2 to 8.
+        size: Values in a row.
 
     Returns:
-        A transposed view of `packed`: int32 `[K / 8, N]`, or int8 `[K, N]`.
+        int8 `[R, size]`, signed.
 
     """
-    packed.bitwise_xor_(_TOP_BITS[bits])
-    return (packed.view(torch.int8) if bits == 8 else packed).t()
+    if bits == 4:
+        pairs = packed.contiguous().view(torch.int8)
+        nibbles = torch.stack((pairs & 15, (pairs >> 4) & 15), dim=-1)
+        return nibbles.sub_(8).flatten(1)[:, :size]
+    # 32 values fill `bits` words exactly.
+    words = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
+    words = words.unflatten(1, (-1, bits))
+    values = packed.new_empty((*words.shape[:2], _WORD), dtype=torch.int8)
+    mask, middle = (1 << bits) - 1, 1 << (bits - 1)
+    for position in range(_WORD):
+        word, shift = divmod(position * bits, _WORD)
+        value = words[..., word] >> shift
+        if shift + bits > _WORD:
+            rest = _WORD - shift
+            value = (value & ((1 << rest) - 1)) | (words[..., word + 1] << rest)
+        values[..., position] = (value & mask) - middle
+    return values.flatten(1)[:, :size]
+
+
+def rows(packed: torch.Tensor, bits: int, k: int) -> Iterator[torch.Tensor]:
+    """Unpack a weight some rows at a time: int8 `[R, K]` each."""
+    for part in packed.split(int4.ROWS_AT_ONCE):
+        yield unpack(part, bits, k)
+
+
+def to_int8(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
+    """Turn a packed weight into int8 `[N, K]`, in its own memory for 8 bits."""
+    if bits == 8 and k % 4 == 0:
+        return packed.bitwise_xor_(_TOP_BITS[bits]).view(torch.int8)
+    values = packed.new_empty((len(packed), k), dtype=torch.int8)
+    for out, part in zip(values.split(int4.ROWS_AT_ONCE), rows(packed, bits, k)):
+        out.copy_(part)
+    return values
+
+
+def to_npu_weight(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
+    """Turn a packed weight into the weight-only operator's.
+
+    Args:
+        packed: int32 `[N, ceil(K * bits / 32)]`, contiguous; of 4 and 8 bits it is
+            overwritten.
+        bits: 2 to 8.
+        k: Input features; for up to 4 bits a multiple of 8.
+
+    Returns:
+        A transposed view: int32 `[K / 8, N]` for up to 4 bits, else int8 `[K, N]`.
+
+    """
+    if operator_bits(bits) == 8:
+        return to_int8(packed, bits, k).t()
+    if bits == 4:
+        return packed.bitwise_xor_(_TOP_BITS[bits]).t()
+    parts = rows(packed, bits, k)
+    return int4.pack_inputs(parts, len(packed), k, packed.device).t()
 
 
 def to_npu_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -42,13 +108,13 @@ def to_npu_offset(
     """Turn packed zero points into the offsets that the operators add.
 
     Args:
-        packed_zero_point: int32 `[N * bits / 32, G]`.
+        packed_zero_point: int32 `[ceil(N * bits / 32), G]`.
         scale: `[N, G]`; the operators want the offset in its dtype and layout.
-        bits: 4 or 8.
+        bits: 2 to 8.
 
     Returns:
         Transposed view `[G, N]` of the negated zero points.
 
     """
-    zero_point = unpack_from_int32(packed_zero_point, bits, scale.shape, packed_dim=0)
-    return zero_point.to(scale.dtype).neg_().contiguous().t()
+    zero_point = unpack(packed_zero_point.t(), bits, len(scale))
+    return scale.new_empty(scale.shape).copy_(zero_point.t()).neg_().t()

@@ -17,10 +17,12 @@ def weight_quant_matmul(
     offset: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     group_size: int = 0,
+    max_n: int | None = None,
 ) -> torch.Tensor:
     """16-bit activations by int8 or int4 weights: `x @ ((weight + offset) * scale)`.
 
-    One launch. `npu_weight_quant_batchmatmul` states the layouts.
+    One launch, or one for each `max_n` outputs and one to join them.
+    `npu_weight_quant_batchmatmul` states the layouts.
 
     Args:
         x: `[..., K]` fp16 or bf16.
@@ -30,11 +32,30 @@ def weight_quant_matmul(
         offset: Like the scale.
         bias: `[N]`, fp32 for bf16 x, fp16 for fp16 x.
         group_size: Elements of K that share a scale; 0 for one scale per channel.
+        max_n: Outputs that the operator can compute at once, if fewer than N; then
+            weight, scale and offset have to be transposed views.
 
     Returns:
         `[..., N]`, dtype of x.
 
     """
+    n = scale.shape[-1]
+    if max_n is not None and n > max_n:
+        size = -(-n // -(-n // max_n))
+        ys = []
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            ys.append(
+                weight_quant_matmul(
+                    x,
+                    weight[:, part],
+                    scale[:, part],
+                    None if offset is None else offset[:, part],
+                    None if bias is None else bias[part],
+                    group_size,
+                )
+            )
+        return torch.cat(ys, dim=-1)
     y = torch.ops.npu.npu_weight_quant_batchmatmul(
         x.reshape(-1, x.shape[-1]),
         weight,
@@ -74,6 +95,63 @@ def dynamic_quant_matmul(
         output_dtype=x.dtype,
     )
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def dynamic_quant_int4_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    assist: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    group_size: int = 0,
+) -> torch.Tensor:
+    """Activations quantized per token, symmetric, by int4 weights.
+
+    Two launches, and one to add a bias: the operator's own is no bias of the layer.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: int4 packed eight to an int32 along N: `[K, N / 8]`, contiguous.
+        weight_scale: int64 from `npu_trans_quant_param`, `[N]` or
+            `[K / group_size, N]`.
+        assist: fp32 `[N]`, from `weights.int4.pack_outputs`.
+        bias: `[N]`, dtype of x.
+        group_size: Elements of K that share a scale; 0 for one scale per channel.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    q, x_scale = torch.ops.npu.npu_dynamic_quant(x.reshape(-1, x.shape[-1]))
+    y = torch.ops.npu.npu_quant_matmul(
+        q,
+        weight,
+        weight_scale,
+        offset=assist,
+        pertoken_scale=x_scale.unsqueeze(1) if group_size else x_scale,
+        output_dtype=x.dtype,
+        group_sizes=[0, 0, group_size],
+    )
+    if bias is not None:
+        y = y + bias
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def static_fake_quant(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Round to a static int8 grid and back, symmetric. Three launches.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        scale: fp32 `[1]`.
+
+    Returns:
+        Shape and dtype of x.
+
+    """
+    q = torch.ops.npu.npu_quantize(
+        x.reshape(-1, x.shape[-1]), scale, None, torch.qint8, -1, True
+    )
+    return (q * scale).to(x.dtype).reshape(x.shape)
 
 
 def dynamic_asymmetric_quant_matmul(

@@ -2,11 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The int8 matrix multiplication operator."""
 
-from functools import cache
 from typing import Any
 
 import torch
 
+from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
+from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4, a8w4_fake
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
     check_layout,
@@ -37,12 +38,18 @@ def _quant_matmul_fake(
     y_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     unused = (x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, y_scale)
-    if group_sizes or any(argument is not None for argument in unused):
+    if any(argument is not None for argument in unused):
         refuse(
             _NAME,
-            "x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, group_sizes and "
-            "y_scale are not emulated",
+            "x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype and y_scale are not "
+            "emulated",
         )
+    if x2.dtype == torch.int32:
+        return a8w4_fake(
+            x1, x2, scale, offset, pertoken_scale, bias, output_dtype, group_sizes
+        )
+    if group_sizes:
+        refuse(_NAME, f"group_sizes={group_sizes} of int8 weights is not emulated")
     for argument, tensor in (("x1", x1), ("x2", x2)):
         if tensor.dtype != torch.int8 or tensor.dim() != 2:
             refuse(_NAME, f"{argument} is {describe(tensor)}; emulated: 2-D int8")
@@ -81,26 +88,6 @@ def _quant_matmul_fake(
     return x1.new_empty((m, n), dtype=out_dtype)
 
 
-@cache
-def _int_mm_is_exact() -> bool:
-    """Whether torch's int8 matmul keeps all 32 bits on this CPU.
-
-    Without VNNI the library may add pairs of products in 16 bits.
-    """
-    x1 = torch.full((2, 256), -128, dtype=torch.int8)
-    x2 = torch.full((256, 16), 127, dtype=torch.int8)
-    x2[1::2] = -128
-    exact = x1.double() @ x2.double()
-    return torch.equal(torch._int_mm(x1, x2).double(), exact)
-
-
-def int_matmul(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-    """Exact int32 product of int8 `[M, K]` and `[K, N]`."""
-    if _int_mm_is_exact():
-        return torch._int_mm(x1, x2)
-    return (x1.double() @ x2.double()).to(torch.int32)
-
-
 @emulates(
     "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, "
     "Tensor? pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, "
@@ -118,7 +105,7 @@ def npu_quant_matmul(
     output_dtype: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Multiply int8 by int8 and dequantize.
+    """Multiply int8 by int8 or int4 and dequantize.
 
     `(x1 @ x2 + bias_int32) * scale * pertoken_scale + bias_float`, accumulated in
     int32, then one rounding in fp32 a step and one to the output. fp16 and int8 outputs
@@ -130,7 +117,8 @@ def npu_quant_matmul(
 
     Args:
         x1: int8 `[M, K]`.
-        x2: int8 `[K, N]`, contiguous or a transposed view.
+        x2: int8 `[K, N]`, contiguous or a transposed view; or int4, as int32
+            `[K, N / 8]`, with what `quant_matmul_a8w4.py` says of the other operands.
         scale: `(1,)` or `(N,)`, dtype as `ops/limits.py` tells.
         offset: fp32 `(1,)` or `(N,)`, int8 output only.
         pertoken_scale: fp32 `(M,)`.
@@ -148,6 +136,9 @@ def npu_quant_matmul(
     result = _quant_matmul_fake(
         x1, x2, scale, offset, pertoken_scale, bias, output_dtype, **options
     )
+    if x2.dtype == torch.int32:
+        assert offset is not None and pertoken_scale is not None
+        return a8w4(result, x1, x2, scale, offset, pertoken_scale)
     accumulator = int_matmul(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         accumulator += bias

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Weight-only linear kernel, as upstream's `kernels/linear/mixed_precision`."""
 
+from collections.abc import Iterator
+
 import torch
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearKernel,
@@ -12,22 +14,32 @@ from vllm.scalar_type import scalar_types
 
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.weights.pack_quantized import (
-    to_npu_offset,
-    to_npu_scale,
-    to_npu_weight,
-)
+from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
-_WEIGHT_TYPES = (
+# All of compressed-tensors' integers. `int4` and `int8` have one value in each int8 of
+# `[N, K]`; the others are packed.
+WEIGHT_TYPES = (
+    scalar_types.uint2b2,
+    scalar_types.uint2,
+    scalar_types.uint3b4,
+    scalar_types.uint3,
+    scalar_types.int4,
     scalar_types.uint4b8,
     scalar_types.uint4,
+    scalar_types.uint5b16,
+    scalar_types.uint5,
+    scalar_types.uint6b32,
+    scalar_types.uint6,
+    scalar_types.uint7b64,
+    scalar_types.uint7,
+    scalar_types.int8,
     scalar_types.uint8b128,
     scalar_types.uint8,
 )
 
 
 class AscendWNA16LinearKernel(MPLinearKernel):
-    """16-bit activations by packed 4-bit or 8-bit weights, in one launch."""
+    """16-bit activations by weights of 2 to 8 bits, in one launch."""
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -35,31 +47,44 @@ class AscendWNA16LinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        if c.weight_type not in _WEIGHT_TYPES:
-            supported = ", ".join(map(str, _WEIGHT_TYPES))
+        if c.weight_type not in WEIGHT_TYPES:
+            supported = ", ".join(map(str, WEIGHT_TYPES))
             return False, f"weight type {c.weight_type}; supported: {supported}"
         if getattr(c, "has_g_idx", False):
             return False, "activation ordering with g_idx; supported: without"
         k, n = c.partition_weight_shape
-        per_word = 32 // c.weight_type.size_bits
-        if k % per_word:
-            return False, f"K={k}; supported: multiples of {per_word}"
-        reason = current_limits().weight_quant_batchmatmul.refusal(
-            c.act_type, c.weight_type.size_bits, k, n, _operator_group_size(c)
+        limits = current_limits().weight_quant_batchmatmul
+        reason = limits.refusal(
+            c.act_type,
+            pack_quantized.operator_bits(c.weight_type.size_bits),
+            k,
+            # More outputs are computed some at a time.
+            min(n, limits.max_size),
+            operator_group_size(c),
         )
         return reason is None, reason
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        bits = self.config.weight_type.size_bits
-        weight = getattr(layer, self.w_q_name)
-        scale = getattr(layer, self.w_s_name)
-        if self.config.zero_points:
+        c = self.config
+        weight = getattr(layer, self.w_q_name).data
+        scale = getattr(layer, self.w_s_name).data
+        bits = c.weight_type.size_bits
+        if c.zero_points:
             assert self.w_zp_name is not None
-            offset = to_npu_offset(getattr(layer, self.w_zp_name), scale, bits)
+            zero_point = getattr(layer, self.w_zp_name).data
+            offset = pack_quantized.to_npu_offset(zero_point, scale, bits)
             replace_parameter(layer, self.w_zp_name, offset)
-        replace_parameter(layer, self.w_q_name, to_npu_weight(weight.data, bits))
-        replace_parameter(layer, self.w_s_name, to_npu_scale(scale.data))
-        _convert_bias(layer, self.config.act_type)
+        k, n = c.partition_weight_shape
+        if c.weight_type == scalar_types.int4:
+            npu_weight = int4.pack_inputs(int4_rows(c, weight), n, k, weight.device).t()
+        elif c.weight_type == scalar_types.int8:
+            npu_weight = weight.t()
+        else:
+            npu_weight = pack_quantized.to_npu_weight(weight, bits, k)
+        replace_parameter(layer, self.w_q_name, npu_weight)
+        replace_parameter(layer, self.w_s_name, pack_quantized.to_npu_scale(scale))
+        drop_alias(layer, self.w_q_name)
+        _convert_bias(layer, c.act_type)
 
     def apply_weights(
         self,
@@ -77,14 +102,29 @@ class AscendWNA16LinearKernel(MPLinearKernel):
             getattr(layer, self.w_s_name),
             offset,
             bias,
-            _operator_group_size(self.config),
+            operator_group_size(self.config),
+            current_limits().weight_quant_batchmatmul.max_size,
         )
 
 
-def _operator_group_size(c: MPLinearLayerConfig) -> int:
+def operator_group_size(c: MPLinearLayerConfig) -> int:
     """The operator's group size: 0 where one group spans the layer's whole K."""
     k = c.partition_weight_shape[0]
     return 0 if c.group_size in (-1, k) else c.group_size
+
+
+def int4_rows(c: MPLinearLayerConfig, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The weight some rows at a time, as int8 `[R, K]`."""
+    if c.weight_type == scalar_types.int4:
+        return int_quantized.int4_rows(weight)
+    k = c.partition_weight_shape[0]
+    return pack_quantized.rows(weight, c.weight_type.size_bits, k)
+
+
+def drop_alias(layer: torch.nn.Module, name: str) -> None:
+    """Drop the `weight` of int8 files, which is `weight_packed` as well by now."""
+    if name != "weight" and getattr(layer, "weight", None) is not None:
+        del layer.weight
 
 
 def _convert_bias(layer: torch.nn.Module, act_type: torch.dtype) -> None:

@@ -63,10 +63,12 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             self._process_static(layer, weight.data, scale)
         elif not self.config.input_symmetric:
             _register(layer, azp_adj_name, weight_sum(weight.data).float())
+        limits = current_limits().quant_matmul
         npu_weight = to_npu_weight(
             weight.data,
-            nz=ascend_base.prefers_nz(),
-            transposed_nz=current_limits().quant_matmul.transposed_nz,
+            # In FRACTAL_NZ N is the inner axis.
+            nz=ascend_base.prefers_nz() and len(weight) <= limits.max_size,
+            transposed_nz=limits.transposed_nz,
         )
         replace_parameter(layer, scale_name, scale)
         replace_parameter(layer, weight_name, npu_weight)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Linear kernel for packed weights and int8 activations."""
+
+import torch
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
+from vllm.model_executor.layers.quantization.utils import replace_parameter
+
+from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.kernels.linear.functional import (
+    dynamic_quant_int4_matmul,
+    dynamic_quant_matmul,
+)
+from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
+    WEIGHT_TYPES,
+    drop_alias,
+    int4_rows,
+    operator_group_size,
+)
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
+
+
+class AscendWNA8LinearKernel(MPLinearKernel):
+    """Activations quantized to int8 per token, by int4 or int8 weights.
+
+    Upstream's registry cannot offer it: the config by which a kernel is chosen does not
+    say that activations are quantized. `with_quantized_activations` chooses it.
+
+    The layer gains a parameter `activation_assist` where the weights are int4.
+    """
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        if c.weight_type not in WEIGHT_TYPES or c.zero_points:
+            return False, f"weight type {c.weight_type}; supported: symmetric integers"
+        k, n = c.partition_weight_shape
+        limits = current_limits()
+        reason = limits.dynamic_quant.refusal(c.act_type, k)
+        group_size = operator_group_size(c)
+        if pack_quantized.operator_bits(c.weight_type.size_bits) == 4:
+            if limits.a8w4 is None:
+                return False, "the chip has no product of int8 by int4"
+            reason = reason or limits.a8w4.refusal(c.act_type, k, n, group_size)
+        elif group_size:
+            reason = f"group_size={group_size} of 8-bit weights; supported: per channel"
+        else:
+            reason = reason or limits.quant_matmul.refusal(c.act_type, [k])
+        return reason is None, reason
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        scale = getattr(layer, self.w_s_name).data
+        if pack_quantized.operator_bits(self.config.weight_type.size_bits) == 4:
+            self._process_int4(layer, scale)
+        else:
+            self._process_int8(layer, scale)
+        drop_alias(layer, self.w_q_name)
+
+    def _process_int8(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
+        k, n = self.config.partition_weight_shape
+        bits = self.config.weight_type.size_bits
+        weight = pack_quantized.to_int8(getattr(layer, self.w_q_name).data, bits, k)
+        limits = current_limits().quant_matmul
+        npu_weight = int_quantized.to_npu_weight(
+            weight,
+            nz=ascend_base.prefers_nz() and n <= limits.max_size,
+            transposed_nz=limits.transposed_nz,
+        )
+        replace_parameter(layer, self.w_q_name, npu_weight)
+        replace_parameter(layer, self.w_s_name, scale.reshape(-1).float())
+
+    def _process_int4(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
+        k, n = self.config.partition_weight_shape
+        weight = getattr(layer, self.w_q_name).data
+        rows = int4_rows(self.config, weight)
+        npu_weight, assist = int4.pack_outputs(rows, scale, k)
+        # The operator's scales lie along N; it takes one row of them to pack.
+        scale = scale.t().contiguous().float()
+        packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
+        groups = (len(scale), n) if operator_group_size(self.config) else (n,)
+        replace_parameter(layer, self.w_q_name, npu_weight)
+        replace_parameter(layer, self.w_s_name, packed.reshape(groups))
+        layer.register_parameter(
+            "activation_assist", torch.nn.Parameter(assist, requires_grad=False)
+        )
+
+    def apply_weights(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        weight, scale, _ = self._get_weight_params(layer)
+        if weight.dtype == torch.int32:
+            group_size = operator_group_size(self.config)
+            assist = layer.get_parameter("activation_assist")
+            return dynamic_quant_int4_matmul(x, weight, scale, assist, bias, group_size)
+        return dynamic_quant_matmul(x, weight, scale, bias)
+
+
+def with_quantized_activations(
+    kernel: MPLinearKernel, symmetric: bool
+) -> tuple[MPLinearKernel, str | None]:
+    """Exchange a weight-only kernel for one that quantizes activations as well.
+
+    Args:
+        kernel: What upstream chose, without knowing of the activations.
+        symmetric: Whether their quantization is.
+
+    Returns:
+        The other kernel and None, or `kernel` and why there is no other.
+
+    """
+    reason: str | None = "asymmetric activations; supported: symmetric"
+    if symmetric:
+        _, reason = AscendWNA8LinearKernel.can_implement(kernel.config)
+    if reason is not None:
+        return kernel, reason
+    names = kernel.w_q_name, kernel.w_s_name, kernel.w_zp_name
+    return AscendWNA8LinearKernel(kernel.config, *names), None
