@@ -2,16 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The compressed-tensors config on Ascend: upstream's, where it must differ."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from compressed_tensors.quantization import QuantizationType
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    UnquantizedLinearMethod,
-    register_weight_loader_v2_supported_method,
-)
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsConfig,
@@ -19,24 +17,35 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
-    CompressedTensorsW8A8Int8,
+    CompressedTensorsWNA8O8Int,
     CompressedTensorsWNA16,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (  # noqa: E501
+    get_layer_partition_names,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from vllm_ascend_ct import ascend_base
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
+from vllm_ascend_ct.quantization.compressed_tensors.headers import check_headers
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
+    AscendCTEmbeddingMethod,
+    AscendCTHeadMethod,
+    AscendCTLinearMethod,
+    AscendCTUnquantizedHeadMethod,
+    refused,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
+from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
+    AscendCTWNA8O8Int,
+)
 
 logger = init_logger("vllm.ascend_ct.quantization")
-
-_SUPPORTED_SCHEMES = (CompressedTensorsWNA16, CompressedTensorsW8A8Int8)
-_SUPPORTED = (
-    "linear layers with int4 or int8 weights, per channel or in groups of a multiple "
-    "of 32 (pack-quantized), or with int8 weights and activations (int-quantized)"
-)
-_REMEDY = (
-    "Quantize the model again with a supported scheme, or add the layer to `ignore`"
-)
 
 
 class AscendCTConfig(CompressedTensorsConfig):
@@ -52,13 +61,6 @@ class AscendCTConfig(CompressedTensorsConfig):
         super().__init__(*args, **kwargs)
         # Each of vllm-ascend's RMSNorm layers iterates over it.
         self.quant_description: dict[str, Any] = {}
-        if self.transform_config is not None and self.transform_config.config_groups:
-            raise UnsupportedCheckpointError(
-                "Transforms are not supported",
-                where=f"transform_config={list(self.transform_config.config_groups)}",
-                supported="checkpoints without transform_config",
-                remedy="Quantize the model again without SpinQuant or QuIP transforms",
-            )
         if self.kv_cache_scheme is not None:
             logger.warning_once(
                 "The checkpoint's kv_cache_scheme is not honoured: the KV cache stays "
@@ -66,9 +68,42 @@ class AscendCTConfig(CompressedTensorsConfig):
             )
             self.kv_cache_scheme = None
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "AscendCTConfig":
+        """Read a checkpoint's `quantization_config`.
+
+        Raises:
+            UnsupportedCheckpointError: It cannot be served as it says.
+
+        """
+        check_config(config)
+        return cast(AscendCTConfig, super().from_config(config))
+
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """The dtypes a model may have; vLLM asks before it loads anything."""
         return list(current_limits().weight_quant_batchmatmul.x_dtypes)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Compare the names of the checkpoint's tensors with the config.
+
+        Raises:
+            UnsupportedCheckpointError: They do not go together.
+
+        """
+        super().maybe_update_config(model_name, hf_config, revision)
+        try:
+            headers = get_safetensors_params_metadata(model_name, revision=revision)
+        except Exception as error:
+            # What loads the file says better what is wrong with it.
+            logger.debug("Could not read headers of %s: %s", model_name, error)
+            return
+        schemes = {
+            target: {**scheme, "format": scheme["format"] or self.quant_format}
+            for target, scheme in self.target_scheme_map.items()
+        }
+        check_headers(headers, schemes, self.ignore)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None
@@ -84,82 +119,133 @@ class AscendCTConfig(CompressedTensorsConfig):
             UnsupportedCheckpointError: The layer's scheme is not supported.
 
         """
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         try:
             method = super().get_quant_method(layer, prefix)
         except ValueError as error:
-            raise _refused(str(error), prefix) from error
+            raise refused(str(error), prefix) from error
         if type(method) is CompressedTensorsLinearMethod:
-            return AscendCTLinearMethod(self)
+            return AscendCTLinearMethod(self, self.get_scheme_dict(layer, prefix) or {})
         if isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod:
             return ascend_base.unquantized_linear_method() or method
         return method
 
+    def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        """Choose the method of an embedding or of an output head."""
+        is_head = isinstance(layer, ParallelLMHead)
+        scheme = self.get_scheme(layer, prefix)
+        if scheme is None:
+            return AscendCTUnquantizedHeadMethod() if is_head else None
+        layer.scheme = scheme
+        args = self.get_scheme_dict(layer, prefix) or {}
+        if is_head:
+            return AscendCTHeadMethod(self, args)
+        if not isinstance(scheme, CompressedTensorsWNA16):
+            raise refused(
+                f"{type(scheme).__name__} of an embedding; supported: weight-only",
+                prefix,
+            )
+        return AscendCTEmbeddingMethod(self, args)
+
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        """Choose the method of routed experts."""
+        self._add_fused_moe_to_target_scheme_map()
+        projections = (
+            layer.ckpt_gate_proj_name,
+            layer.ckpt_up_proj_name,
+            layer.ckpt_down_proj_name,
+        )
+        names = [f"{prefix}.0.{projection}" for projection in projections]
+        if any(self.get_scheme_dict(layer, name) for name in names):
+            raise refused("Quantized routed experts are not served yet", prefix)
+        return super().get_quant_method(layer, prefix)
+
     def get_scheme(
         self, layer: torch.nn.Module, layer_name: str | None = None
     ) -> CompressedTensorsScheme | None:
-        args: dict[str, Any] = self.get_scheme_dict(layer, layer_name) or {}
-        for name in ("weights", "input_activations"):
-            quantized = args.get(name)
-            if quantized is not None and quantized.type != QuantizationType.INT:
-                # Upstream would look for kernels while it constructs the scheme.
-                raise _refused(f"{name} of type={quantized.type}", layer_name)
+        args = self.get_scheme_dict(layer, layer_name)
+        if args is None:
+            return None
+        if reason := refusal(args):
+            # Upstream would look for kernels while it constructs the scheme.
+            raise refused(reason, layer_name)
         try:
             scheme = super().get_scheme(layer, layer_name)
-        except NotImplementedError as error:
-            raise _refused(str(error), layer_name) from error
-        if scheme is None or isinstance(scheme, _SUPPORTED_SCHEMES):
-            return scheme
-        raise _refused(f"{type(scheme).__name__} has no NPU kernel", layer_name)
-
-
-@register_weight_loader_v2_supported_method
-class AscendCTLinearMethod(CompressedTensorsLinearMethod):
-    """Upstream's linear method, with what vllm-ascend's layers need besides."""
-
-    # vllm-ascend takes a layer to be unquantized where this stays None.
-    quant_method: CompressedTensorsScheme | None = None
-
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        prefix = getattr(layer, "prefix", None)
-        if isinstance(layer.scheme, CompressedTensorsW8A8Int8):
-            # Upstream does not tell an int8 kernel the sizes.
-            sizes = [input_size_per_partition, sum(output_partition_sizes)]
-            if reason := current_limits().quant_matmul.refusal(params_dtype, sizes):
-                raise _refused(reason, prefix)
-        try:
-            super().create_weights(
-                layer,
-                input_size_per_partition,
-                output_partition_sizes,
-                input_size,
-                output_size,
-                params_dtype,
-                **extra_weight_attrs,
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            raise refused(str(error), layer_name) from error
+        if type(scheme) is CompressedTensorsWNA8O8Int:
+            weights = args["weights"]
+            return AscendCTWNA8O8Int(
+                num_bits=weights.num_bits,
+                strategy=weights.strategy,
+                group_size=weights.group_size,
+                has_input_act=True,
+                has_output_act=True,
+                layer_name=layer_name,
+                quant_format=args["format"],
             )
-        except ValueError as error:
-            raise _refused(str(error), prefix) from error
-        self.quant_method = layer.scheme
-        # Upstream's layers do this in their constructors, vllm-ascend's do not.
-        if isinstance(layer, LinearBase) and hasattr(layer, "tp_rank"):
-            layer.update_param_tp_status()
+        return scheme
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def get_scheme_dict(
+        self, layer: torch.nn.Module, layer_name: str | None = None
+    ) -> dict[str, Any] | None:
+        """Find what the config says of a layer; None if it is not quantized.
+
+        Raises:
+            UnsupportedCheckpointError: It says different things of the shards that vLLM
+                fuses to this layer.
+
+        """
+        parts = get_layer_partition_names(layer_name or "", self.packed_modules_mapping)
+        find = super().get_scheme_dict
         try:
-            super().process_weights_after_loading(layer)
+            found: dict[str, Any] | None = find(layer, layer_name)
+            by_part = {part: _essence(find(layer, part)) for part in parts[1:]}
+            first = _essence(find(layer, parts[0]))
         except ValueError as error:
-            raise _refused(str(error), getattr(layer, "prefix", None)) from error
+            raise refused(str(error), layer_name) from error
+        for part, scheme in by_part.items():
+            if scheme != first:
+                raise refused(
+                    f"Shards of one layer are quantized differently: {parts[0]} "
+                    f"{first or 'not at all'}, {part} {scheme or 'not at all'}",
+                    layer_name,
+                )
+        if (
+            found is None
+            and isinstance(layer, ParallelLMHead)
+            and not _heads_are_tied()
+        ):
+            # A class target means the checkpoint's class, and there it is a Linear.
+            found = find(Linear(), layer_name)
+        return found if found and found.get("weights") else None
 
 
-def _refused(what: str, layer_name: str | None) -> UnsupportedCheckpointError:
-    return UnsupportedCheckpointError(
-        what, where=f"layer {layer_name}", supported=_SUPPORTED, remedy=_REMEDY
-    )
+class Linear(torch.nn.Module):
+    """What an output head is in a checkpoint, by its class's name."""
+
+
+# How the integers were found, and in which order, does not change what they mean.
+_NOT_ESSENTIAL = {"observer", "observer_kwargs", "actorder"}
+
+
+def _essence(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What of a scheme has to be the same for shards of one layer."""
+    return scheme and {
+        key: value.model_dump(exclude=_NOT_ESSENTIAL)
+        if isinstance(value, QuantizationArgs)
+        else value
+        for key, value in scheme.items()
+    }
+
+
+def _heads_are_tied() -> bool:
+    """Whether the model in construction uses its embedding as output head."""
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None or vllm_config.model_config is None:
+        return False
+    text_config = vllm_config.model_config.hf_text_config
+    return bool(getattr(text_config, "tie_word_embeddings", False))

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Checks of a checkpoint's `quantization_config`, before upstream reads it."""
+
+import re
+from typing import Any
+
+import compressed_tensors
+from compressed_tensors import CompressionFormat
+from compressed_tensors.quantization import ActivationOrdering, QuantizationConfig
+from compressed_tensors.transform import TransformConfig
+from packaging.version import InvalidVersion, Version
+
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+
+# Upstream asserts that with these an input is quantized.
+_ACTIVATION_FORMATS = (
+    CompressionFormat.int_quantized.value,
+    CompressionFormat.naive_quantized.value,
+    CompressionFormat.float_quantized.value,
+    CompressionFormat.nvfp4_pack_quantized.value,
+)
+_FORMATS = [fmt.value for fmt in CompressionFormat]
+_FIELDS = (
+    *QuantizationConfig.model_fields,
+    "sparsity_config",
+    "transform_config",
+    "version",
+    # Added by vLLM.
+    "total_num_heads",
+    "total_num_kv_heads",
+)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what would be misread, ignored or fail without a reason.
+
+    Raises:
+        UnsupportedCheckpointError: Names the field.
+
+    """
+    _check_version(config)
+    _check_sparsity(config.get("sparsity_config") or {})
+    _check_structure(config)
+    _check_groups(config)
+    _check_transforms(config.get("transform_config") or {})
+
+
+def _refused(what: str, field: str, supported: str) -> UnsupportedCheckpointError:
+    return UnsupportedCheckpointError(
+        what,
+        where=f"config.json, quantization_config.{field}",
+        supported=supported,
+        remedy="Quantize the model again with a supported recipe",
+    )
+
+
+def _check_version(config: dict[str, Any]) -> None:
+    known = Version(compressed_tensors.__version__)
+    try:
+        version = Version(str(config.get("version") or known))
+    except InvalidVersion:
+        return
+    if version.major > known.major:
+        raise _refused(
+            f"The checkpoint was written by compressed-tensors {version}, a later "
+            "major version",
+            f"version={version}",
+            f"up to {known.major}.x",
+        )
+
+
+def _check_sparsity(config: dict[str, Any]) -> None:
+    fmt = config.get("format", "dense")
+    if config.get("targets") or fmt != "dense":
+        raise _refused(
+            "Sparse weights are not supported; compressed-tensors itself has dropped "
+            "them",
+            f"sparsity_config.format={fmt}",
+            "no sparsity_config",
+        )
+
+
+def _check_structure(config: dict[str, Any]) -> None:
+    for field, value in config.items():
+        if field not in _FIELDS and value:
+            raise _refused(
+                "The field is not known",
+                f"{field}={value!r:.80}",
+                ", ".join(_FIELDS),
+            )
+    if config.get("format", CompressionFormat.dense.value) not in _FORMATS:
+        raise _refused(
+            "The format is not known", f"format={config['format']}", ", ".join(_FORMATS)
+        )
+    try:
+        QuantizationConfig.model_validate({"config_groups": {}, **config})
+        if transforms := config.get("transform_config"):
+            TransformConfig.model_validate(transforms)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        detail = " ".join(str(error).split())
+        raise _refused(
+            f"compressed-tensors {compressed_tensors.__version__} cannot read it: "
+            f"{detail:.500}",
+            "config_groups",
+            "what this version of compressed-tensors reads",
+        ) from error
+
+
+def _check_groups(config: dict[str, Any]) -> None:
+    schemes: dict[str, Any] = {}
+    for name, group in (config.get("config_groups") or {}).items():
+        field = f"config_groups.{name}"
+        inputs = isinstance(group, dict) and group.get("input_activations")
+        if isinstance(group, dict) and _is_attention(group):
+            continue
+        if not isinstance(group, dict) or not group.get("weights"):
+            raise _refused(
+                "The group does not say how weights are quantized",
+                f"{field}.weights",
+                "groups with targets and weights",
+            )
+        actorder = group["weights"].get("actorder")
+        if actorder is True or (
+            isinstance(actorder, str)
+            and ActivationOrdering(actorder.lower()) == ActivationOrdering.GROUP
+        ):
+            raise _refused(
+                "Weights in the order of their activations need an index that no "
+                "operator takes",
+                f"{field}.weights.actorder={actorder}",
+                "actorder=null, weight or static",
+            )
+        fmt = group.get("format") or config.get("format")
+        is_integer = group["weights"].get("type", "int") == "int"
+        if is_integer and fmt in _ACTIVATION_FORMATS and not inputs:
+            raise _refused(
+                "Weights alone are quantized, in a format for quantized activations",
+                f"{field}.format={fmt}",
+                f"format={CompressionFormat.pack_quantized.value}",
+            )
+        scheme = {key: value for key, value in group.items() if key != "targets"}
+        for target in group["targets"]:
+            _check_target(target, field)
+            if schemes.setdefault(target, scheme) != scheme:
+                raise _refused(
+                    "The target is in two groups with different schemes",
+                    f"{field}.targets={target}",
+                    "one scheme for a target",
+                )
+
+
+def _is_attention(group: dict[str, Any]) -> bool:
+    """Whether upstream skips the group, with a warning: it is about the KV cache."""
+    targets = group.get("targets") or []
+    return len(targets) == 1 and targets[0].endswith("Attention")
+
+
+def _check_target(target: str, field: str) -> None:
+    if target.startswith("re:"):
+        try:
+            re.compile(target.removeprefix("re:"))
+        except re.error as error:
+            raise _refused(
+                f"The pattern does not compile: {error}",
+                f"{field}.targets={target}",
+                "regular expressions, as Python's re has them",
+            ) from error
+
+
+def _check_transforms(config: dict[str, Any]) -> None:
+    if not config:
+        return
+    for name, scheme in TransformConfig.model_validate(config).config_groups.items():
+        for args in scheme.apply:
+            if args.is_online():
+                raise _refused(
+                    f"The {scheme.type} transform has to be computed while the model "
+                    "runs, and there is no kernel for it",
+                    f"transform_config.config_groups.{name}.apply.location="
+                    f"{args.location}",
+                    "transforms already merged into the weights (weight_input, "
+                    "weight_output)",
+                )

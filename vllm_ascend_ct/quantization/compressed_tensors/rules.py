@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Which compressed-tensors schemes are served: one table, read by all who ask.
+
+Sizes and chips are not its business: the operators' limits are in `ops/limits.py`.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from compressed_tensors import CompressionFormat
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.soc import current_soc
+
+_PACK = CompressionFormat.pack_quantized.value
+_INT = CompressionFormat.int_quantized.value
+_NAIVE = CompressionFormat.naive_quantized.value
+_SCALE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
+
+
+class Activations(Enum):
+    """How a layer's inputs and outputs are quantized."""
+
+    NONE = "no activations"
+    TOKEN = "int8 inputs, dynamic per token"
+    TENSOR = "int8 inputs, static per tensor"
+    TENSOR_IN_OUT = "int8 inputs and outputs, static per tensor, symmetric"
+
+
+@dataclass(frozen=True)
+class SchemeRule:
+    """One row of the table: combinations that are served.
+
+    Attributes:
+        name: As in the documentation.
+        asymmetric_weights: Whether weights may have zero points.
+        asymmetric_inputs: Whether inputs may.
+
+    """
+
+    name: str
+    activations: Activations
+    formats: tuple[str, ...]
+    bits: tuple[int, ...]
+    strategies: tuple[str, ...]
+    asymmetric_weights: bool = False
+    asymmetric_inputs: bool = False
+
+    def mismatches(self, scheme: dict[str, Any]) -> list[str]:
+        """What of a scheme is outside this row, as `field=value; supported: ...`."""
+        weights, inputs = scheme["weights"], scheme.get("input_activations")
+        fields = [
+            ("format", scheme.get("format"), self.formats),
+            ("weights.num_bits", weights.num_bits, self.bits),
+            ("weights.strategy", _text(weights.strategy), self.strategies),
+            (
+                "weights.symmetric",
+                weights.symmetric,
+                (True, not self.asymmetric_weights),
+            ),
+            ("weights.dynamic", weights.dynamic, (False,)),
+            ("weights.scale_dtype", weights.scale_dtype, _SCALE_DTYPES),
+        ]
+        if inputs is not None:
+            symmetric = (True, not self.asymmetric_inputs)
+            fields.append(("input_activations.symmetric", inputs.symmetric, symmetric))
+        return [
+            f"{field}={value}; supported for {self.activations.value}: "
+            + ", ".join(dict.fromkeys(map(str, supported)))
+            for field, value, supported in fields
+            if value not in supported
+        ]
+
+
+SCHEME_RULES = (
+    SchemeRule(
+        "W2A16 to W8A16",
+        Activations.NONE,
+        (_PACK,),
+        (2, 3, 4, 5, 6, 7, 8),
+        ("channel", "group"),
+        asymmetric_weights=True,
+    ),
+    SchemeRule(
+        "W8A8, activations dynamic",
+        Activations.TOKEN,
+        (_INT, _NAIVE),
+        (8,),
+        ("channel", "tensor"),
+        asymmetric_inputs=True,
+    ),
+    SchemeRule(
+        "W8A8, activations static",
+        Activations.TENSOR,
+        (_INT, _NAIVE),
+        (8,),
+        ("channel", "tensor"),
+        asymmetric_inputs=True,
+    ),
+    SchemeRule(
+        "W4A8",
+        Activations.TOKEN,
+        (_INT, _NAIVE),
+        (4,),
+        ("channel", "group"),
+        asymmetric_inputs=True,
+    ),
+    SchemeRule(
+        "W2A8 to W8A8, packed",
+        Activations.TOKEN,
+        (_PACK,),
+        (2, 3, 4, 5, 6, 7, 8),
+        ("channel", "group"),
+        asymmetric_weights=True,
+    ),
+    SchemeRule(
+        "W2A8O8, W4A8O8, W8A8O8",
+        Activations.TENSOR_IN_OUT,
+        (_PACK, _INT),
+        (2, 4, 8),
+        ("channel", "group"),
+    ),
+)
+
+
+def refusal(scheme: dict[str, Any]) -> str | None:
+    """Why a scheme is not served, or None.
+
+    Args:
+        scheme: `weights`, `input_activations`, `output_activations` and `format` of a
+            config group, as upstream's `get_scheme_dict` gives them.
+
+    """
+    weights, inputs = scheme["weights"], scheme.get("input_activations")
+    outputs = scheme.get("output_activations")
+    if weights.type != QuantizationType.INT:
+        return _float_refusal(weights)
+    activations = _activations(inputs, outputs)
+    if activations is None:
+        kinds = "; ".join(kind.value for kind in Activations)
+        return (
+            f"input_activations={_describe(inputs)}, "
+            f"output_activations={_describe(outputs)}; supported: {kinds}"
+        )
+    reasons = [
+        rule.mismatches(scheme)
+        for rule in SCHEME_RULES
+        if rule.activations == activations
+    ]
+    # The row that is nearest says most.
+    return min(reasons, key=len)[0] if all(reasons) else None
+
+
+def _activations(
+    inputs: QuantizationArgs | None, outputs: QuantizationArgs | None
+) -> Activations | None:
+    """The kind that these arguments are, None if they are none of them."""
+    if inputs is None and outputs is None:
+        return Activations.NONE
+    if outputs is not None:
+        static = _is_static_tensor(inputs) and _is_static_tensor(outputs)
+        symmetric = inputs is not None and inputs.symmetric and outputs.symmetric
+        return Activations.TENSOR_IN_OUT if static and symmetric else None
+    if _is_static_tensor(inputs):
+        return Activations.TENSOR
+    return Activations.TOKEN if _is_int8(inputs, "token", True) else None
+
+
+def _is_int8(args: QuantizationArgs | None, strategy: str, dynamic: bool) -> bool:
+    return args is not None and (
+        args.type == QuantizationType.INT
+        and args.num_bits == 8
+        and _text(args.strategy) == strategy
+        and args.dynamic is dynamic
+    )
+
+
+def _is_static_tensor(args: QuantizationArgs | None) -> bool:
+    return _is_int8(args, "tensor", False)
+
+
+def _float_refusal(weights: QuantizationArgs) -> str:
+    """Refuse floating-point weights, by their field's name."""
+    name = f"FP{weights.num_bits}"
+    if _text(weights.strategy) == "tensor_group":
+        name = f"NVFP{weights.num_bits}"
+    elif _text(weights.strategy) == "group" and weights.group_size == 32:
+        name = f"MXFP{weights.num_bits}"
+    what = f"weights.type={_text(weights.type)}, num_bits={weights.num_bits} ({name})"
+    if name in current_limits().float_weights:
+        return f"{what} is not implemented yet"
+    return f"{what}: Ascend {current_soc().value} has no {name} arithmetic"
+
+
+def _describe(args: QuantizationArgs | None) -> str:
+    if args is None:
+        return "none"
+    return (
+        f"{_text(args.type)}{args.num_bits} strategy={_text(args.strategy)} "
+        f"dynamic={args.dynamic} symmetric={args.symmetric}"
+    )
+
+
+def _text(value: Any) -> Any:
+    """The text of an enum's member, which pydantic has turned into it or not."""
+    return value.value if isinstance(value, Enum) else value
