@@ -11,6 +11,7 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     directory = tmp_path_factory.mktemp("checkpoints")
     known: dict[str, Path] = {}
 
-    def make(recipe: dict[str, str], dtype: torch.dtype = torch.bfloat16) -> Path:
-        key = f"{recipe} {dtype}"
+    def make(recipe: dict[str, str], **options: Any) -> Path:
+        key = f"{recipe} {options}"
         if key not in known:
             known[key] = directory / str(len(known))
-            make_checkpoint.make(known[key], recipe, dtype=dtype)
+            make_checkpoint.make(known[key], recipe, **options)
         return known[key]
 
     return make
@@ -49,7 +50,7 @@ def single_rank() -> Iterator[None]:
     """Let upstream's parallel layers be built, for one rank."""
     from vllm.utils.network_utils import get_open_port
 
-    from tests.layers.quantized_layers import tensor_parallel
+    from tools.ranks import tensor_parallel
 
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
         yield

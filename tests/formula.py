@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
+
+from tools.dequantize import dequantize
 
 
 @dataclass
@@ -23,6 +24,7 @@ class FormulaLinear:
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
     bias: torch.Tensor | None
+    output_scale: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.double()
@@ -30,7 +32,12 @@ class FormulaLinear:
             q, scale, zero_point = self._quantize(x)
             x = (q.round().clamp(-128, 127) - zero_point) * scale
         y = x @ self.weight.t()
-        return y if self.bias is None else y + self.bias.double()
+        if self.bias is not None:
+            y = y + self.bias.double()
+        if self.output_scale is not None:
+            scale = self.output_scale.double()
+            y = (y / scale).round().clamp(-128, 127) * scale
+        return y
 
     def narrow(self, start: int, length: int) -> "FormulaLinear":
         """The layer over part of its input, without the bias."""
@@ -70,28 +77,13 @@ class FormulaLinear:
 def formula_linear(module: Any, scheme: Any) -> FormulaLinear:
     """Read a compressed `torch.nn.Linear`."""
     tensors = dict(module.named_parameters())
-    args = scheme.weights
-    scale = tensors["weight_scale"].double()
-    if "weight_packed" in tensors:
-        shape = tensors["weight_shape"]
-        integers = unpack_from_int32(tensors["weight_packed"], args.num_bits, shape)
-    else:
-        integers = tensors["weight"]
-    zero_point = torch.zeros_like(scale)
-    if not args.symmetric:
-        zero_point = unpack_from_int32(
-            tensors["weight_zero_point"], args.num_bits, scale.shape, packed_dim=0
-        ).double()
-    groups = scale.shape[-1]
-    dequantized = (
-        integers.double().unflatten(1, (groups, -1)) - zero_point.unsqueeze(-1)
-    ) * scale.unsqueeze(-1)
     return FormulaLinear(
-        dequantized.flatten(1),
+        dequantize(tensors),
         scheme.input_activations,
         tensors.get("input_scale"),
         tensors.get("input_zero_point"),
         tensors.get("bias"),
+        tensors.get("output_scale"),
     )
 
 

@@ -29,20 +29,38 @@ def held_out_tokens(checkpoint: Path) -> list[int]:
 def reference(checkpoint: Path) -> list[float]:
     """What Hugging Face's model says in float32, with the weights dequantized.
 
-    Activations are not quantized.
+    Activations are rounded to the grid that the config states, also where they are
+    served in 16 bits.
 
     Returns:
         Log-probability of each token but the first, given those before it.
 
     """
     import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint,
-        dtype=torch.float32,
-        quantization_config=CompressedTensorsConfig(dequantize=True),
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
     )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tools.dequantize import dequantized_state
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    quantization = dict(config.quantization_config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    quantization["config_groups"] = {
+        name: {**group, "weights": None}
+        for name, group in quantization["config_groups"].items()
+        if group["input_activations"]
+    }
+    apply_quantization_config(model, QuantizationConfig.model_validate(quantization))
+    missing, unexpected = model.load_state_dict(
+        dequantized_state(checkpoint), strict=False
+    )
+    assert not unexpected, unexpected
+    assert all(name == "lm_head.weight" or "zero_point" in name for name in missing)
+    model.tie_weights()
     tokens = torch.tensor(held_out_tokens(checkpoint))
     with torch.no_grad():
         logprobs = model(tokens.unsqueeze(0)).logits[0].log_softmax(dim=-1)

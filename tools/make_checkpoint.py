@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -50,23 +51,72 @@ def _activations(kind: str, symmetric: bool) -> QuantizationArgs:
     )
 
 
-# name -> weights, input activations
-SCHEMES: dict[str, tuple[QuantizationArgs, QuantizationArgs | None]] = {
+def _scheme(
+    weights: QuantizationArgs,
+    inputs: QuantizationArgs | None = None,
+    outputs: QuantizationArgs | None = None,
+    packed: bool = False,
+) -> QuantizationScheme:
+    return QuantizationScheme(
+        targets=[],
+        weights=weights,
+        input_activations=inputs,
+        output_activations=outputs,
+        format="pack-quantized" if packed else None,
+    )
+
+
+_TOKEN = _activations("dynamic", True)
+_STATIC = _activations("static", True)
+
+SCHEMES: dict[str, QuantizationScheme] = {
     **{
-        f"w{bits}a16-{layout}{suffix}": (_weights(bits, layout, not suffix), None)
+        f"w{bits}a16-{layout}{suffix}": _scheme(_weights(bits, layout, not suffix))
         for bits in (4, 8)
         for layout in ("g32", "g64", "g128", "channel")
         for suffix in ("", "-asym")
     },
     **{
-        f"w8a8-{layout}-{kind}{suffix}": (
-            _weights(8, layout),
-            _activations(kind, not suffix),
+        f"w8a8-{layout}-{kind}{suffix}": _scheme(
+            _weights(8, layout), _activations(kind, not suffix)
         )
         for layout in ("channel", "tensor")
         for kind in ("dynamic", "static")
         for suffix in ("", "-asym")
     },
+    **{
+        f"w{bits}a16-{layout}{suffix}": _scheme(_weights(bits, layout, not suffix))
+        for bits in (2, 3, 5, 6, 7)
+        for layout in ("g64", "channel")
+        for suffix in ("", "-asym")
+    },
+    **{
+        f"w4a8-{layout}{suffix}": _scheme(
+            _weights(4, layout), _TOKEN, packed=bool(suffix)
+        )
+        for layout in ("channel", "g256", "g128", "g32")
+        for suffix in ("", "-packed")
+    },
+    "w4a8-channel-asym-inputs": _scheme(
+        _weights(4, "channel"), _activations("dynamic", False)
+    ),
+    **{
+        f"w{bits}a8-{layout}-packed": _scheme(
+            _weights(bits, layout), _TOKEN, packed=True
+        )
+        for bits, layout in (
+            (2, "g256"),
+            (3, "channel"),
+            (6, "channel"),
+            (8, "channel"),
+        )
+    },
+    "w4a8-g64-asym-packed": _scheme(_weights(4, "g64", False), _TOKEN, packed=True),
+    "w8a8-g128-packed": _scheme(_weights(8, "g128"), _TOKEN, packed=True),
+    "w2a8o8-g64": _scheme(_weights(2, "g64"), _STATIC, _STATIC, packed=True),
+    "w4a8o8-channel": _scheme(_weights(4, "channel"), _STATIC, _STATIC, packed=True),
+    "w4a8o8-g32-int": _scheme(_weights(4, "g32"), _STATIC, _STATIC),
+    "w8a8o8-channel-int": _scheme(_weights(8, "channel"), _STATIC, _STATIC),
 }
 
 
@@ -84,10 +134,19 @@ def _set_qparams(
             parameter.data.copy_(value.reshape(parameter.shape))
 
 
-def set_input_range(module: Any, low: torch.Tensor, high: torch.Tensor) -> None:
-    """Set the static activation parameters of a module that `prepare` prepared."""
-    args = module.quantization_scheme.input_activations
-    _set_qparams(module, "input", low, high, args)
+def set_range(module: Any, name: str, low: torch.Tensor, high: torch.Tensor) -> None:
+    """Set static activation parameters of a module that `prepare` prepared.
+
+    Args:
+        module: The module.
+        name: `input` or `output`.
+        low: Smallest activation.
+        high: Largest.
+
+    """
+    if hasattr(module, f"{name}_scale"):
+        args = getattr(module.quantization_scheme, f"{name}_activations")
+        _set_qparams(module, name, low, high, args)
 
 
 def prepare(
@@ -101,15 +160,13 @@ def prepare(
         ignore: Layers to leave alone.
 
     Returns:
-        The modules whose static activation range is still to be set.
+        The modules whose static activation ranges are still to be set.
 
     """
     groups = {}
     for number, (target, name) in enumerate(recipe.items()):
-        weights, activations = SCHEMES[name]
-        groups[f"group_{number}"] = QuantizationScheme(
-            targets=[target], weights=weights, input_activations=activations
-        )
+        scheme = SCHEMES[name].model_copy(update={"targets": [target]}, deep=True)
+        groups[f"group_{number}"] = scheme
     config = QuantizationConfig(config_groups=groups, ignore=list(ignore))
     apply_quantization_config(model, config)
     static = []
@@ -132,20 +189,21 @@ def _set_weight_qparams(module: Any, args: QuantizationArgs) -> None:
 
 
 def calibrate(model: torch.nn.Module, modules: list[Any], tokens: torch.Tensor) -> None:
-    """Run `tokens`, `[B, T]`, through the model and set each input's range."""
-    ranges: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+    """Run `tokens`, `[B, T]`, through the model and set the range of activations."""
+    ranges: dict[tuple[Any, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def observe(module: Any, inputs: tuple[torch.Tensor]) -> None:
-        ranges[module] = inputs[0].aminmax()
+    def observe(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ranges[module, "input"] = inputs[0].aminmax()
+        ranges[module, "output"] = output.aminmax()
 
-    hooks = [module.register_forward_pre_hook(observe) for module in modules]
+    hooks = [module.register_forward_hook(observe) for module in modules]
     model.apply(disable_quantization)
     with torch.no_grad():
         model(tokens)
     for hook in hooks:
         hook.remove()
-    for module, (low, high) in ranges.items():
-        set_input_range(module, low, high)
+    for (module, name), (low, high) in ranges.items():
+        set_range(module, name, low, high)
 
 
 def compress(model: torch.nn.Module) -> ModelCompressor:
@@ -157,7 +215,33 @@ def compress(model: torch.nn.Module) -> ModelCompressor:
     """
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and hasattr(module, "weight_packed"):
+            _pack_densely(module, scheme.weights.num_bits)
     return compressor
+
+
+def _pack_densely(module: Any, bits: int) -> None:
+    """Pack as compressed-tensors does since 0.18: no gaps at the end of a word."""
+    if 32 % bits == 0:
+        return
+    integers = unpack_from_int32(module.weight_packed, bits, module.weight_shape)
+    module.weight_packed.data = pack_dense(integers, bits)
+    if hasattr(module, "weight_zero_point"):
+        integers = unpack_from_int32(
+            module.weight_zero_point, bits, module.weight_scale.shape, packed_dim=0
+        )
+        module.weight_zero_point.data = pack_dense(integers.t(), bits).t().contiguous()
+
+
+def pack_dense(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack signed integers `[R, C]` to int32 `[R, ceil(C * bits / 32)]`."""
+    stream = integers.long().unsqueeze(-1) + (1 << (bits - 1))
+    stream = ((stream >> torch.arange(bits)) & 1).flatten(1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32))
+    words = (stream.unflatten(1, (-1, 32)) << torch.arange(32)).sum(-1)
+    return words.to(torch.uint32).view(torch.int32)
 
 
 def make(
@@ -166,6 +250,7 @@ def make(
     base: Path = DEFAULT_BASE,
     ignore: Sequence[str] = ("lm_head",),
     dtype: torch.dtype = torch.bfloat16,
+    tied: bool = False,
 ) -> None:
     """Write a checkpoint of the base model, which is trained first if missing.
 
@@ -175,6 +260,7 @@ def make(
         base: Directory of the unquantized model.
         ignore: Layers to leave alone.
         dtype: Of what is not quantized.
+        tied: Whether the output head is the embedding.
 
     """
     if not (base / "config.json").exists():
@@ -182,10 +268,15 @@ def make(
         tiny_model.make(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.get_input_embeddings().weight
     calibration = tokenizer(tiny_model.corpus()[:4000], return_tensors="pt")
     if static := prepare(model, recipe, ignore):
         calibrate(model, static, calibration["input_ids"])
     compressor = compress(model)
+    if tied:
+        del model.lm_head.weight
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     compressor.update_config(str(out))

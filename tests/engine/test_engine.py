@@ -24,11 +24,22 @@ from tools.make_checkpoint import SCHEMES
 
 MODULES = ("[qkv]_proj", "o_proj", "(gate|up)_proj", "down_proj")
 TARGETS = [f"re:.*layers.{layer}.*{module}" for layer in (0, 1) for module in MODULES]
+FAMILIES = {
+    "w4a16": [s for s in SCHEMES if s.startswith("w4a16")],
+    "w8a16": [s for s in SCHEMES if s.startswith("w8a16")],
+    "w8a8": [s for s in SCHEMES if s.startswith("w8a8") and "packed" not in s][:8],
+    # 2 bits and the like in layers that matter least, or nothing is left of the model.
+    "wna16": ["w5a16-g64", "w6a16-channel-asym", "w3a16-g64-asym", "w7a16-channel"]
+    + ["w5a16-channel-asym", "w2a16-g64-asym", "w7a16-g64-asym", "w6a16-g64"],
+    "w4a8": ["w4a8-channel", "w4a8-g256-packed", "w4a8-g128", "w4a8-g256"]
+    + ["w6a8-channel-packed", "w4a8-channel-packed", "w4a8-channel-asym-inputs"]
+    + ["w8a8-channel-packed"],
+    "w8a8o8": ["w8a8o8-channel-int", "w4a8o8-channel", "w8a16-channel", "w8a16-g128"]
+    + ["w8a16-channel", "w8a8o8-channel-int", "w4a8o8-g32-int", "w8a16-g32"],
+}
 RECIPES = {
-    family: dict(
-        zip(TARGETS, [s for s in SCHEMES if s.startswith(family)], strict=True)
-    )
-    for family in ("w4a16", "w8a16", "w8a8")
+    family: dict(zip(TARGETS, schemes, strict=True))
+    for family, schemes in FAMILIES.items()
 }
 # One layer of each kernel; a rank's share of the second module is one group of 128.
 TWO_RANKS = dict(
@@ -42,7 +53,14 @@ TWO_RANKS = dict(
 )
 # Mean absolute difference of log-probabilities: 16-bit arithmetic, and activations that
 # the reference does not quantize.
-TOLERANCES = {"w4a16": 0.015, "w8a16": 0.015, "w8a8": 0.04}
+TOLERANCES = {
+    "w4a16": 0.015,
+    "w8a16": 0.015,
+    "w8a8": 0.04,
+    "wna16": 0.015,
+    "w4a8": 0.04,
+    "w8a8o8": 0.08,
+}
 OPERATORS = {
     "w4a16": {"npu_weight_quant_batchmatmul"},
     "w8a16": {"npu_weight_quant_batchmatmul"},
@@ -52,6 +70,13 @@ OPERATORS = {
         "npu_quantize",
         "npu_quant_matmul",
     },
+    "wna16": {"npu_weight_quant_batchmatmul"},
+    "w4a8": {
+        "npu_dynamic_quant",
+        "npu_quant_matmul",
+        "npu_weight_quant_batchmatmul",
+    },
+    "w8a8o8": {"npu_quantize", "npu_weight_quant_batchmatmul"},
 }
 
 MakeCheckpoint = Callable[..., Path]
@@ -105,6 +130,20 @@ def test_float16(checkpoint: MakeCheckpoint, scheme: str) -> None:
     family = scheme.partition("-")[0]
     difference = mean_difference(served(path), reference(path))
     assert difference < TOLERANCES[family] / 2
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_embedding_and_output_head(checkpoint: MakeCheckpoint, eager: bool) -> None:
+    """A class target means the head as well, which is a Linear in the checkpoint."""
+    recipe = {"Embedding": "w8a16-g64-asym", "Linear": "w4a16-g32"}
+    path = checkpoint(recipe, ignore=())
+    difference = mean_difference(served(path, eager=eager), reference(path))
+    assert difference < TOLERANCES["w4a16"]
+
+
+def test_output_head_tied_to_a_quantized_embedding(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint({"Embedding": "w4a16-g32", "Linear": "w8a16-channel"}, tied=True)
+    assert mean_difference(served(path), reference(path)) < TOLERANCES["w4a16"]
 
 
 def test_two_ranks(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:

@@ -2,23 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Upstream's linear layers over random compressed-tensors weights."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from vllm.config import (
-    VllmConfig,
-    get_current_vllm_config,
-    set_current_vllm_config,
-)
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -26,13 +16,18 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
-from vllm.utils.network_utils import get_distributed_init_method
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
-from tools.make_checkpoint import compress, prepare, set_input_range
+from tools.make_checkpoint import SCHEMES, compress, prepare, set_range
 
 HEAD_SIZE = 64
+# Narrower than the outputs, so that some saturate.
+OUTPUT_RANGE = torch.tensor(-1.0), torch.tensor(1.0)
 PREFIX = "model.layers.0"
 FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -44,26 +39,30 @@ TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
 DYNAMIC_ASYMMETRIC_TOLERANCE = 2e-2
 
 
+# Outputs next to the middle of two integers of their grid go either way.
+OUTPUT_GRID_TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 3e-3}
+# Quantized activations that no operator takes with such weights stay in 16 bits.
+WEIGHT_ONLY = (
+    "w4a8-g128",
+    "w4a8-g32",
+    "w4a8-channel-asym-inputs",
+    "w4a8-g64-asym",
+    "w8a8-g128",
+)
+
+
+def is_weight_only(scheme: str, k: int) -> bool:
+    """Whether the activations stay in 16 bits though the scheme quantizes them."""
+    one_group = SCHEMES[scheme].weights.group_size == k
+    return scheme.startswith(WEIGHT_ONLY) and not one_group
+
+
 def tolerance(scheme: str, dtype: torch.dtype) -> float:
     if scheme.endswith("dynamic-asym"):
         return DYNAMIC_ASYMMETRIC_TOLERANCE
+    if "o8" in scheme:
+        return OUTPUT_GRID_TOLERANCES[dtype]
     return TOLERANCES[dtype]
-
-
-@contextmanager
-def tensor_parallel(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """Join a group of ranks, in which upstream's parallel layers can be built."""
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(
-            world_size=world_size,
-            rank=rank,
-            local_rank=rank,
-            distributed_init_method=get_distributed_init_method("127.0.0.1", port),
-            backend="gloo",
-        )
-        initialize_model_parallel(tensor_model_parallel_size=world_size)
-        yield
-    cleanup_dist_env_and_memory()
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,8 @@ def compressed_modules(
     ).to(dtype)
     low, high = activations(64, case.k, dtype).aminmax()
     for module in prepare(modules, {"Linear": scheme}):
-        set_input_range(module, low, high)
+        set_range(module, "input", low, high)
+        set_range(module, "output", *OUTPUT_RANGE)
     return modules
 
 
@@ -160,7 +160,59 @@ def load(
                 shard = () if shard_id is None else (shard_id,)
                 loader(parameters[name], tensor.data.clone(), *shard)
         layer.quant_method.process_weights_after_loading(layer)
+    if is_weight_only(scheme, getattr(layer, "input_size_per_partition", case.k)):
+        schemes = {
+            name: served.model_copy(update={"input_activations": None})
+            for name, served in schemes.items()
+        }
     formulas = [
         formula_linear(module, schemes[name]) for name, module in modules.items()
     ]
     return layer, formulas
+
+
+def config_of(target: str, scheme: str, **fields: Any) -> Any:
+    """Make the config that quantizes one target."""
+    group = SCHEMES[scheme].model_copy(update={"targets": [target]}).model_dump()
+    pack = "a16" in scheme or scheme.endswith("packed")
+    return get_quantization_config("compressed-tensors").from_config(
+        {
+            "config_groups": {"group_0": group},
+            "format": "pack-quantized" if pack else "int-quantized",
+            **fields,
+        }
+    )
+
+
+def _load_vocabulary(
+    layer_class: Any, module: Any, hidden: int, scheme: str, dtype: torch.dtype
+) -> tuple[Any, FormulaLinear]:
+    modules = torch.nn.ModuleDict({"layer": module}).to(dtype)
+    name = type(module).__name__
+    prepare(modules, {name: scheme})
+    compress(modules)
+    size = len(module.weight_scale)
+    config = config_of("re:vocabulary", scheme)
+    with set_default_torch_dtype(dtype):
+        layer = layer_class(size, hidden, quant_config=config, prefix="vocabulary")
+        parameters = dict(layer.named_parameters())
+        for name, tensor in module.named_parameters():
+            parameters[name].weight_loader(parameters[name], tensor.data.clone())
+        layer.quant_method.process_weights_after_loading(layer)
+    return layer, formula_linear(module, SCHEMES[scheme])
+
+
+def load_embedding(
+    size: int, hidden: int, scheme: str, dtype: torch.dtype
+) -> tuple[Any, FormulaLinear]:
+    """Build and load one of upstream's embeddings."""
+    module = torch.nn.Embedding(size, hidden)
+    return _load_vocabulary(VocabParallelEmbedding, module, hidden, scheme, dtype)
+
+
+def load_head(
+    size: int, hidden: int, scheme: str, dtype: torch.dtype
+) -> tuple[Any, FormulaLinear]:
+    """Build and load one of upstream's output heads."""
+    module = torch.nn.Linear(hidden, size, bias=False)
+    return _load_vocabulary(ParallelLMHead, module, hidden, scheme, dtype)

@@ -4,6 +4,7 @@
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from tests.layers.quantized_layers import (
     activations,
     gate_up_case,
     load,
+    load_embedding,
+    load_head,
     qkv_case,
     row_case,
-    tensor_parallel,
     tolerance,
 )
 from tools.make_checkpoint import SCHEMES
+from tools.ranks import tensor_parallel
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 WORLD_SIZE = 2
 COLUMN_CASES = (qkv_case(256, heads=4, kv_heads=2), gate_up_case(256, 320))
@@ -65,6 +69,16 @@ def _reduced_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> fl
     return relative_error(layer(inputs[rank])[0], expected)
 
 
+def _is_served(scheme: str, check: Any, k: int) -> bool:
+    if check is _column_error:
+        share = k
+    elif SCHEMES[scheme].output_activations is not None:
+        return False
+    else:
+        share = k // WORLD_SIZE
+    return share % (SCHEMES[scheme].weights.group_size or 1) == 0
+
+
 # What is checked, over which layers, with how much of the tolerance.
 CHECKS = (
     (_column_error, COLUMN_CASES, 1),
@@ -82,11 +96,45 @@ def _run(rank: int, port: int) -> None:
         for scheme, dtype in product(SCHEMES, (torch.bfloat16, torch.float16)):
             for check, cases, roundings in CHECKS:
                 for case in cases:
+                    if not _is_served(scheme, check, case.k):
+                        continue
                     torch.manual_seed(0)
                     error = check(rank, case, scheme, dtype)
                     if not error < tolerance(scheme, dtype) * roundings:
                         failures.append((scheme, dtype, check.__name__, error))
+        _check_vocabulary(rank)
+        _check_refusals()
     assert not failures, failures
+
+
+def _check_vocabulary(rank: int) -> None:
+    torch.manual_seed(0)
+    embedding, formula = load_embedding(1000, 256, "w4a16-g32-asym", torch.bfloat16)
+    ids = torch.tensor([0, 999, 512, 511])
+    assert torch.equal(embedding(ids), formula.weight[ids].float().bfloat16())
+    torch.manual_seed(0)
+    head, formula = load_head(1024, 256, "w4a16-g32-asym", torch.bfloat16)
+    x = activations(5, 256, torch.bfloat16)
+    expected = formula(x).chunk(WORLD_SIZE, dim=-1)[rank]
+    y = head.quant_method.apply(head, x)
+    assert relative_error(y, expected) < tolerance("w4a16", torch.bfloat16)
+
+
+REFUSED = {
+    # scheme -> K of a layer whose input is split, and why
+    "w4a16-g128": (384, "is not divisible by group_size=128"),
+    "w8a8o8-channel-int": (512, "a rank would quantize its share"),
+    "w3a16-channel": (272, "ranks that begin with a whole word"),
+}
+
+
+def _check_refusals() -> None:
+    for scheme, (k, reason) in REFUSED.items():
+        with pytest.raises(UnsupportedCheckpointError, match=reason):
+            load(row_case(k, 192), scheme, torch.bfloat16, bias=False)
+    # 20 zero points of 5 bits a shard.
+    with pytest.raises(UnsupportedCheckpointError, match="zero points fill whole"):
+        load(gate_up_case(256, 2 * 20), "w5a16-g64-asym", torch.bfloat16, bias=False)
 
 
 def test_output_is_the_formula_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,25 @@ import torch
 from vllm.model_executor.layers.linear import (
     WEIGHT_LOADER_V2_SUPPORTED,
     ColumnParallelLinear,
+    QKVParallelLinear,
     ReplicatedLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsWNA16,
+)
 
+from tests.layers.quantized_layers import FUSED
+from tools import enumerate_configs
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
+    AscendWNA16LinearKernel,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
     AscendCTConfig,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
 
@@ -37,9 +48,13 @@ TOKEN = ints(8, "token", dynamic=True)
 
 
 def config(
-    weights: Any, inputs: Any = None, fmt: str = "pack-quantized", **more: Any
+    weights: Any,
+    inputs: Any = None,
+    fmt: str = "pack-quantized",
+    targets: Any = ("Linear",),
+    **more: Any,
 ) -> AscendCTConfig:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    group = {"targets": targets, "weights": weights, "input_activations": inputs}
     made = get_quantization_config("compressed-tensors").from_config(
         {"config_groups": {"group_0": group}, "format": fmt, **more}
     )
@@ -47,11 +62,13 @@ def config(
     return made
 
 
-def linear(quant_config: Any, k: int = 256, **more: Any) -> ReplicatedLinear:
+def linear(
+    quant_config: Any, k: int = 256, dtype: torch.dtype = torch.bfloat16, **more: Any
+) -> ReplicatedLinear:
     return ReplicatedLinear(
         k,
         64,
-        params_dtype=torch.bfloat16,
+        params_dtype=dtype,
         quant_config=quant_config,
         prefix=PREFIX,
         **more,
@@ -83,7 +100,8 @@ def test_parameters_follow_a_layer_that_does_not_split() -> None:
     made = config(W4)
     layer.scheme = made.get_scheme(layer, PREFIX)
     del layer.weight
-    AscendCTLinearMethod(made).create_weights(
+    args = made.get_scheme_dict(layer, PREFIX)
+    AscendCTLinearMethod(made, args).create_weights(
         layer,
         input_size_per_partition=256,
         output_partition_sizes=[64],
@@ -106,32 +124,61 @@ def test_ignored_and_unmatched_layers_stay_unquantized() -> None:
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     # weights, activations, format -> what the message says
-    "w3a16": (
-        ints(3, "channel"),
-        None,
-        "pack-quantized",
-        "uint3b4; supported: uint4b8",
-    ),
     "w4a16-g16": (
         ints(4, "group", group_size=16),
         None,
         "pack-quantized",
         "group_size=16; supported: per channel, or a multiple of 32",
     ),
-    "w4a8-packed": (W4, TOKEN, "pack-quantized", "CompressedTensorsWNA8Int has no"),
-    "w4a8-int": (W4, TOKEN, "int-quantized", "CompressedTensorsW4A8Int has no NPU"),
+    "w9a16": (ints(9, "channel"), None, "pack-quantized", "weights.num_bits=9"),
     "w8a8-fp8": (
         floats(8, "channel"),
         floats(8, "token", dynamic=True),
         "float-quantized",
-        "weights of type=float",
+        "weights.type=float, num_bits=8 (FP8): Ascend A2 has no FP8 arithmetic",
     ),
-    "w4a4": (W4, ints(4, "token", dynamic=True), "int-quantized", "No compressed-ten"),
+    "w8a8-mxfp8": (
+        floats(8, "group", group_size=32),
+        None,
+        "mxfp8-quantized",
+        "(MXFP8): Ascend A2 has no MXFP8",
+    ),
+    "w4a16-nvfp4": (
+        floats(4, "tensor_group", group_size=16),
+        None,
+        "nvfp4-pack-quantized",
+        "(NVFP4): Ascend A2 has no NVFP4",
+    ),
+    "w4a4": (
+        W4,
+        ints(4, "token", dynamic=True),
+        "int-quantized",
+        "input_activations=int4 strategy=token dynamic=True",
+    ),
+    "w4-fp8-activations": (
+        W4,
+        floats(8, "token", dynamic=True),
+        "pack-quantized",
+        "input_activations=float8 strategy=token",
+    ),
     "w8a8-group-weights": (
         ints(8, "group", group_size=128),
         TOKEN,
         "int-quantized",
-        "No compressed-tensors compatible scheme",
+        "weights.strategy=group; supported for int8 inputs, dynamic per token: channel",
+    ),
+    "w8a8-asymmetric-weights": (
+        ints(8, "channel", symmetric=False),
+        TOKEN,
+        "int-quantized",
+        "weights.symmetric=False",
+    ),
+    "marlin-24": (W4, None, "marlin-24", "format=marlin-24; supported for no activ"),
+    "w8a8-static-packed": (
+        W8,
+        ints(8, "tensor"),
+        "pack-quantized",
+        "format=pack-quantized; supported for int8 inputs, static per tensor: int-q",
     ),
 }
 
@@ -146,13 +193,135 @@ def test_refused_by_name(name: str) -> None:
         assert part in text
 
 
-@pytest.mark.parametrize(("k", "n"), [(65536, 8), (8, 65536)])
-def test_int8_layers_too_large_are_refused(k: int, n: int) -> None:
+def test_float_weights_on_a_chip_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    with pytest.raises(UnsupportedCheckpointError, match="is not implemented yet"):
+        linear(config(floats(8, "channel"), None, "float-quantized"))
+
+
+@pytest.mark.parametrize("soc", ["310P", "A5"])
+def test_w4a8_on_a_chip_without_its_operator(
+    monkeypatch: pytest.MonkeyPatch, soc: str
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    weights = ints(4, "channel")
+    if soc == "310P":
+        with pytest.raises(UnsupportedCheckpointError, match="4-bit weights"):
+            linear(config(weights, TOKEN, "int-quantized"), dtype=torch.float16)
+    else:
+        layer = linear(config(weights, TOKEN, "int-quantized"))
+        assert type(layer.scheme.kernel) is AscendWNA16LinearKernel
+
+
+def test_what_is_left_unquantized_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="vllm.ascend_ct.quantization"):
+        linear(config(ints(4, "group", group_size=64), TOKEN, "int-quantized"))
+    assert (
+        "W4A8 is served as W4A16, its activations unquantized: group_size=64; "
+        "supported: per channel, 256." in caplog.text
+    )
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "actorder": ({"weights": {**W4, "actorder": "group"}}, "weights.actorder=group"),
+    "actorder-alias": (
+        {"weights": {**W4, "actorder": "dynamic"}},
+        "weights.actorder=dynamic",
+    ),
+    "sparsity": (
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        "sparsity_config.format=sparse-24-bitmask",
+    ),
+    "format": ({"fmt": "pack-quantized-2"}, "format=pack-quantized-2"),
+    "version": ({"version": "1.0.0"}, "version=1.0.0"),
+    "field": ({"outliers": {"keep": 1}}, "quantization_config.outliers="),
+    "field-of-weights": ({"weights": {**W4, "codebook": 1}}, "codebook"),
+    "no-weights": ({"weights": None}, "config_groups.group_0.weights"),
+    "weight-only-int": ({"fmt": "int-quantized"}, "group_0.format=int-quantized"),
+    "pattern": ({"targets": ["re:*"]}, "group_0.targets=re:*"),
+    "group-size": ({"weights": ints(4, "group")}, "group_size"),
+    "kv-cache": ({"kv_cache_scheme": {"num_bits": "many"}}, "kv_cache_scheme"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_refused_by_name(name: str) -> None:
+    given, message = CONFIGS[name]
+    with pytest.raises(UnsupportedCheckpointError) as error:
+        config(**{"weights": W4, **given})
+    text = str(error.value)
+    for part in (message, "config.json, quantization_config.", "Supported: "):
+        assert part in text
+
+
+@pytest.mark.parametrize("actorder", ["weight", "static", None])
+def test_actorder_that_only_calibration_used(actorder: str | None) -> None:
+    made = config({**W4, "actorder": actorder})
+    assert type(linear(made).scheme) is CompressedTensorsWNA16
+
+
+def test_one_target_in_two_groups() -> None:
+    groups = {
+        name: {"targets": ["Linear"], "weights": weights}
+        for name, weights in (("group_0", W4), ("group_1", W8))
+    }
+    with pytest.raises(UnsupportedCheckpointError, match="group_1.targets=Linear"):
+        AscendCTConfig.from_config(
+            {"config_groups": groups, "format": "pack-quantized"}
+        )
+
+
+@pytest.mark.parametrize("others", [["Linear"], ["re:.*[kv]_proj"], []])
+def test_shards_quantized_differently(others: list[str]) -> None:
+    groups = {
+        "group_0": {"targets": ["re:.*q_proj"], "weights": W4},
+        "group_1": {"targets": others, "weights": ints(4, "channel")},
+    }
+    made = AscendCTConfig.from_config(
+        {"config_groups": groups, "format": "pack-quantized"}
+    )
+    made.packed_modules_mapping = FUSED
+    with pytest.raises(UnsupportedCheckpointError, match="Shards of one layer"):
+        QKVParallelLinear(256, 64, 4, quant_config=made, prefix="layers.0.qkv_proj")
+
+
+def test_shards_of_different_groups_with_one_scheme() -> None:
+    groups = {
+        "group_0": {"targets": ["re:.*q_proj"], "weights": W4},
+        "group_1": {
+            "targets": ["re:.*[kv]_proj"],
+            "weights": {**W4, "observer": "mse", "actorder": "static"},
+        },
+    }
+    made = AscendCTConfig.from_config(
+        {"config_groups": groups, "format": "pack-quantized"}
+    )
+    made.packed_modules_mapping = FUSED
+    layer = QKVParallelLinear(
+        256,
+        64,
+        4,
+        params_dtype=torch.bfloat16,
+        quant_config=made,
+        prefix="layers.0.qkv_proj",
+    )
+    assert type(layer.scheme) is CompressedTensorsWNA16
+
+
+def test_every_config_is_served_or_refused() -> None:
+    outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16)
+    assert outcomes.total() > 512
+    served = {name for name in outcomes if " with Ascend" in name}
+    assert set(outcomes) == served | {"refused"}
+    assert sum(outcomes[name] for name in served) > 100
+
+
+def test_int8_layers_too_large_are_refused() -> None:
     """Before memory for their weights is asked for."""
     with pytest.raises(UnsupportedCheckpointError, match="inner axis of size 65536"):
         ReplicatedLinear(
-            k,
-            n,
+            65536,
+            8,
             params_dtype=torch.bfloat16,
             quant_config=config(W8, TOKEN, "int-quantized"),
             prefix=PREFIX,
@@ -178,24 +347,38 @@ def test_refusals_are_not_taken_for_an_unquantized_lm_head() -> None:
 def test_bias_that_does_not_fit_names_the_layer() -> None:
     static = config(W8, ints(8, "tensor", dynamic=False), "int-quantized")
     layer = linear(static)
+    parameters = dict(layer.named_parameters())
     for name, value in (("weight", 1), ("weight_scale", 1e-9), ("input_scale", 1e-9)):
-        getattr(layer, name).data.fill_(value)
+        parameter = parameters[name]
+        parameter.weight_loader(parameter, torch.full_like(parameter.data, value))
     layer.bias.data.fill_(100)
     with pytest.raises(UnsupportedCheckpointError, match=f"reaches .* .layer {PREFIX}"):
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_transforms_are_refused() -> None:
-    transform = {
+def transform(location: str) -> dict[str, Any]:
+    return {
         "config_groups": {
             "R1": {
                 "type": "hadamard",
-                "apply": [{"targets": ["Linear"], "location": "weight_input"}],
+                "apply": [{"targets": ["Linear"], "location": location}],
             }
         }
     }
-    with pytest.raises(UnsupportedCheckpointError, match=r"transform_config=\['R1'\]"):
-        config(W4, transform_config=transform)
+
+
+@pytest.mark.parametrize("location", ["input", "output", "q_attn", "k_cache"])
+def test_transforms_of_activations_are_refused(location: str) -> None:
+    with pytest.raises(
+        UnsupportedCheckpointError, match=f"R1.apply.location=.*{location}"
+    ):
+        config(W4, transform_config=transform(location))
+
+
+@pytest.mark.parametrize("location", ["weight_input", "weight_output"])
+def test_transforms_merged_into_weights_are_served(location: str) -> None:
+    made = config(W4, transform_config=transform(location))
+    assert type(linear(made).quant_method) is AscendCTLinearMethod
 
 
 def test_empty_transform_config_is_none() -> None:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Quantized embeddings and output heads, through upstream's layers and loaders."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+
+from tests.formula import relative_error
+from tests.layers.quantized_layers import (
+    TOLERANCES,
+    activations,
+    config_of,
+    load_embedding,
+    load_head,
+)
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
+    AscendCTEmbeddingMethod,
+    AscendCTHeadMethod,
+    AscendCTUnquantizedHeadMethod,
+)
+
+BF16 = torch.bfloat16
+# No multiple of 64, to which vLLM pads.
+VOCABULARY = 1008
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    ["w2a16-g64-asym", "w3a16-channel", "w4a16-g32", "w4a16-channel-asym"]
+    + ["w6a16-g64-asym", "w8a16-g128", "w8a16-channel-asym"],
+)
+def test_embedding_is_the_formula(scheme: str, dtype: torch.dtype) -> None:
+    layer, formula = load_embedding(VOCABULARY, 256, scheme, dtype)
+    assert type(layer.quant_method) is AscendCTEmbeddingMethod
+    ids = torch.tensor([[0, 1, 5], [VOCABULARY - 1, 5, 77]])
+    # One rounding of the exact product.
+    assert torch.equal(layer(ids), formula.weight[ids].float().to(dtype))
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w4a16-g32-asym", "w3a16-g64", "w8a8-channel-dynamic", "w4a8-channel"]
+)
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 66000])
+def test_head_is_the_formula(scheme: str, vocabulary: int) -> None:
+    """With more outputs than an operator takes at once, too."""
+    layer, formula = load_head(vocabulary, 256, scheme, BF16)
+    assert type(layer.quant_method) is AscendCTHeadMethod
+    x = formula.without_ties(activations(7, 256, BF16))
+    y = layer.quant_method.apply(layer, x)[:, :vocabulary]
+    if scheme == "w4a8-channel" and vocabulary > 65535:
+        formula.input_args = None
+    assert relative_error(y, formula(x)) < TOLERANCES[BF16]
+
+
+def new_head(config: Any = None, size: int = 64) -> Any:
+    return ParallelLMHead(
+        size, 256, params_dtype=BF16, quant_config=config, prefix="lm_head"
+    )
+
+
+def head(config: Any) -> Any:
+    return new_head(config).quant_method
+
+
+def test_which_targets_mean_the_head() -> None:
+    """In the checkpoint it is a Linear, in vLLM no LinearBase."""
+    assert type(head(config_of("Linear", "w4a16-g32"))) is AscendCTHeadMethod
+    assert type(head(config_of("lm_head", "w4a16-g32"))) is AscendCTHeadMethod
+    for config in (
+        config_of("Linear", "w4a16-g32", ignore=["lm_head"]),
+        config_of("re:.*mlp.*", "w4a16-g32"),
+    ):
+        assert type(head(config)) is AscendCTUnquantizedHeadMethod
+
+
+def test_head_tied_to_a_quantized_embedding() -> None:
+    embedding, formula = load_embedding(VOCABULARY, 256, "w4a16-g32", BF16)
+    layer = ParallelLMHead(
+        VOCABULARY, 256, quant_config=config_of("re:none", "w4a16-g32")
+    )
+    assert layer.tie_weights(embedding) is embedding
+    x = activations(7, 256, BF16)
+    y = embedding.quant_method.apply(embedding, x)[:, :VOCABULARY]
+    assert relative_error(y, formula(x)) < TOLERANCES[BF16]
+
+
+def test_head_tied_to_an_embedding_that_is_not_quantized() -> None:
+    embedding = new_head()
+    assert type(embedding.quant_method) is UnquantizedEmbeddingMethod
+    layer = new_head(config_of("re:none", "w4a16-g32"))
+    assert layer.tie_weights(embedding) is layer
+    assert layer.weight is embedding.weight
+    layer = new_head(config_of("lm_head", "w4a16-g32"))
+    with pytest.raises(UnsupportedCheckpointError, match="tied .*layer lm_head"):
+        layer.tie_weights(embedding)
+
+
+def test_embedding_with_quantized_activations_is_refused() -> None:
+    with pytest.raises(UnsupportedCheckpointError, match="of an embedding; supp"):
+        load_embedding(VOCABULARY, 256, "w8a8-channel-dynamic", BF16)
+
+
+def test_vocabulary_whose_zero_points_end_within_a_word_is_refused() -> None:
+    with pytest.raises(UnsupportedCheckpointError, match="N=.1000. of shards"):
+        load_embedding(1000, 256, "w2a16-g64-asym", BF16)
