@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Checkpoints that are not what they say are refused, through vLLM's own loader."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import (
+    initialize_model,
+    process_weights_after_loading,
+)
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tools.malform import (
+    INT4_IN_INT8,
+    KINDS,
+    PACKED,
+    RECIPE,
+    STATIC,
+    THREE_BITS,
+    Kind,
+    malform,
+)
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+def load_model(path: Path) -> None:
+    """As a worker does, without the worker."""
+    arguments = EngineArgs(str(path), enforce_eager=True, max_model_len=128)
+    vllm_config = arguments.create_engine_config()
+    model_config = vllm_config.model_config
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
+        model = initialize_model(vllm_config)
+        loader = get_model_loader(vllm_config.load_config)
+        loader.load_weights(model, model_config)
+        process_weights_after_loading(model, model_config, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def valid(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(RECIPE)
+
+
+def test_the_checkpoint_itself_is_loaded(valid: Path) -> None:
+    load_model(valid)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_refused(valid: Path, tmp_path: Path, name: str) -> None:
+    kind = KINDS[name]
+    broken = tmp_path / "broken"
+    malform(valid, kind, broken)
+    # What cannot be read at all is safetensors' to refuse, or vLLM's.
+    errors = UnsupportedCheckpointError if kind.file is None else Exception
+    with pytest.raises(errors, match=kind.names):
+        load_model(broken)
+
+
+def test_the_corpus_is_large_enough() -> None:
+    assert len(KINDS) > 40
+
+
+NAMES = [
+    f"{layer}.{name}"
+    for layer, names in {
+        PACKED: ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"],
+        STATIC: ["weight", "weight_scale", "input_scale", "input_zero_point"],
+        INT4_IN_INT8: ["weight", "weight_scale"],
+        THREE_BITS: ["weight_packed", "weight_scale", "weight_shape"],
+    }.items()
+    for name in names
+]
+DTYPES = [torch.int8, torch.uint8, torch.int32, torch.int64]
+DTYPES += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Another dtype, size, order or value of one tensor."""
+    name = draw(st.sampled_from(NAMES))
+    kind = draw(st.sampled_from(["dtype", "cut", "repeat", "flat", "swap", "value"]))
+    dtype = draw(st.sampled_from(DTYPES))
+    amount = draw(st.integers(1, 3))
+    value = draw(st.sampled_from([float("nan"), float("inf"), -1.0, 0.0]))
+
+    def mutate(tensor: torch.Tensor) -> torch.Tensor:
+        if kind == "dtype":
+            return tensor.to(dtype)
+        if kind == "cut":
+            return tensor[..., :-amount]
+        if kind == "repeat":
+            return tensor.repeat_interleave(amount + 1, dim=0)
+        if kind == "flat":
+            return tensor.flatten()
+        if kind == "swap" and tensor.t().shape != tensor.shape:
+            return tensor.t()
+        if tensor.is_floating_point():
+            tensor = tensor.clone()
+            tensor.view(-1)[0] = value
+        return tensor
+
+    return name, mutate
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(mutation=mutations())
+def test_no_mutation_is_served_wrong(
+    valid: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    mutation: tuple[str, Callable[[torch.Tensor], torch.Tensor]],
+) -> None:
+    """Refused by name, or the same numbers in the same shape."""
+    name, mutate = mutation
+    before = load_file(valid / "model.safetensors")[name]
+    after = mutate(before).contiguous()
+    broken = tmp_path_factory.mktemp("mutations") / "broken"
+    kind = Kind(name, tensors=lambda tensors: tensors.update({name: after}))
+    malform(valid, kind, broken)
+    same = before.shape == after.shape and torch.equal(before.double(), after.double())
+    try:
+        load_model(broken)
+    except UnsupportedCheckpointError as error:
+        assert name.rpartition(".")[2] in str(error)
+        assert not torch.equal(before, after) or before.dtype != after.dtype
+    else:
+        assert same

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Break a checkpoint in every way that is told from its bytes, one kind at a time.
+
+    python -m tools.malform CHECKPOINT OUT
+
+Writes a copy of the checkpoint for each kind in `KINDS`. CHECKPOINT is one of `RECIPE`.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+# A tiny model with each kind of tensor that a quantized layer may have.
+RECIPE = {
+    "re:.*layers.0.self_attn.*_proj": "w4a16-g32-asym",
+    "re:.*layers.0.mlp.*_proj": "w8a8-channel-static-asym",
+    "re:.*layers.1.self_attn.*_proj": "w4a8-channel",
+    "re:.*layers.1.mlp.*_proj": "w3a16-g64",
+}
+PACKED = "model.layers.0.self_attn.k_proj"
+STATIC = "model.layers.0.mlp.down_proj"
+INT4_IN_INT8 = "model.layers.1.self_attn.o_proj"
+THREE_BITS = "model.layers.1.mlp.gate_proj"
+WEIGHTS = "model.safetensors"
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to break a checkpoint, and what a refusal has to name."""
+
+    names: str
+    tensors: Callable[[Tensors], None] | None = None
+    config: Callable[[dict[str, Any]], None] | None = None
+    file: Callable[[Path], None] | None = None
+
+
+def changed(
+    layer: str, name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Kind:
+    """Give a layer another tensor than it had."""
+
+    def tensors(tensors: Tensors) -> None:
+        key = f"{layer}.{name}"
+        tensors[key] = change(tensors[key]).contiguous()
+
+    return Kind(name, tensors=tensors)
+
+
+def missing(layer: str, *names: str) -> Kind:
+    """Take tensors from a layer."""
+
+    def tensors(tensors: Tensors) -> None:
+        for name in names:
+            del tensors[f"{layer}.{name}"]
+
+    return Kind(names[0], tensors=tensors)
+
+
+def filled(layer: str, name: str, value: float) -> Kind:
+    """Give a layer's tensor one wrong value."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return changed(layer, name, change)
+
+
+def added(key: str, tensor: torch.Tensor) -> Kind:
+    """Add a tensor."""
+    return Kind(
+        key.rpartition(".")[2], tensors=lambda tensors: tensors.update({key: tensor})
+    )
+
+
+def group(number: int, part: str, names: str, **fields: Any) -> Kind:
+    """Lie about a group of the config."""
+
+    def config(config: dict[str, Any]) -> None:
+        config["config_groups"][f"group_{number}"][part].update(fields)
+
+    return Kind(names, config=config)
+
+
+def top(names: str, **fields: Any) -> Kind:
+    """Lie in the config."""
+    return Kind(names, config=lambda config: config.update(fields))
+
+
+def header(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """Lie in the header of the file."""
+
+    def rewrite(path: Path) -> None:
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        content = json.loads(data[8 : 8 + size])
+        change(content)
+        text = json.dumps(content).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    return rewrite
+
+
+def _cut(size: int) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:size])
+
+    return rewrite
+
+
+def _first_bytes(replacement: bytes) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        data = path.read_bytes()
+        path.write_bytes(replacement + data[len(replacement) :])
+
+    return rewrite
+
+
+def _shape_lie(content: dict[str, Any]) -> None:
+    content[f"{PACKED}.weight_packed"]["shape"][0] += 1
+
+
+def _dtype_lie(content: dict[str, Any]) -> None:
+    content[f"{PACKED}.weight_packed"]["dtype"] = "I64"
+
+
+def _offset_lie(content: dict[str, Any]) -> None:
+    offsets = content[f"{PACKED}.weight_packed"]["data_offsets"]
+    content[f"{PACKED}.weight_packed"]["data_offsets"] = [0, offsets[1] - offsets[0]]
+
+
+def _words(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Cut or repeat a matrix to a size."""
+    tensor = tensor.repeat(-(-rows // tensor.shape[0]), -(-columns // tensor.shape[1]))
+    return tensor[:rows, :columns]
+
+
+KINDS: dict[str, Kind] = {
+    # The file.
+    "file-truncated": Kind("header", file=_cut(-100)),
+    "file-truncated-in-header": Kind("header", file=_cut(50)),
+    "file-empty": Kind("header", file=_cut(0)),
+    "file-missing": Kind("model weights", file=Path.unlink),
+    "header-size-lies": Kind("header", file=_first_bytes(b"\xff" * 7 + b"\x7f")),
+    "header-is-no-json": Kind(
+        "header", file=_first_bytes(b"\x40" + b"\0" * 7 + b"{{{{")
+    ),
+    "header-shape-lies": Kind("weight_packed", file=header(_shape_lie)),
+    "header-dtype-lies": Kind("header", file=header(_dtype_lie)),
+    "header-offsets-lie": Kind("header", file=header(_offset_lie)),
+    # Packed weights.
+    "packed-int64": changed(PACKED, "weight_packed", lambda t: t.long()),
+    "packed-float": changed(PACKED, "weight_packed", lambda t: t.float()),
+    "packed-rows-fewer": changed(PACKED, "weight_packed", lambda t: t[:-8]),
+    "packed-rows-more": changed(
+        PACKED, "weight_packed", lambda t: _words(t, t.shape[0] + 8, t.shape[1])
+    ),
+    "packed-words-fewer": changed(PACKED, "weight_packed", lambda t: t[:, :-1]),
+    "packed-words-more": changed(
+        PACKED, "weight_packed", lambda t: _words(t, t.shape[0], t.shape[1] + 1)
+    ),
+    "packed-transposed": changed(PACKED, "weight_packed", lambda t: t.t()),
+    "packed-3d": changed(PACKED, "weight_packed", lambda t: t.unsqueeze(0)),
+    "packed-with-gaps": changed(
+        THREE_BITS, "weight_packed", lambda t: _words(t, t.shape[0], 26)
+    ),
+    "packed-missing-of-one-shard": missing(PACKED, "weight_packed"),
+    "packed-missing": missing(THREE_BITS.replace("gate", "down"), "weight_packed"),
+    # Scales of weights.
+    "scale-missing-of-one-shard": missing(PACKED, "weight_scale"),
+    "scale-missing": missing(STATIC, "weight_scale"),
+    "scale-int": changed(PACKED, "weight_scale", lambda t: t.int()),
+    "scale-float64": changed(PACKED, "weight_scale", lambda t: t.double()),
+    "scale-transposed": changed(PACKED, "weight_scale", lambda t: t.t()),
+    "scale-1d": changed(STATIC, "weight_scale", lambda t: t.flatten()),
+    "scale-groups-fewer": changed(PACKED, "weight_scale", lambda t: t[:, :-1]),
+    "scale-groups-10000": changed(
+        PACKED, "weight_scale", lambda t: _words(t, t.shape[0], 10_000)
+    ),
+    "scale-per-tensor": changed(STATIC, "weight_scale", lambda t: t[:1, 0]),
+    "scale-nan": filled(PACKED, "weight_scale", float("nan")),
+    "scale-zero": filled(PACKED, "weight_scale", 0.0),
+    "scale-negative": filled(STATIC, "weight_scale", -0.1),
+    "scale-infinite": filled(INT4_IN_INT8, "weight_scale", float("inf")),
+    # Zero points of weights.
+    "zero-point-missing-of-one-shard": missing(PACKED, "weight_zero_point"),
+    "zero-point-int8": changed(PACKED, "weight_zero_point", lambda t: t.to(torch.int8)),
+    "zero-point-not-packed": changed(
+        PACKED, "weight_zero_point", lambda t: _words(t, 8 * t.shape[0], t.shape[1])
+    ),
+    "zero-point-groups-fewer": changed(
+        PACKED, "weight_zero_point", lambda t: t[:, :-1]
+    ),
+    "zero-point-of-symmetric": added(
+        f"{THREE_BITS}.weight_zero_point", torch.zeros(48, 4, dtype=torch.int32)
+    ),
+    # Shapes.
+    "shape-lies": changed(PACKED, "weight_shape", lambda t: t + 8),
+    "shape-swapped": changed(THREE_BITS, "weight_shape", lambda t: t.flip(0)),
+    "shape-of-three": changed(PACKED, "weight_shape", lambda t: t[[0, 1, 1]]),
+    # Weights that are not packed.
+    "int8-is-bfloat16": changed(STATIC, "weight", lambda t: t.bfloat16()),
+    "int8-is-uint8": changed(STATIC, "weight", lambda t: t.view(torch.uint8)),
+    "int8-rows-more": changed(
+        STATIC, "weight", lambda t: _words(t, t.shape[0] + 8, t.shape[1])
+    ),
+    "int8-missing": missing(STATIC, "weight"),
+    "int4-out-of-range": filled(INT4_IN_INT8, "weight", 8),
+    # Static activations.
+    "input-scale-missing": missing(STATIC, "input_scale"),
+    "input-scale-zero": filled(STATIC, "input_scale", 0.0),
+    "input-scale-negative": filled(STATIC, "input_scale", -1.0),
+    "input-scale-nan": filled(STATIC, "input_scale", float("nan")),
+    "input-scale-of-two": changed(STATIC, "input_scale", lambda t: t.repeat(2)),
+    "input-scale-int": changed(STATIC, "input_scale", lambda t: t.int()),
+    "input-zero-point-missing": missing(STATIC, "input_zero_point"),
+    "input-zero-point-out-of-range": changed(
+        STATIC, "input_zero_point", lambda t: t.int() * 0 + 300
+    ),
+    "input-zero-point-float": changed(STATIC, "input_zero_point", lambda t: t.float()),
+    # Layers.
+    "bias-missing": missing(PACKED, "bias"),
+    "bias-longer": changed(PACKED, "bias", lambda t: t.repeat(2)),
+    "layer-missing": missing(STATIC, "weight", "weight_scale", "input_scale"),
+    "layer-not-quantized": Kind(
+        "weight",
+        tensors=lambda tensors: tensors.update(
+            {f"{THREE_BITS}.weight": torch.zeros(512, 256, dtype=torch.bfloat16)}
+        ),
+    ),
+    "index-of-groups": added(
+        f"{PACKED}.weight_g_idx", torch.zeros(256, dtype=torch.int32)
+    ),
+    # The config.
+    "config-more-bits": group(0, "weights", "weight_packed", num_bits=8),
+    "config-fewer-bits": group(3, "weights", "weight_packed", num_bits=2),
+    "config-other-group-size": group(0, "weights", "weight_scale", group_size=64),
+    "config-group-size-that-splits": group(3, "weights", "group_size", group_size=96),
+    "config-per-channel": group(
+        0, "weights", "weight_scale", strategy="channel", group_size=None
+    ),
+    "config-symmetric": group(0, "weights", "weight_zero_point", symmetric=True),
+    "config-asymmetric": group(3, "weights", "weight_zero_point", symmetric=False),
+    "config-dynamic-inputs": group(
+        1, "input_activations", "input_scale", dynamic=True, strategy="token"
+    ),
+    "config-symmetric-inputs": group(
+        1, "input_activations", "input_zero_point", symmetric=True
+    ),
+    "config-target-matches-nothing": Kind(
+        "weight",
+        config=lambda config: config["config_groups"]["group_0"].update(
+            targets=["re:.*no_such_layer"]
+        ),
+    ),
+    "config-shards-differ": Kind(
+        "weight_scale",
+        config=lambda config: config["config_groups"]["group_0"].update(
+            targets=["re:.*layers.0.self_attn.[qo]_proj"]
+        ),
+    ),
+    "config-shard-ignored": top("ignore", ignore=[PACKED, "lm_head"]),
+    "config-layer-ignored": top("ignore", ignore=[STATIC, "lm_head"]),
+    "config-without-groups": top("config_groups", config_groups=None),
+    "config-format-unknown": top("format", format="packed"),
+}
+
+
+def malform(checkpoint: Path, kind: Kind, out: Path) -> None:
+    """Write a copy of a checkpoint that is broken in one way."""
+    shutil.copytree(checkpoint, out)
+    if kind.tensors is not None:
+        tensors = load_file(out / WEIGHTS)
+        kind.tensors(tensors)
+        save_file(tensors, out / WEIGHTS, {"format": "pt"})
+    if kind.config is not None:
+        config = json.loads((out / "config.json").read_text())
+        kind.config(config["quantization_config"])
+        (out / "config.json").write_text(json.dumps(config))
+    if kind.file is not None:
+        kind.file(out / WEIGHTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    for name, kind in KINDS.items():
+        malform(arguments.checkpoint, kind, arguments.out / name)
+    print(f"Wrote {len(KINDS)} checkpoints to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
