@@ -24,11 +24,14 @@ from vllm.model_executor.kernels.linear import (
     Int8ScaledMMLinearLayerConfig,
     MPLinearLayerConfig,
 )
-from vllm.scalar_type import scalar_types
+from vllm.scalar_type import ScalarType, scalar_types
 
 from tools.memory import TensorMemory
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
+)
+from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
+    AscendWNA8LinearKernel,
 )
 from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     AscendInt8ScaledMMLinearKernel,
@@ -104,30 +107,43 @@ def packed_weight(bits: int, k: int, n: int) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, (n, k * bits // 32), dtype=torch.int32)
 
 
-def weight_only(bits: int, k: int, n: int, asymmetric: bool) -> Result:
-    """Measure what the weight-only kernel does with a layer."""
-    types = (scalar_types.uint4, scalar_types.uint8)
-    biased = (scalar_types.uint4b8, scalar_types.uint8b128)
+def mixed_precision(
+    route: str,
+    kernel_class: type[AscendWNA16LinearKernel] | type[AscendWNA8LinearKernel],
+    weight_type: ScalarType,
+    sizes: tuple[int, int],
+    group_size: int = GROUP_SIZE,
+) -> Result:
+    """Measure what a mixed-precision kernel does with a layer."""
+    k, n = sizes
+    bits = weight_type.size_bits
+    asymmetric = not weight_type.has_bias() and not weight_type.is_signed()
     config = MPLinearLayerConfig(
         full_weight_shape=(k, n),
         partition_weight_shape=(k, n),
-        weight_type=(types if asymmetric else biased)[bits == 8],
+        weight_type=weight_type,
         act_type=torch.bfloat16,
-        group_size=GROUP_SIZE,
+        group_size=group_size,
         zero_points=asymmetric,
     )
-    kernel = AscendWNA16LinearKernel(config, "weight", "scale", "zero_point")
+    kernel = kernel_class(config, "weight", "scale", "zero_point")
+    groups = 1 if group_size == -1 else k // group_size
+    # On disk int4 lies in int8.
+    on_disk = 8 if weight_type == scalar_types.int4 else bits
 
     def make() -> torch.nn.Module:
+        if weight_type == scalar_types.int4:
+            weight = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+        else:
+            weight = packed_weight(bits, k, n)
         return parameters(
-            weight=packed_weight(bits, k, n),
-            scale=torch.rand(n, k // GROUP_SIZE).bfloat16(),
-            zero_point=packed_weight(bits, n, k // GROUP_SIZE).t().contiguous(),
+            weight=weight,
+            scale=torch.rand(n, groups).bfloat16(),
+            zero_point=packed_weight(bits, n, groups).t().contiguous(),
         )
 
-    route = f"w{bits}a16-g{GROUP_SIZE}{'-asym' if asymmetric else ''}"
     run = kernel.process_weights_after_loading
-    return measure(route, k * n * bits // 8, make, run)
+    return measure(route, k * n * on_disk // 8, make, run)
 
 
 def int8(k: int, n: int, static: bool, asymmetric: bool) -> Result:
@@ -170,16 +186,30 @@ def unpack_transpose_pack(k: int, n: int) -> Result:
 
 def routes(k: int, n: int) -> list[Result]:
     """Measure every scheme's load."""
+    a16, a8, sizes = AscendWNA16LinearKernel, AscendWNA8LinearKernel, (k, n)
+    types = scalar_types
     return [
-        weight_only(4, k, n, asymmetric=False),
+        mixed_precision("w4a16-g128", a16, types.uint4b8, sizes),
         unpack_transpose_pack(k, n),
-        weight_only(4, k, n, asymmetric=True),
-        weight_only(8, k, n, asymmetric=False),
-        weight_only(8, k, n, asymmetric=True),
+        mixed_precision("w4a16-g128-asym", a16, types.uint4, sizes),
+        mixed_precision("w8a16-g128", a16, types.uint8b128, sizes),
+        mixed_precision("w8a16-g128-asym", a16, types.uint8, sizes),
         *(
             int8(k, n, static, asymmetric)
             for static, asymmetric in product((False, True), repeat=2)
         ),
+        mixed_precision("w2a16-g128", a16, types.uint2b2, sizes),
+        mixed_precision("w3a16-g128", a16, types.uint3b4, sizes),
+        mixed_precision("w5a16-g128", a16, types.uint5b16, sizes),
+        mixed_precision("w6a16-g128-asym", a16, types.uint6, sizes),
+        mixed_precision("w7a16-g128", a16, types.uint7b64, sizes),
+        mixed_precision("w4a8-channel", a8, types.int4, sizes, -1),
+        mixed_precision("w4a8-channel-packed", a8, types.uint4b8, sizes, -1),
+        mixed_precision("w4a8-g256-packed", a8, types.uint4b8, sizes, 256),
+        mixed_precision("w4a8-g128 as w4a16", a16, types.int4, sizes),
+        mixed_precision("w3a8-channel-packed", a8, types.uint3b4, sizes, -1),
+        mixed_precision("w6a8-channel-packed", a8, types.uint6b32, sizes, -1),
+        mixed_precision("w8a8-channel-packed", a8, types.uint8b128, sizes, -1),
     ]
 
 

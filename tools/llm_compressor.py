@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Make checkpoints with llm-compressor, in an environment of its own.
+
+    tools/llm_compressor.sh OUT [RECIPE...]
+
+llm-compressor needs another compressed-tensors than vLLM.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tools import tiny_model
+
+BASE = Path("build/tiny-model")
+SAMPLES, LENGTH = 64, 128
+HEAD = ["lm_head"]
+
+
+def _int8(strategy: str, **fields: Any) -> QuantizationArgs:
+    return QuantizationArgs(num_bits=8, strategy=strategy, **fields)
+
+
+def _scheme(
+    bits: int,
+    inputs: QuantizationArgs | None = None,
+    targets: str = "Linear",
+    group_size: int = 0,
+    symmetric: bool = True,
+) -> dict[str, QuantizationScheme]:
+    layout = {"strategy": "group", "group_size": group_size}
+    weights = QuantizationArgs(
+        num_bits=bits,
+        symmetric=symmetric,
+        **layout if group_size else {"strategy": "channel"},
+    )
+    scheme = QuantizationScheme(
+        targets=[targets], weights=weights, input_activations=inputs
+    )
+    return {f"group_{targets}": scheme}
+
+
+def _gptq(config_groups: dict[str, QuantizationScheme]) -> GPTQModifier:
+    return GPTQModifier(config_groups=config_groups, ignore=HEAD)
+
+
+def recipes() -> dict[str, list[Any]]:
+    """A recipe of modifiers for each kind of checkpoint."""
+    token, tensor = _int8("token", dynamic=True), _int8("tensor")
+    smooth = {"smoothing_strength": 0.5}
+    return {
+        "w4a16-gptq": [GPTQModifier(targets="Linear", scheme="W4A16", ignore=HEAD)],
+        "w4a16-awq-asym": [
+            AWQModifier(),
+            QuantizationModifier(targets="Linear", scheme="W4A16_ASYM", ignore=HEAD),
+        ],
+        "w8a16": [QuantizationModifier(targets="Linear", scheme="W8A16", ignore=HEAD)],
+        "w3a16-gptq": [_gptq(_scheme(3, group_size=64))],
+        "w8a8-smoothquant-gptq": [
+            SmoothQuantModifier(**smooth),
+            GPTQModifier(targets="Linear", scheme="W8A8", ignore=HEAD),
+        ],
+        "w8a8-static": [SmoothQuantModifier(**smooth), _gptq(_scheme(8, tensor))],
+        "w8a8-asym": [_gptq(_scheme(8, _int8("token", dynamic=True, symmetric=False)))],
+        "w8a8-static-asym": [_gptq(_scheme(8, _int8("tensor", symmetric=False)))],
+        "w4a8": [GPTQModifier(targets="Linear", scheme="W4A8", ignore=HEAD)],
+        "w4a8-channel": [_gptq(_scheme(4, token))],
+        "mixed": [
+            _gptq(
+                {
+                    **_scheme(8, token, "re:.*self_attn.*_proj"),
+                    **_scheme(4, None, "re:.*(gate|up)_proj", 64, symmetric=False),
+                    **_scheme(8, None, "re:.*down_proj", 128),
+                }
+            )
+        ],
+        "w4a16-head": [
+            QuantizationModifier(config_groups=_scheme(4, group_size=32), ignore=[])
+        ],
+    }
+
+
+def make(out: Path, recipe: list[Any]) -> None:
+    """Quantize the tiny model."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokens = tokenizer(tiny_model.corpus())["input_ids"]
+    starts = range(0, LENGTH * SAMPLES, LENGTH)
+    rows = [tokens[start : start + LENGTH] for start in starts]
+    data = Dataset.from_dict(
+        {"input_ids": rows, "attention_mask": [[1] * LENGTH] * SAMPLES}
+    )
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+    # AWQ pins memory, which needs an accelerator to copy to.
+    with patch.object(torch.Tensor, "pin_memory", torch.Tensor.contiguous):
+        oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=data,
+            recipe=recipe,
+            max_seq_length=LENGTH,
+            num_calibration_samples=SAMPLES,
+            output_dir=str(out),
+        )
+
+
+def main() -> None:
+    known = recipes()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", default=list(known))
+    arguments = parser.parse_args()
+    if not (BASE / "config.json").exists():
+        tiny_model.make(BASE)
+    for name in arguments.recipes:
+        make(arguments.out / name, known[name])
+        print(f"Wrote {arguments.out / name}")
+
+
+if __name__ == "__main__":
+    main()
