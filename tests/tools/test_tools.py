@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from tools import bench_load
+from tools import bench_load, support_matrix
+from tools.logprobs import held_out_tokens, mean_difference, reference
 from tools.memory import TensorMemory
+
+W4 = "w4a16-g128-asym"
 
 
 def test_tensor_memory_counts_what_lives() -> None:
@@ -35,3 +41,27 @@ def test_two_commands_of_the_readme_exist() -> None:
     for command in ("tools/demo.sh", "tools/test.sh"):
         assert f"\n    {command}\n" in readme or f"\n{command}\n" in readme
         assert (root / command).stat().st_mode & 0o111
+
+
+def test_reference_is_the_libraries(checkpoint: Callable[..., Path]) -> None:
+    """For what they can read: dense 3 or 5 bits and embeddings are not."""
+    path = checkpoint(
+        {"re:.*self_attn.*_proj": "w8a8-tensor-static-asym", "Linear": W4}
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    tokens = torch.tensor(held_out_tokens(path))
+    with torch.no_grad():
+        logprobs = model(tokens.unsqueeze(0)).logits[0].log_softmax(dim=-1)
+    expected = logprobs[:-1].gather(1, tokens[1:, None])[:, 0].tolist()
+    assert mean_difference(reference(path), expected) < 1e-6
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_table_in_the_readme_is_what_the_code_does() -> None:
+    """If it is not: python -m tools.support_matrix."""
+    readme = support_matrix.README.read_text()
+    assert support_matrix.with_table(readme, support_matrix.table()) == readme

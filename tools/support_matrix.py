@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Write the table of supported schemes into the README, by asking the code.
+
+python -m tools.support_matrix
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- support matrix: tools/support_matrix.py -->\n", "<!-- end -->\n"
+CHIPS = {"A2": "bfloat16", "A3": "bfloat16", "310P": "float16", "A5": "bfloat16"}
+
+_CHANNEL = {"strategy": "channel"}
+_GROUP = {"strategy": "group", "group_size": 128}
+_GROUP_256 = {"strategy": "group", "group_size": 256}
+_TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+_TENSOR = {"num_bits": 8, "strategy": "tensor"}
+_FLOAT8 = {"num_bits": 8, "type": "float"}
+
+
+def _row(
+    bits: int,
+    layout: dict[str, Any],
+    inputs: dict[str, Any] | None = None,
+    fmt: str = "pack-quantized",
+    **weights: Any,
+) -> dict[str, Any]:
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": bits, **layout, **weights},
+        "input_activations": inputs,
+    }
+    return {"format": fmt, "config_groups": {"group_0": group}}
+
+
+def _with_outputs(config: dict[str, Any]) -> dict[str, Any]:
+    config["config_groups"]["group_0"]["output_activations"] = _TENSOR
+    return config
+
+
+# (scheme, format as written, operators in one forward) -> a config of it
+ROWS: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("W2A16, W3A16, W4A16", "pack-quantized", "1"): _row(4, _GROUP),
+    ("W5A16 to W8A16", "pack-quantized", "1"): _row(8, _GROUP),
+    ("W8A8, dynamic, symmetric", "int-quantized", "2"): _row(
+        8, _CHANNEL, _TOKEN, "int-quantized"
+    ),
+    ("W8A8, dynamic, asymmetric", "int-quantized", "2 + 5 or 6 elementwise"): _row(
+        8, _CHANNEL, {**_TOKEN, "symmetric": False}, "int-quantized"
+    ),
+    ("W8A8, static", "int-quantized", "2"): _row(8, _CHANNEL, _TENSOR, "int-quantized"),
+    ("W4A8 per channel or in groups of 256", "either", "2"): _row(
+        4, _GROUP_256, _TOKEN, "int-quantized"
+    ),
+    ("W4A8 in other groups", "either", "1"): _row(4, _GROUP, _TOKEN, "int-quantized"),
+    ("W2A8, W3A8 like W4A8", "pack-quantized", "2"): _row(3, _CHANNEL, _TOKEN),
+    ("W5A8 to W8A8 per channel", "pack-quantized", "2"): _row(8, _CHANNEL, _TOKEN),
+    ("W5A8 to W8A8 in groups", "pack-quantized", "1"): _row(8, _GROUP, _TOKEN),
+    ("W2A8O8, W4A8O8", "either", "3 + 4 elementwise"): _with_outputs(
+        _row(4, _CHANNEL, _TENSOR)
+    ),
+    ("W8A8O8", "either", "3 + 4 elementwise"): _with_outputs(
+        _row(8, _CHANNEL, _TENSOR, "int-quantized")
+    ),
+    ("FP8", "float-quantized", ""): _row(
+        8, _CHANNEL, {**_TOKEN, **_FLOAT8}, "float-quantized", type="float"
+    ),
+    ("MXFP8, MXFP4", "", ""): _row(
+        8,
+        {"strategy": "group", "group_size": 32},
+        None,
+        "mxfp8-quantized",
+        type="float",
+    ),
+}
+
+
+def cell(config: dict[str, Any], dtype: Any) -> str:
+    """Say what becomes of a config on the current chip."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    from tools.enumerate_configs import outcome
+
+    made = get_quantization_config("compressed-tensors")
+    result = outcome(made, config, dtype)
+    if result == "refused":
+        return "no"
+    group = config["config_groups"]["group_0"]
+    dynamic = (group["input_activations"] or {}).get("dynamic")
+    only_weights = result.endswith("AscendWNA16LinearKernel")
+    return "weights" if dynamic and only_weights else "yes"
+
+
+def table() -> str:
+    """Make the table; vLLM's parallel layers can be built here."""
+    import torch
+
+    lines = [
+        f"| scheme | format | operators in one forward | {' | '.join(CHIPS)} |",
+        "| --- " * (3 + len(CHIPS)) + "|",
+    ]
+    before = os.environ.get("VLLM_ASCEND_CT_SOC")
+    rows: dict[tuple[str, str, str], list[str]] = {names: [] for names in ROWS}
+    try:
+        for chip, dtype in CHIPS.items():
+            os.environ["VLLM_ASCEND_CT_SOC"] = chip
+            for names, config in ROWS.items():
+                rows[names].append(cell(config, getattr(torch, dtype)))
+    finally:
+        os.environ.pop("VLLM_ASCEND_CT_SOC")
+        if before is not None:
+            os.environ["VLLM_ASCEND_CT_SOC"] = before
+    lines += [f"| {' | '.join((*names, *cells))} |" for names, cells in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, made: str) -> str:
+    """Put a table into the README's text."""
+    before, _, rest = readme.partition(START)
+    return before + START + made + END + rest.partition(END)[2]
+
+
+def main() -> None:
+    # Before anything imports vLLM.
+    os.environ["VLLM_PLUGINS"] = "ascend_ct"
+    os.environ["VLLM_ASCEND_CT_EMULATE"] = "1"
+
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.network_utils import get_open_port
+
+    from tools.ranks import tensor_parallel
+
+    logging.disable(logging.WARNING)
+    load_general_plugins()
+    with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
+        README.write_text(with_table(README.read_text(), table()))
+
+
+if __name__ == "__main__":
+    main()
