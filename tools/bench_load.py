@@ -26,6 +26,7 @@ from vllm.model_executor.kernels.linear import (
 )
 from vllm.scalar_type import ScalarType, scalar_types
 
+from tools.launches import Launches
 from tools.memory import TensorMemory
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
@@ -51,6 +52,7 @@ class Result:
         copies: `seconds` over those of copying the packed bytes.
         peak: Most bytes alive at once beyond the input, over the packed bytes.
         resident: Bytes that stay beyond the input's, over the packed bytes.
+        launches: Operators in one forward that a device would have to launch.
 
     """
 
@@ -59,6 +61,7 @@ class Result:
     copies: float
     peak: float
     resident: float
+    launches: int | None
 
 
 def measure(
@@ -66,6 +69,7 @@ def measure(
     packed_bytes: int,
     make: Callable[[], Any],
     run: Callable[[Any], object],
+    forward: Callable[[Any], object] | None = None,
 ) -> Result:
     """Run `run` on what `make` makes, and compare it with copying `packed_bytes`."""
     times, copy_times = [], []
@@ -82,6 +86,11 @@ def measure(
     made = make()
     with TensorMemory() as memory:
         kept = run(made)
+    launches = None
+    if forward is not None:
+        with Launches() as counted:
+            forward(made)
+        launches = len(counted.names)
     seconds = statistics.median(times)
     result = Result(
         route,
@@ -89,6 +98,7 @@ def measure(
         seconds / statistics.median(copy_times),
         memory.peak / packed_bytes,
         memory.current / packed_bytes,
+        launches,
     )
     del kept
     return result
@@ -105,6 +115,12 @@ def parameters(**tensors: torch.Tensor) -> torch.nn.Module:
 def packed_weight(bits: int, k: int, n: int) -> torch.Tensor:
     """Make random words: each is a valid set of values."""
     return torch.randint(-(2**31), 2**31, (n, k * bits // 32), dtype=torch.int32)
+
+
+def forward_of(kernel: Any, k: int) -> Callable[[Any], object]:
+    """A forward of one token, without bias."""
+    x = torch.randn(1, k).bfloat16()
+    return lambda layer: kernel.apply_weights(layer, x)
 
 
 def mixed_precision(
@@ -143,7 +159,7 @@ def mixed_precision(
         )
 
     run = kernel.process_weights_after_loading
-    return measure(route, k * n * on_disk // 8, make, run)
+    return measure(route, k * n * on_disk // 8, make, run, forward_of(kernel, k))
 
 
 def int8(k: int, n: int, static: bool, asymmetric: bool) -> Result:
@@ -166,7 +182,8 @@ def int8(k: int, n: int, static: bool, asymmetric: bool) -> Result:
 
     kind = "static" if static else "dynamic"
     route = f"w8a8-channel-{kind}{'-asym' if asymmetric else ''}"
-    return measure(route, k * n, make, kernel.process_weights_after_loading)
+    run = kernel.process_weights_after_loading
+    return measure(route, k * n, make, run, forward_of(kernel, k))
 
 
 def unpack_transpose_pack(k: int, n: int) -> Result:
@@ -228,12 +245,12 @@ def main() -> None:
         return
     print(
         f"{'K x N = ' + f'{arguments.k} x {arguments.n}':34}  seconds  x copy  "
-        "peak/packed  resident/packed"
+        "peak/packed  resident/packed  launches"
     )
     for r in results:
         print(
             f"{r.route:34}  {r.seconds:7.4f}  {r.copies:6.1f}  {r.peak:11.3f}  "
-            f"{r.resident:15.3f}"
+            f"{r.resident:15.3f}  {r.launches or '':>8}"
         )
 
 

@@ -5,8 +5,8 @@
 import pytest
 import torch
 
-from tests.kernels.launches import Launches
 from tests.layers.quantized_layers import activations, load, row_case
+from tools.launches import Launches
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 

@@ -153,12 +153,10 @@ class AscendCTConfig(CompressedTensorsConfig):
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of routed experts."""
         self._add_fused_moe_to_target_scheme_map()
-        projections = (
-            layer.ckpt_gate_proj_name,
-            layer.ckpt_up_proj_name,
-            layer.ckpt_down_proj_name,
-        )
-        names = [f"{prefix}.0.{projection}" for projection in projections]
+        names = [
+            f"{prefix}.0.{getattr(layer, f'ckpt_{name}_name', name)}"
+            for name in ("gate_proj", "up_proj", "down_proj")
+        ]
         if any(self.get_scheme_dict(layer, name) for name in names):
             raise refused("Quantized routed experts are not served yet", prefix)
         return super().get_quant_method(layer, prefix)

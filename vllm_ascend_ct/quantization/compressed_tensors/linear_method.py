@@ -10,14 +10,13 @@ from vllm.model_executor.layers.linear import (
     LinearBase,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsLinearMethod,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
-    CompressedTensorsW4A8Int,
     CompressedTensorsW8A8Int8,
-    CompressedTensorsWNA8Int,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
@@ -39,7 +38,12 @@ logger = init_logger("vllm.ascend_ct.quantization")
 
 _WORD = 32
 # Weight-only to upstream's kernel selection, whose config does not name activations.
-_PACKED_A8_SCHEMES = (CompressedTensorsW4A8Int, CompressedTensorsWNA8Int)
+# (CompressedTensorsWNA8Int came with vLLM 0.26.)
+_PACKED_A8_SCHEMES = tuple(
+    getattr(schemes, name)
+    for name in ("CompressedTensorsW4A8Int", "CompressedTensorsWNA8Int")
+    if hasattr(schemes, name)
+)
 
 
 @register_weight_loader_v2_supported_method
