@@ -265,7 +265,7 @@ KINDS: dict[str, Kind] = {
         ),
     ),
     "config-shards-differ": Kind(
-        "weight_scale",
+        "Shards of one layer",
         config=lambda config: config["config_groups"]["group_0"].update(
             targets=["re:.*layers.0.self_attn.[qo]_proj"]
         ),

@@ -132,6 +132,16 @@ def compressed_modules(
     return modules
 
 
+def load_tensors(case: Case, layer: Any, modules: torch.nn.ModuleDict) -> None:
+    """Give a layer the checkpoint's tensors, through its weight loaders."""
+    parameters = dict(layer.named_parameters())
+    for shard_id, module in zip(case.shard_ids, modules.values()):
+        for name, tensor in module.named_parameters():
+            loader = parameters[name].weight_loader
+            shard = () if shard_id is None else (shard_id,)
+            loader(parameters[name], tensor.data.clone(), *shard)
+
+
 def load(
     case: Case, scheme: str, dtype: torch.dtype, bias: bool, **kwargs: Any
 ) -> tuple[Any, list[FormulaLinear]]:
@@ -153,12 +163,7 @@ def load(
         layer = case.build(
             bias=bias, quant_config=config, prefix=f"{PREFIX}.{case.name}", **kwargs
         )
-        parameters = dict(layer.named_parameters())
-        for shard_id, module in zip(case.shard_ids, modules.values()):
-            for name, tensor in module.named_parameters():
-                loader = parameters[name].weight_loader
-                shard = () if shard_id is None else (shard_id,)
-                loader(parameters[name], tensor.data.clone(), *shard)
+        load_tensors(case, layer, modules)
         layer.quant_method.process_weights_after_loading(layer)
     if is_weight_only(scheme, getattr(layer, "input_size_per_partition", case.k)):
         schemes = {

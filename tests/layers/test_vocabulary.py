@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Quantized embeddings and output heads, through upstream's layers and loaders."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -68,19 +70,38 @@ def new_head(config: Any = None, size: int = 64) -> Any:
     )
 
 
-def head(config: Any) -> Any:
-    return new_head(config).quant_method
+def method_of_head(config: Any, prefix: str = "lm_head") -> type:
+    layer = ParallelLMHead(
+        64, 256, params_dtype=BF16, quant_config=config, prefix=prefix
+    )
+    return type(layer.quant_method)
 
 
-def test_which_targets_mean_the_head() -> None:
+@pytest.mark.parametrize(
+    "prefix",
+    ["lm_head", "language_model.lm_head", "draft_model.lm_head", "layers.9.head"],
+)
+def test_class_target_means_a_head_that_the_checkpoint_has(
+    tmp_path: Path, prefix: str
+) -> None:
     """In the checkpoint it is a Linear, in vLLM no LinearBase."""
-    assert type(head(config_of("Linear", "w4a16-g32"))) is AscendCTHeadMethod
-    assert type(head(config_of("lm_head", "w4a16-g32"))) is AscendCTHeadMethod
-    for config in (
-        config_of("Linear", "w4a16-g32", ignore=["lm_head"]),
-        config_of("re:.*mlp.*", "w4a16-g32"),
-    ):
-        assert type(head(config)) is AscendCTUnquantizedHeadMethod
+    ignore = ["lm_head"]
+    config = config_of("Linear", "w4a16-g32", ignore=ignore)
+    assert method_of_head(config, prefix) is AscendCTUnquantizedHeadMethod
+    for quantized in (False, True):
+        tensors = {"lm_head.weight": torch.zeros(64, 256)}
+        if quantized:
+            packed = torch.zeros(64, 32, dtype=torch.int32)
+            tensors = {"lm_head.weight_packed": packed}
+        save_file(tensors, tmp_path / "model.safetensors")
+        config = config_of("Linear", "w4a16-g32")
+        config.maybe_update_config(str(tmp_path))
+        expected = quantized and prefix.endswith("lm_head")
+        assert (method_of_head(config, prefix) is AscendCTHeadMethod) is expected
+
+
+def test_named_target_means_the_head() -> None:
+    assert method_of_head(config_of("lm_head", "w4a16-g32")) is AscendCTHeadMethod
 
 
 def test_head_tied_to_a_quantized_embedding() -> None:

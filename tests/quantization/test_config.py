@@ -234,11 +234,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "format": ({"fmt": "pack-quantized-2"}, "format=pack-quantized-2"),
     "version": ({"version": "1.0.0"}, "version=1.0.0"),
-    "field": ({"outliers": {"keep": 1}}, "quantization_config.outliers="),
     "field-of-weights": ({"weights": {**W4, "codebook": 1}}, "codebook"),
     "no-weights": ({"weights": None}, "config_groups.group_0.weights"),
     "weight-only-int": ({"fmt": "int-quantized"}, "group_0.format=int-quantized"),
     "pattern": ({"targets": ["re:*"]}, "group_0.targets=re:*"),
+    "pattern-to-ignore": ({"ignore": ["re:*x"]}, "quantization_config.ignore=re:*x"),
+    "sparsity-text": ({"sparsity_config": "bitmask"}, "sparsity_config.format=bitmask"),
     "group-size": ({"weights": ints(4, "group")}, "group_size"),
     "kv-cache": ({"kv_cache_scheme": {"num_bits": "many"}}, "kv_cache_scheme"),
 }
@@ -252,6 +253,15 @@ def test_config_refused_by_name(name: str) -> None:
     text = str(error.value)
     for part in (message, "config.json, quantization_config.", "Supported: "):
         assert part in text
+
+
+def test_fields_of_other_tools_are_said_to_be_unused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("WARNING", logger="vllm.ascend_ct.quantization"):
+        made = config(W4, provider="some tool", ignore=None)
+    assert type(linear(made).quant_method) is AscendCTLinearMethod
+    assert "quantization_config.provider='some tool' is not known" in caplog.text
 
 
 @pytest.mark.parametrize("actorder", ["weight", "static", None])

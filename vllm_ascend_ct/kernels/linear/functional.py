@@ -142,7 +142,7 @@ def static_fake_quant(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: `[..., K]` fp16 or bf16.
-        scale: fp32 `[1]`.
+        scale: fp32 `[1]`, or `[K]`.
 
     Returns:
         Shape and dtype of x.

@@ -10,16 +10,15 @@ from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import ActivationOrdering, QuantizationConfig
 from compressed_tensors.transform import TransformConfig
 from packaging.version import InvalidVersion, Version
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
+    is_activation_quantization_format,
+)
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
-# Upstream asserts that with these an input is quantized.
-_ACTIVATION_FORMATS = (
-    CompressionFormat.int_quantized.value,
-    CompressionFormat.naive_quantized.value,
-    CompressionFormat.float_quantized.value,
-    CompressionFormat.nvfp4_pack_quantized.value,
-)
+logger = init_logger("vllm.ascend_ct.quantization")
+
 _FORMATS = [fmt.value for fmt in CompressionFormat]
 _FIELDS = (
     *QuantizationConfig.model_fields,
@@ -39,9 +38,9 @@ def check_config(config: dict[str, Any]) -> None:
         UnsupportedCheckpointError: Names the field.
 
     """
+    _check_structure(config)
     _check_version(config)
     _check_sparsity(config.get("sparsity_config") or {})
-    _check_structure(config)
     _check_groups(config)
     _check_transforms(config.get("transform_config") or {})
 
@@ -70,7 +69,9 @@ def _check_version(config: dict[str, Any]) -> None:
         )
 
 
-def _check_sparsity(config: dict[str, Any]) -> None:
+def _check_sparsity(config: Any) -> None:
+    if not isinstance(config, dict):
+        config = {"format": config}
     fmt = config.get("format", "dense")
     if config.get("targets") or fmt != "dense":
         raise _refused(
@@ -84,10 +85,8 @@ def _check_sparsity(config: dict[str, Any]) -> None:
 def _check_structure(config: dict[str, Any]) -> None:
     for field, value in config.items():
         if field not in _FIELDS and value:
-            raise _refused(
-                "The field is not known",
-                f"{field}={value!r:.80}",
-                ", ".join(_FIELDS),
+            logger.warning_once(
+                "quantization_config.%s=%.80r is not known and not used.", field, value
             )
     if config.get("format", CompressionFormat.dense.value) not in _FORMATS:
         raise _refused(
@@ -108,6 +107,8 @@ def _check_structure(config: dict[str, Any]) -> None:
 
 
 def _check_groups(config: dict[str, Any]) -> None:
+    for pattern in config.get("ignore") or []:
+        _check_pattern(pattern, f"ignore={pattern}")
     schemes: dict[str, Any] = {}
     for name, group in (config.get("config_groups") or {}).items():
         field = f"config_groups.{name}"
@@ -133,7 +134,8 @@ def _check_groups(config: dict[str, Any]) -> None:
             )
         fmt = group.get("format") or config.get("format")
         is_integer = group["weights"].get("type", "int") == "int"
-        if is_integer and fmt in _ACTIVATION_FORMATS and not inputs:
+        for_activations = is_activation_quantization_format(str(fmt))
+        if is_integer and for_activations and not inputs:
             raise _refused(
                 "Weights alone are quantized, in a format for quantized activations",
                 f"{field}.format={fmt}",
@@ -141,7 +143,7 @@ def _check_groups(config: dict[str, Any]) -> None:
             )
         scheme = {key: value for key, value in group.items() if key != "targets"}
         for target in group["targets"]:
-            _check_target(target, field)
+            _check_pattern(target, f"{field}.targets={target}")
             if schemes.setdefault(target, scheme) != scheme:
                 raise _refused(
                     "The target is in two groups with different schemes",
@@ -156,14 +158,14 @@ def _is_attention(group: dict[str, Any]) -> bool:
     return len(targets) == 1 and targets[0].endswith("Attention")
 
 
-def _check_target(target: str, field: str) -> None:
+def _check_pattern(target: str, field: str) -> None:
     if target.startswith("re:"):
         try:
             re.compile(target.removeprefix("re:"))
         except re.error as error:
             raise _refused(
                 f"The pattern does not compile: {error}",
-                f"{field}.targets={target}",
+                field,
                 "regular expressions, as Python's re has them",
             ) from error
 

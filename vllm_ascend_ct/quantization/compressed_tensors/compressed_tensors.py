@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -17,7 +16,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
-    CompressedTensorsWNA8O8Int,
     CompressedTensorsWNA16,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (  # noqa: E501
@@ -32,7 +30,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm_ascend_ct import ascend_base
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
-from vllm_ascend_ct.quantization.compressed_tensors.headers import check_headers
+from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTEmbeddingMethod,
     AscendCTHeadMethod,
@@ -61,6 +59,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         super().__init__(*args, **kwargs)
         # Each of vllm-ascend's RMSNorm layers iterates over it.
         self.quant_description: dict[str, Any] = {}
+        self._headers: CheckpointHeaders | None = None
         if self.kv_cache_scheme is not None:
             logger.warning_once(
                 "The checkpoint's kv_cache_scheme is not honoured: the KV cache stays "
@@ -77,6 +76,7 @@ class AscendCTConfig(CompressedTensorsConfig):
 
         """
         check_config(config)
+        config = {**config, "ignore": config.get("ignore") or []}
         return cast(AscendCTConfig, super().from_config(config))
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -86,12 +86,7 @@ class AscendCTConfig(CompressedTensorsConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Compare the names of the checkpoint's tensors with the config.
-
-        Raises:
-            UnsupportedCheckpointError: They do not go together.
-
-        """
+        """Note the names and sizes of the checkpoint's tensors."""
         super().maybe_update_config(model_name, hf_config, revision)
         try:
             headers = get_safetensors_params_metadata(model_name, revision=revision)
@@ -99,11 +94,7 @@ class AscendCTConfig(CompressedTensorsConfig):
             # What loads the file says better what is wrong with it.
             logger.debug("Could not read headers of %s: %s", model_name, error)
             return
-        schemes = {
-            target: {**scheme, "format": scheme["format"] or self.quant_format}
-            for target, scheme in self.target_scheme_map.items()
-        }
-        check_headers(headers, schemes, self.ignore)
+        self._headers = CheckpointHeaders(headers)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None
@@ -150,6 +141,17 @@ class AscendCTConfig(CompressedTensorsConfig):
             )
         return AscendCTEmbeddingMethod(self, args)
 
+    def check_bias(self, layer_name: str) -> None:
+        """Refuse a layer with a bias that the checkpoint lacks.
+
+        Raises:
+            UnsupportedCheckpointError: Names the tensor.
+
+        """
+        if self._headers is not None:
+            mapping = self.packed_modules_mapping
+            self._headers.check_bias(get_layer_partition_names(layer_name, mapping))
+
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of routed experts."""
         self._add_fused_moe_to_target_scheme_map()
@@ -170,11 +172,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         if reason := refusal(args):
             # Upstream would look for kernels while it constructs the scheme.
             raise refused(reason, layer_name)
-        try:
-            scheme = super().get_scheme(layer, layer_name)
-        except (ValueError, NotImplementedError, AssertionError) as error:
-            raise refused(str(error), layer_name) from error
-        if type(scheme) is CompressedTensorsWNA8O8Int:
+        if args.get("output_activations") is not None:
             weights = args["weights"]
             return AscendCTWNA8O8Int(
                 num_bits=weights.num_bits,
@@ -185,7 +183,10 @@ class AscendCTConfig(CompressedTensorsConfig):
                 layer_name=layer_name,
                 quant_format=args["format"],
             )
-        return scheme
+        try:
+            return super().get_scheme(layer, layer_name)
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            raise refused(str(error), layer_name) from error
 
     def get_scheme_dict(
         self, layer: torch.nn.Module, layer_name: str | None = None
@@ -208,18 +209,25 @@ class AscendCTConfig(CompressedTensorsConfig):
         for part, scheme in by_part.items():
             if scheme != first:
                 raise refused(
-                    f"Shards of one layer are quantized differently: {parts[0]} "
-                    f"{first or 'not at all'}, {part} {scheme or 'not at all'}",
+                    "Shards of one layer are quantized differently: "
+                    f"{_difference(parts[0], first, scheme)}, "
+                    f"{_difference(part, scheme, first)}",
                     layer_name,
                 )
+        headers = self._headers
         if (
             found is None
             and isinstance(layer, ParallelLMHead)
-            and not _heads_are_tied()
+            and headers is not None
+            and headers.has_quantized(layer_name or "")
         ):
             # A class target means the checkpoint's class, and there it is a Linear.
             found = find(Linear(), layer_name)
-        return found if found and found.get("weights") else None
+        if headers is not None and isinstance(
+            layer, LinearBase | VocabParallelEmbedding
+        ):
+            headers.check_layer(parts, found)
+        return found
 
 
 class Linear(torch.nn.Module):
@@ -230,6 +238,23 @@ class Linear(torch.nn.Module):
 _NOT_ESSENTIAL = {"observer", "observer_kwargs", "actorder"}
 
 
+def _difference(
+    part: str, scheme: dict[str, Any] | None, other: dict[str, Any] | None
+) -> str:
+    """What of a shard's scheme is not like the other's."""
+    if scheme is None:
+        return f"{part} not at all"
+    if other is None:
+        return f"{part} as {scheme['format']}"
+    for kind, args in scheme.items():
+        if args != other.get(kind):
+            others = other.get(kind)
+            if isinstance(args, dict) and isinstance(others, dict):
+                args = {key: args[key] for key in args if args[key] != others[key]}
+            return f"{part} {kind}={args}"
+    return part
+
+
 def _essence(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
     """What of a scheme has to be the same for shards of one layer."""
     return scheme and {
@@ -238,12 +263,3 @@ def _essence(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
         else value
         for key, value in scheme.items()
     }
-
-
-def _heads_are_tied() -> bool:
-    """Whether the model in construction uses its embedding as output head."""
-    vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is None or vllm_config.model_config is None:
-        return False
-    text_config = vllm_config.model_config.hf_text_config
-    return bool(getattr(text_config, "tie_word_embeddings", False))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Checks of the names and sizes of a checkpoint's tensors.
+"""Checks of a layer against the names and sizes of the checkpoint's tensors.
 
 vLLM does not name a tensor that a fused layer has no place for, and does not notice a
-bias that is missing. The names are those of the file; where vLLM calls layers otherwise
-nothing is refused here that could be loaded.
+bias that is missing. Where vLLM calls a layer otherwise than the file does, nothing is
+checked here.
 """
 
 import re
@@ -13,9 +13,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compressed_tensors import CompressionFormat
-from vllm.model_executor.layers.quantization.utils.config_utils import (
-    is_equal_or_regex_match,
-)
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
@@ -35,74 +32,88 @@ _KNOWN = {
 }
 
 
-def check_headers(
-    headers: Mapping[str, dict[str, Any]],
-    schemes: Mapping[str, dict[str, Any]],
-    ignore: Iterable[str],
-) -> None:
-    """Refuse tensors that no layer has a place for, and biases that do not fit.
+class CheckpointHeaders:
+    """The tensors of a checkpoint's quantized layers: kind to shape, by layer."""
 
-    Args:
-        headers: `shape` and more of all tensors in the checkpoint, by name.
-        schemes: The config's, by target.
-        ignore: The config's.
+    def __init__(self, headers: Mapping[str, dict[str, Any]]) -> None:
+        """Sort tensors by layer.
 
-    Raises:
-        UnsupportedCheckpointError: Names the tensor.
+        Args:
+            headers: `shape` and more of each tensor, by name.
 
-    """
-    layers: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    for name, header in headers.items():
-        layer, _, kind = name.rpartition(".")
-        if layer:
-            layers[layer][kind] = header["shape"]
-    targets = _Targets(schemes)
-    of_layer = {layer: targets.find(layer) for layer in layers}
-    same_names = any(target is not None for target in of_layer.values())
-    for layer, shapes in layers.items():
-        kinds = set(shapes)
-        if not kinds & _QUANTIZED:
-            continue
-        if any(is_equal_or_regex_match(layer, pattern) for pattern in ignore):
-            raise _refused(
-                "The config says that the layer is not quantized, and it is",
-                f"{layer}.weight_scale, quantization_config.ignore",
-            )
-        target = of_layer[layer] or targets.only_class
-        if target is None:
-            if same_names and not targets.has_class:
+        """
+        layers: dict[str, dict[str, list[int]]] = defaultdict(dict)
+        for name, header in headers.items():
+            layer, _, kind = name.rpartition(".")
+            if layer:
+                layers[layer][kind] = header["shape"]
+        self._layers = {
+            layer: shapes
+            for layer, shapes in layers.items()
+            if shapes.keys() & _QUANTIZED
+        }
+
+    def has_quantized(self, name: str) -> bool:
+        """Whether a layer whose name ends like this one's is quantized."""
+        last = name.rpartition(".")[2]
+        return any(layer.rpartition(".")[2] == last for layer in self._layers)
+
+    def check_layer(self, parts: Iterable[str], scheme: dict[str, Any] | None) -> None:
+        """Refuse a layer that has other tensors than its scheme means.
+
+        Args:
+            parts: Names that the layer's shards have in the checkpoint.
+            scheme: As upstream's `get_scheme_dict` gives it.
+
+        Raises:
+            UnsupportedCheckpointError: Names the tensor.
+
+        """
+        places = _places(scheme) if scheme else set()
+        for part in parts:
+            shapes = self._layers.get(part, {})
+            if shapes and not scheme:
+                kind = min(shapes.keys() & _QUANTIZED)
                 raise _refused(
-                    "No target of the config matches a quantized layer",
-                    f"{layer}.weight_scale, quantization_config.config_groups",
+                    "The layer is quantized, and the config does not say how "
+                    "(config_groups, ignore)",
+                    f"{part}.{kind}",
                 )
-            continue
-        for kind in sorted(
-            kinds & (_KNOWN | {"weight_g_idx"}) - _places(schemes[target])
-        ):
-            raise _refused(
-                "The config does not mean that the layer has this tensor",
-                f"{layer}.{kind}, target {target}",
-            )
-    _check_biases(layers)
+            for kind in sorted(shapes.keys() & _KNOWN - places):
+                raise _refused(
+                    "The layer's scheme in the config has no such tensor",
+                    f"{part}.{kind}",
+                )
+            kind = "weight_packed" if "weight_packed" in shapes else "weight"
+            weight, bias = shapes.get(kind), shapes.get("bias")
+            if weight and bias and bias != weight[:1]:
+                raise _refused(
+                    f"The bias is {bias}, the {kind} {weight}; expected as many rows",
+                    f"{part}.bias",
+                )
 
+    def check_bias(self, parts: Iterable[str]) -> None:
+        """Refuse a layer with a bias that the checkpoint lacks.
 
-class _Targets:
-    """The config's targets, classes apart from names."""
+        One shard alone may have none (vLLM fills it up) if it has none in any block.
 
-    def __init__(self, schemes: Mapping[str, dict[str, Any]]) -> None:
-        self._names = [
-            target for target in schemes if target.startswith("re:") or "." in target
-        ]
-        classes = [target for target in schemes if target not in self._names]
-        self.has_class = bool(classes)
-        self.only_class = classes[0] if len(classes) == 1 else None
+        Raises:
+            UnsupportedCheckpointError: Names the tensor.
 
-    def find(self, layer: str) -> str | None:
-        """The first target that matches a layer by name."""
-        for target in self._names:
-            if is_equal_or_regex_match(layer, target):
-                return target
-        return None
+        """
+        known = [part for part in parts if part in self._layers]
+        without = [part for part in known if "bias" not in self._layers[part]]
+        for part in without:
+            if len(without) == len(known) or self._has_bias_elsewhere(part):
+                raise _refused("A tensor of the layer is missing", f"{part}.bias")
+
+    def _has_bias_elsewhere(self, layer: str) -> bool:
+        """Whether the same layer of another block has a bias."""
+        pattern = re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(layer))
+        return any(
+            "bias" in shapes and re.fullmatch(pattern, other)
+            for other, shapes in self._layers.items()
+        )
 
 
 def _places(scheme: dict[str, Any]) -> set[str]:
@@ -120,30 +131,8 @@ def _places(scheme: dict[str, Any]) -> set[str]:
         if not inputs.symmetric:
             places.add("input_zero_point")
     if scheme.get("output_activations") is not None:
-        places |= {"output_scale", "output_zero_point"}
+        places.add("output_scale")
     return places
-
-
-def _check_biases(layers: Mapping[str, dict[str, list[int]]]) -> None:
-    """Refuse a bias too long, or missing if the same layer of other blocks has one."""
-    same: dict[str, list[str]] = defaultdict(list)
-    for layer, shapes in layers.items():
-        if shapes.keys() & _QUANTIZED:
-            same[re.sub(r"\.\d+\.", ".N.", layer)].append(layer)
-            kind = "weight_packed" if "weight_packed" in shapes else "weight"
-            weight, bias = shapes.get(kind), shapes.get("bias")
-            if weight and bias and bias != weight[:1]:
-                raise _refused(
-                    f"The bias is {bias}, the {kind} {weight}; expected as many rows",
-                    f"{layer}.bias",
-                )
-    for blocks in same.values():
-        without = [layer for layer in blocks if "bias" not in layers[layer]]
-        if len(without) == 1 < len(blocks):
-            raise _refused(
-                "A tensor is missing that the same layer of every other block has",
-                f"{without[0]}.bias",
-            )
 
 
 def _refused(what: str, tensor: str) -> UnsupportedCheckpointError:

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+    MPLinearKernel,
+)
 from vllm.model_executor.layers.linear import (
     LinearBase,
     register_weight_loader_v2_supported_method,
@@ -56,6 +59,7 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
     def __init__(self, quantization_config: Any, args: dict[str, Any]) -> None:
         super().__init__(quantization_config)
         self._args = args
+        self._check_bias = quantization_config.check_bias
         self._record: LoadRecord | None = None
 
     def create_weights(
@@ -90,19 +94,29 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
             )
         except (ValueError, AssertionError) as error:
             raise refused(str(error), prefix) from error
+        if getattr(layer, "weight_packed", None) is getattr(layer, "weight", 0):
+            # W4A8Int: a reload would take them to be two.
+            del layer.weight_packed
         _quantize_activations(layer.scheme, self._args)
         self.quant_method = layer.scheme
         # Upstream's layers do this in their constructors, vllm-ascend's do not.
         if isinstance(layer, LinearBase) and hasattr(layer, "tp_rank"):
             layer.update_param_tp_status()
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
+        prefix = getattr(layer, "prefix", None)
         if self._record is not None:
             self._record.check_complete()
+            if prefix is not None and getattr(layer, "bias", None) is not None:
+                self._check_bias(prefix)
+        kernel = layer.scheme.kernel
+        if isinstance(kernel, MPLinearKernel) and not hasattr(layer, kernel.w_q_name):
+            # Kernels know one name; int8 files have another.
+            layer.register_parameter(kernel.w_q_name, layer.weight)
         try:
             super().process_weights_after_loading(layer)
         except ValueError as error:
-            raise refused(str(error), getattr(layer, "prefix", None)) from error
+            raise refused(str(error), prefix) from error
 
     def _size_refusal(
         self,

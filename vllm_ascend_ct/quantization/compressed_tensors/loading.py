@@ -19,12 +19,17 @@ from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _SHARDS = {"q": 0, "k": 1, "v": 2}
-# Formats that do not go through the weight loaders of a layer's parameters.
-_UNCHECKED_LOAD_FORMATS = (
-    "dummy",
-    "sharded_state",
-    "runai_streamer_sharded",
-    "tensorizer",
+# Formats that go through the weight loaders of a layer's parameters; others may not.
+_CHECKED_LOAD_FORMATS = (
+    "auto",
+    "hf",
+    "fastsafetensors",
+    "instanttensor",
+    "mistral",
+    "npcache",
+    "pt",
+    "runai_streamer",
+    "safetensors",
 )
 # Upstream registers it and reads it nowhere; not all who write checkpoints write it.
 _OPTIONAL = ("weight_shape",)
@@ -121,12 +126,12 @@ def _dense_hint(name: str, bits: int) -> str:
     return ""
 
 
-def _loads_tensor_by_tensor() -> bool:
+def _is_filled_by_loader() -> bool:
+    """Whether a layer that was given no tensor at all has none."""
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None:
         return True
-    load_format = str(vllm_config.load_config.load_format)
-    return load_format not in _UNCHECKED_LOAD_FORMATS
+    return str(vllm_config.load_config.load_format) in _CHECKED_LOAD_FORMATS
 
 
 @dataclass
@@ -136,9 +141,12 @@ class LoadRecord:
     layer: Any
     prefix: str
     shape: QuantizedShape
-    streamed: bool = field(default_factory=_loads_tensor_by_tensor)
     loader: Callable[..., Any] | None = None
     seen: dict[str, set[_Shard]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # While the layer is built; there may be no config when it is processed.
+        self.is_filled = _is_filled_by_loader()
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a layer's weight loader so that it checks and records."""
@@ -154,7 +162,7 @@ class LoadRecord:
                 raise self._refused(name, shard, reason)
             try:
                 result = weight_loader(param, loaded_weight, *args, **kwargs)
-            except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            except (AssertionError, ValueError, IndexError) as error:
                 reason = f"does not fit {list(param.shape)}: {error}"
                 raise self._refused(name, shard, reason) from error
             self.seen.setdefault(name, set()).add(shard)
@@ -171,7 +179,7 @@ class LoadRecord:
 
         """
         seen, self.seen = self.seen, {}
-        if not seen and not self.streamed:
+        if not seen and not self.is_filled:
             return
         shards = set(range(len(getattr(self.layer, "output_sizes", ()))))
         for name, param in self.layer.named_parameters(recurse=False):

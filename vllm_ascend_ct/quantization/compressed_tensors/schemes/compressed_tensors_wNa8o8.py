@@ -65,8 +65,6 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
         for name, scale in scales.items():
             if scale.any() and not scale.all():
                 raise ValueError(f"{name} is 0 for some shards of the layer: {scale}")
-        if self.is_int_quantized:
-            layer.register_parameter("weight_packed", layer.weight)
         self.kernel.process_weights_after_loading(layer)
         # All shards see one input; their outputs have a grid each.
         input_scale, output_scale = scales.values()
