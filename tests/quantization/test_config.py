@@ -264,6 +264,44 @@ def test_fields_of_other_tools_are_said_to_be_unused(
     assert "quantization_config.provider='some tool' is not known" in caplog.text
 
 
+def test_config_as_older_releases_wrote_it() -> None:
+    """Frozen, a dense sparsity_config, observers that are no more."""
+    arguments = {
+        "block_structure": None,
+        "group_size": None,
+        "num_bits": 8,
+        "observer_kwargs": {},
+        "symmetric": True,
+        "type": "int",
+    }
+    inputs = {
+        **arguments,
+        "dynamic": True,
+        "observer": "memoryless",
+        "strategy": "token",
+    }
+    weights = {**arguments, "dynamic": False, "observer": "mse", "strategy": "channel"}
+    made = config(
+        weights,
+        inputs,
+        "int-quantized",
+        ignore=["lm_head"],
+        global_compression_ratio=1.24,
+        kv_cache_scheme=None,
+        quant_method="compressed-tensors",
+        quantization_status="frozen",
+        sparsity_config={
+            "format": "dense",
+            "global_sparsity": 0.14,
+            "ignore": [],
+            "registry_requires_subclass": False,
+            "sparsity_structure": "unstructured",
+            "targets": ["Linear"],
+        },
+    )
+    assert type(linear(made).quant_method) is AscendCTLinearMethod
+
+
 @pytest.mark.parametrize("actorder", ["weight", "static", None])
 def test_actorder_that_only_calibration_used(actorder: str | None) -> None:
     made = config({**W4, "actorder": actorder})

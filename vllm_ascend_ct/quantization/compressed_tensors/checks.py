@@ -72,13 +72,13 @@ def _check_version(config: dict[str, Any]) -> None:
 def _check_sparsity(config: Any) -> None:
     if not isinstance(config, dict):
         config = {"format": config}
-    fmt = config.get("format", "dense")
-    if config.get("targets") or fmt != "dense":
+    fmt = config.get("format", CompressionFormat.dense.value)
+    if fmt != CompressionFormat.dense.value:
         raise _refused(
             "Sparse weights are not supported; compressed-tensors itself has dropped "
             "them",
             f"sparsity_config.format={fmt}",
-            "no sparsity_config",
+            "none, or dense: zeros that are stored like other values",
         )
 
 

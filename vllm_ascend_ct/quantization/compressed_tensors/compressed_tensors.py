@@ -76,7 +76,12 @@ class AscendCTConfig(CompressedTensorsConfig):
 
         """
         check_config(config)
-        config = {**config, "ignore": config.get("ignore") or []}
+        # Upstream refuses weights that are stored whole but were made sparse.
+        config = {
+            **config,
+            "ignore": config.get("ignore") or [],
+            "sparsity_config": None,
+        }
         return cast(AscendCTConfig, super().from_config(config))
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
