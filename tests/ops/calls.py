@@ -88,6 +88,36 @@ def a8w4_call(
     )
 
 
+TOKENS, TOP_K, EXPERTS = 6, 2, 4
+
+
+def init_routing_call(quant_mode: int = 1, **options: Any) -> Call:
+    return Call(
+        "npu_moe_init_routing_v2",
+        [torch.randn(TOKENS, K).bfloat16(), choices()],
+        {
+            "expert_num": EXPERTS,
+            "active_expert_range": [0, EXPERTS],
+            "expert_tokens_num_type": 1,
+            "expert_tokens_num_flag": True,
+            "quant_mode": quant_mode,
+            **options,
+        },
+    )
+
+
+def choices() -> torch.Tensor:
+    """Experts of each token; none of them takes the last expert."""
+    rows = [torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(TOKENS)]
+    return torch.stack(rows).int()
+
+
+def unpermute_call(dtype: torch.dtype = torch.bfloat16) -> Call:
+    order = torch.randperm(TOKENS * TOP_K, dtype=torch.int32)
+    rows = torch.randn(TOKENS * TOP_K, K).to(dtype)
+    return Call("npu_moe_token_unpermute", [rows, order, torch.rand(TOKENS, TOP_K)])
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "npu_dynamic_quant": lambda: Call("npu_dynamic_quant", [x()]),
     "npu_dynamic_quant_asymmetric": lambda: Call("npu_dynamic_quant_asymmetric", [x()]),
@@ -104,4 +134,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "npu_weight_quant_batchmatmul": weight_quant_call,
     "npu_quant_matmul": quant_matmul_call,
     "npu_quant_matmul, int4": a8w4_call,
+    "npu_moe_init_routing_v2": init_routing_call,
+    "npu_moe_token_unpermute": unpermute_call,
 }

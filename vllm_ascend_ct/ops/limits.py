@@ -192,6 +192,42 @@ class A8W4Limits:
 
 
 @dataclass(frozen=True)
+class MoeInitRoutingLimits:
+    """`npu_moe_init_routing_v2`."""
+
+    x_dtypes: tuple[torch.dtype, ...] = (*_FLOAT16_BFLOAT16, torch.float32)
+    quant_modes: tuple[int, ...] = (-1, 1)
+    max_experts: int = 10240
+
+    def refusal(
+        self, x_dtype: torch.dtype, expert_num: int, active: tuple[int, ...]
+    ) -> str | None:
+        """Why tokens cannot be sorted to the experts in `[start, end)`, or None."""
+        if x_dtype not in self.x_dtypes:
+            return f"x dtype {x_dtype}; supported: {_names(self.x_dtypes)}"
+        most = min(expert_num, self.max_experts)
+        if len(active) != 2 or not 0 <= active[0] < active[1] <= most:
+            return f"active_expert_range={active}; supported: within [0, {most}]"
+        return None
+
+
+@dataclass(frozen=True)
+class MoeTokenUnpermuteLimits:
+    """`npu_moe_token_unpermute`."""
+
+    dtypes: tuple[torch.dtype, ...] = (*_FLOAT16_BFLOAT16, torch.float32)
+    max_top_k: int = 512
+
+    def refusal(self, dtype: torch.dtype, top_k: int) -> str | None:
+        """Why rows cannot be brought back to their tokens, or None."""
+        if dtype not in self.dtypes:
+            return f"dtype {dtype}; supported: {_names(self.dtypes)}"
+        if not 1 <= top_k <= self.max_top_k:
+            return f"top-k={top_k}; supported: 1 to {self.max_top_k}"
+        return None
+
+
+@dataclass(frozen=True)
 class Limits:
     """The operators of one chip; None where the chip lacks one.
 
@@ -211,6 +247,10 @@ class Limits:
     quantize: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
     a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
     float_weights: tuple[str, ...] = ()
+    moe_init_routing: MoeInitRoutingLimits = field(default_factory=MoeInitRoutingLimits)
+    moe_token_unpermute: MoeTokenUnpermuteLimits = field(
+        default_factory=MoeTokenUnpermuteLimits
+    )
 
 
 LIMITS = {
@@ -230,6 +270,7 @@ LIMITS = {
         dynamic_quant_asymmetric=None,
         quantize=ActivationQuantLimits(x_dtypes=_FLOAT16),
         a8w4=None,
+        moe_init_routing=MoeInitRoutingLimits(quant_modes=(-1,)),
     ),
 }
 

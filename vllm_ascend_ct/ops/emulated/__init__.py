@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from vllm_ascend_ct.ops.emulated import (  # noqa: F401
+    moe_routing,
     quant_matmul,
     quantize,
     weight_quant_batchmatmul,

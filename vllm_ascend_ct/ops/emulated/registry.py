@@ -97,6 +97,14 @@ def describe(tensor: torch.Tensor) -> str:
     return f"{dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
 
 
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill what an NPU does not write with what cannot be taken for a result."""
+    value = (
+        float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+    )
+    return tensor.fill_(value)
+
+
 def is_transposed(tensor: torch.Tensor) -> bool:
     """Whether the last two axes are a transposed view (op-plugin's own rule)."""
     rows, columns = tensor.shape[-2:]

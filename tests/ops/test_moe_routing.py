@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ops.calls import (
+    EXPERTS,
+    TOKENS,
+    TOP_K,
+    Call,
+    K,
+    init_routing_call,
+    scales,
+    unpermute_call,
+)
+from vllm_ascend_ct.errors import OperatorLimitError
+
+
+def sorted_choices(call: Call, start: int, end: int) -> list[int]:
+    """Flat (token, choice) of each row, experts ascending, tokens in order."""
+    experts = call.args[1].flatten().tolist()
+    active = [flat for flat, expert in enumerate(experts) if start <= expert < end]
+    return sorted(active, key=lambda flat: experts[flat])
+
+
+@pytest.mark.parametrize("active", [(0, EXPERTS), (1, 3)])
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_rows_are_sorted_by_expert(active: tuple[int, int], cumulative: bool) -> None:
+    call = init_routing_call(-1, active_expert_range=list(active))
+    call.kwargs["expert_tokens_num_type"] = 0 if cumulative else 1
+    rows, index, counts, _ = call.run()
+    order = sorted_choices(call, *active)
+    assert torch.equal(
+        rows[: len(order)], call.args[0][[flat // TOP_K for flat in order]]
+    )
+    # Not written, and not to be taken for anything.
+    assert rows[len(order) :].isnan().all()
+    expected = [order.index(f) if f in order else -1 for f in range(TOKENS * TOP_K)]
+    assert index.tolist() == expected
+    of_expert = [call.args[1].eq(expert).sum().item() for expert in range(*active)]
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == (
+        [sum(of_expert[: n + 1]) for n in range(len(of_expert))]
+        if cumulative
+        else of_expert
+    )
+
+
+def test_scattered_index() -> None:
+    call = init_routing_call(-1, row_idx_type=1)
+    assert call.run()[1].tolist() == sorted_choices(call, 0, EXPERTS)
+
+
+@pytest.mark.parametrize("smooth", [None, 1, EXPERTS])
+def test_rows_are_quantized(smooth: int | None) -> None:
+    call = init_routing_call()
+    call.args[0][0] = 0
+    order = sorted_choices(call, 0, EXPERTS)
+    values = call.args[0][[flat // TOP_K for flat in order]].double()
+    if smooth is not None:
+        call.kwargs["scale"] = scales(smooth, K)
+        experts = call.args[1].flatten().long()[order]
+        rows_of = experts if smooth > 1 else torch.zeros_like(experts)
+        values = values * call.kwargs["scale"][rows_of].double()
+    rows, _, _, row_scale = call.run()
+    amax = values.abs().amax(1)
+    torch.testing.assert_close(row_scale.double(), amax / 127)
+    # A tie, or the last bit of fp32, may go either way.
+    exact = torch.where(amax > 0, 127 / amax, 0).unsqueeze(1) * values
+    assert (rows.double() - exact).abs().max() <= 0.5 + 1e-3
+    assert rows.dtype == torch.int8 and rows.abs().max() == 127
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_come_back_weighted(dtype: torch.dtype) -> None:
+    call = unpermute_call(dtype)
+    rows, index, probs = call.args
+    expected = (
+        rows[index.long()].double().view(TOKENS, TOP_K, K)
+        * probs.double().unsqueeze(-1)
+    ).sum(1)
+    torch.testing.assert_close(
+        call.run().double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6
+    )
+
+
+def test_there_and_back() -> None:
+    call = init_routing_call(-1)
+    rows, index, _, _ = call.run()
+    probs = torch.full((TOKENS, TOP_K), 1 / TOP_K)
+    back = torch.ops.npu.npu_moe_token_unpermute(rows, index, probs)
+    assert torch.equal(back, call.args[0])
+
+
+def unpermute(args: dict[int, Any]) -> Call:
+    call = unpermute_call()
+    for position, value in args.items():
+        call.args[position] = value
+    return call
+
+
+REPEATED = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: init_routing_call(0), "quant_mode=0"),
+        (lambda: init_routing_call(active_expert_range=[]), "active_expert_range="),
+        (lambda: init_routing_call(active_expert_range=[0, 5]), r"within \[0, 4\]"),
+        (lambda: init_routing_call(expert_tokens_num_flag=False), "num_flag=False"),
+        (lambda: init_routing_call(drop_pad_mode=1), "drop_pad_mode=1"),
+        (lambda: init_routing_call(active_num=3), "active_num=3; emulated: all 12"),
+        (lambda: init_routing_call(scale=scales(2, K)), "scale is float32"),
+        (lambda: init_routing_call(-1, scale=scales(TOKENS)), "scale without quant"),
+        (lambda: unpermute({1: REPEATED}), "in range and different"),
+        (lambda: unpermute({1: REPEATED - 1}), "in range and different"),
+        (lambda: unpermute({1: REPEATED.long()}), "int32 1-D"),
+        (lambda: unpermute({2: torch.rand(TOKENS, 3)}), "one an index"),
+    ],
+)
+def test_refused(call: Callable[[], Call], reason: str) -> None:
+    with pytest.raises(OperatorLimitError, match=reason):
+        call().run()
+
+
+def test_310p_does_not_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    with pytest.raises(OperatorLimitError, match="quant_mode=1"):
+        init_routing_call().run()

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Operators that sort tokens by expert and bring them back."""
+
+import torch
+
+from vllm_ascend_ct.ops.emulated.quantize import to_int8
+from vllm_ascend_ct.ops.emulated.registry import describe, emulates, poison, refuse
+from vllm_ascend_ct.ops.limits import current_limits
+
+_INIT = "npu_moe_init_routing_v2"
+_UNPERMUTE = "npu_moe_token_unpermute"
+_COPY, _DYNAMIC = -1, 1
+_CUMULATIVE, _COUNTS = 0, 1
+_GATHER, _SCATTER = 0, 1
+_INT8_MAX = 127
+
+
+def _check_options(
+    limits_quant_modes: tuple[int, ...],
+    quant_mode: int,
+    expert_tokens_num_type: int,
+    expert_tokens_num_flag: bool,
+    row_idx_type: int,
+    **options: int | None,
+) -> None:
+    for argument, value, supported in (
+        ("quant_mode", quant_mode, limits_quant_modes),
+        ("expert_tokens_num_type", expert_tokens_num_type, (_CUMULATIVE, _COUNTS)),
+        # Without the counts, torch_npu's meta function and kernel differ in shape.
+        ("expert_tokens_num_flag", expert_tokens_num_flag, (True,)),
+        ("row_idx_type", row_idx_type, (_GATHER, _SCATTER)),
+    ):
+        if value not in supported:
+            refuse(_INIT, f"{argument}={value}; emulated: {supported}")
+    for argument, option in options.items():
+        if option not in (None, -1, 0):
+            refuse(_INIT, f"{argument}={option} is not emulated")
+
+
+def _init_routing_fake(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    active_num: int = -1,
+    expert_capacity: int = -1,
+    expert_num: int = -1,
+    drop_pad_mode: int = 0,
+    expert_tokens_num_type: int = 0,
+    expert_tokens_num_flag: bool = False,
+    quant_mode: int = -1,
+    active_expert_range: tuple[int, ...] = (),
+    row_idx_type: int = 0,
+    x_dtype: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    limits = current_limits().moe_init_routing
+    _check_options(
+        limits.quant_modes,
+        quant_mode,
+        expert_tokens_num_type,
+        expert_tokens_num_flag,
+        row_idx_type,
+        drop_pad_mode=drop_pad_mode,
+        expert_capacity=expert_capacity,
+        x_dtype=x_dtype,
+    )
+    rows = expert_idx.numel()
+    if active_num > 0 and active_num != rows:
+        refuse(_INIT, f"active_num={active_num}; emulated: all {rows} rows")
+    if offset is not None or (scale is not None and quant_mode == _COPY):
+        refuse(_INIT, "offset, and scale without quantization, are not emulated")
+    if reason := limits.refusal(x.dtype, expert_num, tuple(active_expert_range)):
+        refuse(_INIT, reason)
+    if (x.dim(), expert_idx.dim(), expert_idx.dtype) != (2, 2, torch.int32) or len(
+        x
+    ) != len(expert_idx):
+        refuse(
+            _INIT,
+            f"x is {describe(x)}, expert_idx is {describe(expert_idx)}; supported: "
+            "[T, H] and int32 [T, top-k]",
+        )
+    start, end = active_expert_range
+    smooth_shapes = ((end - start, x.shape[1]), (1, x.shape[1]))
+    if scale is not None and (
+        scale.dtype != torch.float32 or tuple(scale.shape) not in smooth_shapes
+    ):
+        refuse(_INIT, f"scale is {describe(scale)}; supported: fp32 {smooth_shapes}")
+    dtype = torch.int8 if quant_mode == _DYNAMIC else x.dtype
+    return (
+        x.new_empty((rows, x.shape[1]), dtype=dtype),
+        x.new_empty((rows,), dtype=torch.int32),
+        x.new_empty((end - start,), dtype=torch.int64),
+        x.new_empty((rows,), dtype=torch.float32),
+    )
+
+
+@emulates(
+    "npu_moe_init_routing_v2(Tensor x, Tensor expert_idx, *, Tensor? scale=None, "
+    "Tensor? offset=None, int active_num=-1, int expert_capacity=-1, "
+    "int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
+    "bool expert_tokens_num_flag=False, int quant_mode=-1, "
+    "int[2] active_expert_range=[], int row_idx_type=0, int? x_dtype=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_init_routing_fake,
+)
+def npu_moe_init_routing_v2(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    active_num: int = -1,
+    expert_capacity: int = -1,
+    expert_num: int = -1,
+    drop_pad_mode: int = 0,
+    expert_tokens_num_type: int = 0,
+    expert_tokens_num_flag: bool = False,
+    quant_mode: int = -1,
+    active_expert_range: tuple[int, ...] = (),
+    row_idx_type: int = 0,
+    x_dtype: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort tokens by expert, and quantize them.
+
+    Quantized dynamically, a row is `q = rint(v / scale)` with `v = x * smooth` and
+    `scale = amax|v| / 127`, by a true division. (For wide rows the NPU's kernel rounds
+    otherwise; not emulated.) What no expert in the range takes is not written.
+
+    Source: op-plugin `torch_npu-npu_moe_init_routing_v2.md`; ops-transformer
+    `moe/moe_init_routing_v3`.
+
+    Args:
+        x: `[T, H]` fp16, bf16 or fp32.
+        expert_idx: int32 `[T, top-k]`.
+        scale: With dynamic quantization, smoothing fp32 `(end - start, H)` or `(1, H)`.
+        offset: Not emulated.
+        active_num: All rows.
+        expert_capacity: Not emulated.
+        expert_num: Experts in all.
+        drop_pad_mode: 0.
+        expert_tokens_num_type: 0 for cumulative counts, 1 for counts.
+        expert_tokens_num_flag: True.
+        quant_mode: -1 to copy, 1 to quantize dynamically.
+        active_expert_range: `[start, end)`, always required: torch_npu keeps the first
+            default of a process.
+        row_idx_type: 0: position of each (token, choice), -1 outside the range; 1: the
+            (token, choice) at each position.
+        x_dtype: Not emulated.
+
+    Returns:
+        Rows `[T * top-k, H]`, indices int32 `[T * top-k]`, counts int64 `[end - start]`
+        and scales fp32 `[T * top-k]`.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    results = _init_routing_fake(
+        x,
+        expert_idx,
+        scale,
+        offset,
+        active_num,
+        expert_capacity,
+        expert_num,
+        drop_pad_mode,
+        expert_tokens_num_type,
+        expert_tokens_num_flag,
+        quant_mode,
+        active_expert_range,
+        row_idx_type,
+        x_dtype,
+    )
+    rows, indices, counts, scales = (poison(result) for result in results)
+    start, end = active_expert_range
+    experts = expert_idx.flatten().long()
+    active = (experts >= start) & (experts < end)
+    order = torch.where(active, experts, end).argsort(stable=True)[: active.sum()]
+    positions = torch.arange(len(order), dtype=torch.int32)
+    if row_idx_type == _GATHER:
+        indices.fill_(-1)[order] = positions
+    else:
+        indices[: len(order)] = order.to(torch.int32)
+    counts.copy_(torch.bincount(experts[order] - start, minlength=end - start))
+    if expert_tokens_num_type == _CUMULATIVE:
+        counts.copy_(counts.cumsum(0))
+    values = x[order // expert_idx.shape[1]]
+    if quant_mode == _COPY:
+        rows[: len(order)] = values
+        return rows, indices, counts, scales
+    values = values.float()
+    if scale is not None:
+        values *= scale[0] if len(scale) == 1 else scale[experts[order] - start]
+    row_scale = values.abs().amax(dim=1, keepdim=True) / _INT8_MAX
+    scales[: len(order)] = row_scale.squeeze(1)
+    rows[: len(order)] = to_int8(torch.where(row_scale > 0, values / row_scale, 0))
+    return rows, indices, counts, scales
+
+
+def _unpermute_fake(
+    permuted_tokens: torch.Tensor,
+    sorted_indices: torch.Tensor,
+    probs: torch.Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: list[int] | None = None,
+) -> torch.Tensor:
+    if padded_mode or restore_shape is not None:
+        refuse(_UNPERMUTE, "padded_mode and restore_shape are not emulated")
+    if permuted_tokens.dim() != 2 or (sorted_indices.dim(), sorted_indices.dtype) != (
+        1,
+        torch.int32,
+    ):
+        refuse(
+            _UNPERMUTE,
+            f"permuted_tokens is {describe(permuted_tokens)}, sorted_indices is "
+            f"{describe(sorted_indices)}; supported: 2-D, and int32 1-D",
+        )
+    top_k = 1 if probs is None else probs.shape[1]
+    if reason := current_limits().moe_token_unpermute.refusal(
+        permuted_tokens.dtype, top_k
+    ):
+        refuse(_UNPERMUTE, reason)
+    tokens = len(sorted_indices) // top_k
+    if probs is not None and probs.numel() != len(sorted_indices):
+        refuse(_UNPERMUTE, f"probs is {describe(probs)}; supported: one an index")
+    return permuted_tokens.new_empty((tokens, permuted_tokens.shape[1]))
+
+
+@emulates(
+    "npu_moe_token_unpermute(Tensor permuted_tokens, Tensor sorted_indices, "
+    "Tensor? probs=None, bool padded_mode=False, int[]? restore_shape=None) -> Tensor",
+    fake=_unpermute_fake,
+)
+def npu_moe_token_unpermute(
+    permuted_tokens: torch.Tensor,
+    sorted_indices: torch.Tensor,
+    probs: torch.Tensor | None = None,
+    padded_mode: bool = False,
+    restore_shape: list[int] | None = None,
+) -> torch.Tensor:
+    """Bring rows back to their tokens: `sum over j of probs[t, j] * row[index[t, j]]`.
+
+    Accumulated in fp32 in the order of j, rounded once.
+
+    Source: op-plugin `MoeTokenUnpermuteKernelNpuOpApi.cpp`; ops-transformer
+    `moe/moe_token_unpermute`.
+
+    Args:
+        permuted_tokens: `[R, H]` fp16, bf16 or fp32.
+        sorted_indices: int32 `[T * top-k]`, token-major, each in `[0, R)` and once.
+        probs: `[T, top-k]`; None for one row a token, unweighted.
+        padded_mode: False.
+        restore_shape: None.
+
+    Returns:
+        `[T, H]`, dtype of `permuted_tokens`.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    result = _unpermute_fake(
+        permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
+    )
+    indices = sorted_indices.long().view(len(result), -1)
+    if indices.numel() and not (
+        indices.min() >= 0
+        and indices.max() < len(permuted_tokens)
+        and len(indices.unique()) == indices.numel()
+    ):
+        refuse(_UNPERMUTE, "sorted_indices must be in range and different")
+    total = torch.zeros(result.shape, dtype=torch.float32)
+    for choice in range(indices.shape[1]):
+        rows = permuted_tokens[indices[:, choice]].float()
+        if probs is not None:
+            rows = rows * probs[:, choice : choice + 1].float()
+        total += rows
+    return result.copy_(total)
