@@ -118,6 +118,51 @@ def unpermute_call(dtype: torch.dtype = torch.bfloat16) -> Call:
     return Call("npu_moe_token_unpermute", [rows, order, torch.rand(TOKENS, TOP_K)])
 
 
+GROUPED_ROWS = [3, 0, 4, 1]
+
+
+def grouped_call(
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    group: int = 0,
+    k: int = 512,
+    spare: int = 1,
+) -> Call:
+    """All experts but one have rows, and `spare` rows are no expert's."""
+    m = sum(GROUPED_ROWS) + spare
+    packed = weight_dtype == torch.int32
+    shape = (EXPERTS, k, N // 8) if packed else (EXPERTS, k, N)
+    weight = packed_int4(*shape) if packed else int8(*shape)
+    counts = torch.tensor(GROUPED_ROWS)
+    kwargs: dict[str, Any] = {
+        "group_list": counts,
+        "group_list_type": 1,
+        "group_type": 0,
+        "split_item": 2,
+        "output_dtype": out_dtype,
+    }
+    groups = k // group if group else 1
+    if x_dtype != torch.int8:
+        x = torch.randn(m, k).to(x_dtype)
+        shape = (EXPERTS, groups, N) if group else (EXPERTS, N)
+        offset = torch.randint(-8, 8, shape).to(x_dtype)
+        kwargs["antiquant_scale"] = [scales(*shape, dtype=x_dtype)]
+        kwargs["antiquant_offset"] = [offset]
+        return Call("npu_grouped_matmul", [[x], [weight]], kwargs)
+    kwargs["per_token_scale"] = [scales(m)]
+    if packed:
+        scale = (torch.rand(EXPERTS, groups, N) * 1e-2).bfloat16().float()
+        kwargs["scale"] = [scale.view(torch.int32).long()]
+        grouped = unpack_int4(weight).double().view(EXPERTS, groups, -1, N)
+        assist = 8 * (grouped.sum(2) * scale.double()).sum(1)
+        kwargs["bias"] = [assist.float()]
+    else:
+        dtype = torch.float32 if out_dtype == torch.float16 else torch.bfloat16
+        kwargs["scale"] = [scales(EXPERTS, N, dtype=dtype) * 1e-2]
+    return Call("npu_grouped_matmul", [[int8(m, k)], [weight]], kwargs)
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "npu_dynamic_quant": lambda: Call("npu_dynamic_quant", [x()]),
     "npu_dynamic_quant_asymmetric": lambda: Call("npu_dynamic_quant_asymmetric", [x()]),
@@ -134,6 +179,15 @@ CALLS: dict[str, Callable[[], Call]] = {
     "npu_weight_quant_batchmatmul": weight_quant_call,
     "npu_quant_matmul": quant_matmul_call,
     "npu_quant_matmul, int4": a8w4_call,
+    "npu_grouped_matmul, A16W4": lambda: grouped_call(
+        torch.bfloat16, torch.int32, torch.bfloat16, 64, spare=0
+    ),
+    "npu_grouped_matmul, A8W8": lambda: grouped_call(
+        torch.int8, torch.int8, torch.bfloat16, spare=0
+    ),
+    "npu_grouped_matmul, A8W4": lambda: grouped_call(
+        torch.int8, torch.int32, torch.bfloat16, 256, spare=0
+    ),
     "npu_moe_init_routing_v2": init_routing_call,
     "npu_moe_token_unpermute": unpermute_call,
 }

@@ -30,10 +30,11 @@ def test_opcheck(name: str) -> None:
 def test_result_is_on_its_own(name: str) -> None:
     """No operator here returns or writes its input."""
     call = CALLS[name]()
-    inputs = [arg for arg in call.args if isinstance(arg, torch.Tensor)]
+    flat = [arg if isinstance(arg, list) else [arg] for arg in call.args]
+    inputs = [arg for args in flat for arg in args if isinstance(arg, torch.Tensor)]
     before = [tensor.clone() for tensor in inputs]
     results = call.run()
-    results = results if isinstance(results, tuple) else (results,)
+    results = (results,) if isinstance(results, torch.Tensor) else results
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     assert all(r.untyped_storage().data_ptr() not in storages for r in results)
     assert all(map(torch.equal, inputs, before))

@@ -11,28 +11,33 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import (
+    FLOAT16,
+    FLOAT16_BFLOAT16,
+    INT4_PER_INT32,
+    names,
+)
+from vllm_ascend_ct.ops.moe_limits import (
+    GROUPED,
+    GROUPED_A5,
+    GroupedModes,
+    MoeInitRoutingLimits,
+    MoeTokenUnpermuteLimits,
+)
 from vllm_ascend_ct.ops.soc import Soc, current_soc
-
-_FLOAT16 = (torch.float16,)
-_FLOAT16_BFLOAT16 = (torch.float16, torch.bfloat16)
-_INT4_PER_INT32 = 8
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 @dataclass(frozen=True)
 class ActivationQuantLimits:
     """`npu_dynamic_quant`, `npu_dynamic_quant_asymmetric`, `npu_quantize`."""
 
-    x_dtypes: tuple[torch.dtype, ...] = _FLOAT16_BFLOAT16
+    x_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     k_multiple: int = 1
 
     def refusal(self, x_dtype: torch.dtype, k: int) -> str | None:
         """Why rows of `k` elements of `x_dtype` cannot be quantized, or None."""
         if x_dtype not in self.x_dtypes:
-            return f"x dtype {x_dtype}; supported: {_names(self.x_dtypes)}"
+            return f"x dtype {x_dtype}; supported: {names(self.x_dtypes)}"
         if k % self.k_multiple:
             return f"K={k}; supported: multiples of {self.k_multiple}"
         return None
@@ -42,7 +47,7 @@ class ActivationQuantLimits:
 class WeightQuantBatchMatmulLimits:
     """`npu_weight_quant_batchmatmul`: 16-bit activations, int8 or int4 weights."""
 
-    x_dtypes: tuple[torch.dtype, ...] = _FLOAT16_BFLOAT16
+    x_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     weight_bits: tuple[int, ...] = (4, 8)
     max_size: int = 65535
     group_multiple: int = 32
@@ -61,15 +66,15 @@ class WeightQuantBatchMatmulLimits:
 
         """
         if x_dtype not in self.x_dtypes:
-            return f"activation dtype {x_dtype}; supported: {_names(self.x_dtypes)}"
+            return f"activation dtype {x_dtype}; supported: {names(self.x_dtypes)}"
         if weight_bits not in self.weight_bits:
             supported = ", ".join(map(str, self.weight_bits))
             return f"{weight_bits}-bit weights; supported: {supported}"
         for name, size in (("K", k), ("N", n)):
             if not 1 <= size <= self.max_size:
                 return f"{name}={size}; supported: 1 to {self.max_size}"
-        if weight_bits == 4 and k % _INT4_PER_INT32:
-            return f"K={k}; supported for int4: multiples of {_INT4_PER_INT32}"
+        if weight_bits == 4 and k % INT4_PER_INT32:
+            return f"K={k}; supported for int4: multiples of {INT4_PER_INT32}"
         if weight_bits == 4 and n == 1:
             # torch_npu's meta function takes the transposed view for a [K, 8] weight.
             return "N=1; supported for int4: 2 and more"
@@ -150,7 +155,7 @@ class QuantMatmulLimits:
         """
         out_dtypes = tuple(dict.fromkeys(dtype for dtype, _ in self.operands))
         if out_dtype not in out_dtypes:
-            return f"output dtype {out_dtype}; supported: {_names(out_dtypes)}"
+            return f"output dtype {out_dtype}; supported: {names(out_dtypes)}"
         for size in inner_sizes:
             if not 1 <= size <= self.max_size:
                 return f"inner axis of size {size}; supported: 1 to {self.max_size}"
@@ -161,7 +166,7 @@ class QuantMatmulLimits:
 class A8W4Limits:
     """`npu_quant_matmul` with int8 activations and int4 weights packed along N."""
 
-    out_dtypes: tuple[torch.dtype, ...] = _FLOAT16_BFLOAT16
+    out_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     group_sizes: tuple[int, ...] = (256,)
     max_k: int = 29575
     max_n: int = 65535
@@ -179,51 +184,15 @@ class A8W4Limits:
 
         """
         if out_dtype not in self.out_dtypes:
-            return f"output dtype {out_dtype}; supported: {_names(self.out_dtypes)}"
+            return f"output dtype {out_dtype}; supported: {names(self.out_dtypes)}"
         if group_size not in (0, *self.group_sizes):
             sizes = ", ".join(map(str, self.group_sizes))
             return f"group_size={group_size}; supported: per channel, {sizes}"
         multiple = group_size or 2
         if not 1 <= k <= self.max_k or k % multiple:
             return f"K={k}; supported: multiples of {multiple} up to {self.max_k}"
-        if not 1 <= n <= self.max_n or n % _INT4_PER_INT32:
-            return f"N={n}; supported: multiples of {_INT4_PER_INT32} to {self.max_n}"
-        return None
-
-
-@dataclass(frozen=True)
-class MoeInitRoutingLimits:
-    """`npu_moe_init_routing_v2`."""
-
-    x_dtypes: tuple[torch.dtype, ...] = (*_FLOAT16_BFLOAT16, torch.float32)
-    quant_modes: tuple[int, ...] = (-1, 1)
-    max_experts: int = 10240
-
-    def refusal(
-        self, x_dtype: torch.dtype, expert_num: int, active: tuple[int, ...]
-    ) -> str | None:
-        """Why tokens cannot be sorted to the experts in `[start, end)`, or None."""
-        if x_dtype not in self.x_dtypes:
-            return f"x dtype {x_dtype}; supported: {_names(self.x_dtypes)}"
-        most = min(expert_num, self.max_experts)
-        if len(active) != 2 or not 0 <= active[0] < active[1] <= most:
-            return f"active_expert_range={active}; supported: within [0, {most}]"
-        return None
-
-
-@dataclass(frozen=True)
-class MoeTokenUnpermuteLimits:
-    """`npu_moe_token_unpermute`."""
-
-    dtypes: tuple[torch.dtype, ...] = (*_FLOAT16_BFLOAT16, torch.float32)
-    max_top_k: int = 512
-
-    def refusal(self, dtype: torch.dtype, top_k: int) -> str | None:
-        """Why rows cannot be brought back to their tokens, or None."""
-        if dtype not in self.dtypes:
-            return f"dtype {dtype}; supported: {_names(self.dtypes)}"
-        if not 1 <= top_k <= self.max_top_k:
-            return f"top-k={top_k}; supported: 1 to {self.max_top_k}"
+        if not 1 <= n <= self.max_n or n % INT4_PER_INT32:
+            return f"N={n}; supported: multiples of {INT4_PER_INT32} to {self.max_n}"
         return None
 
 
@@ -247,6 +216,7 @@ class Limits:
     quantize: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
     a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
     float_weights: tuple[str, ...] = ()
+    grouped_matmul: GroupedModes = field(default_factory=lambda: GROUPED)
     moe_init_routing: MoeInitRoutingLimits = field(default_factory=MoeInitRoutingLimits)
     moe_token_unpermute: MoeTokenUnpermuteLimits = field(
         default_factory=MoeTokenUnpermuteLimits
@@ -259,17 +229,19 @@ LIMITS = {
     Soc.A5: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=2**31 - 1),
         a8w4=None,
+        grouped_matmul=GROUPED_A5,
         float_weights=("FP8", "MXFP8", "MXFP4"),
     ),
     Soc.ASCEND_310P: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(
-            x_dtypes=_FLOAT16, weight_bits=(8,)
+            x_dtypes=FLOAT16, weight_bits=(8,)
         ),
         quant_matmul=QuantMatmulLimits(_OPERANDS_310P, transposed_nz=True),
-        dynamic_quant=ActivationQuantLimits(x_dtypes=_FLOAT16, k_multiple=32),
+        dynamic_quant=ActivationQuantLimits(x_dtypes=FLOAT16, k_multiple=32),
         dynamic_quant_asymmetric=None,
-        quantize=ActivationQuantLimits(x_dtypes=_FLOAT16),
+        quantize=ActivationQuantLimits(x_dtypes=FLOAT16),
         a8w4=None,
+        grouped_matmul={},
         moe_init_routing=MoeInitRoutingLimits(quant_modes=(-1,)),
     ),
 }

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from vllm_ascend_ct.ops.emulated import (  # noqa: F401
+    grouped_matmul,
     moe_routing,
     quant_matmul,
     quantize,

@@ -78,8 +78,24 @@ def a8w4(
 
     `x = 16 * high + low + 8`, so `offset` has to be `8 * sum over k of x2 * scale`.
     """
-    weight = _unpacked.get("a8w4", [x2], lambda: unpack_int4(x2))
     scales, _ = unpack_quant_param(scale.reshape(-1, scale.shape[-1]))
+    values = a8w4_product(x1, x2, scales, offset)
+    return result.copy_(values * pertoken_scale.reshape(-1, 1))
+
+
+def a8w4_product(
+    x1: torch.Tensor, x2: torch.Tensor, scales: torch.Tensor, assist: torch.Tensor
+) -> torch.Tensor:
+    """Multiply int8 `[M, K]` by int4 `[K, N / 8]`: fp32 `[M, N]`.
+
+    Args:
+        x1: Activations.
+        x2: Weight, as int32.
+        scales: fp32 `[G, N]`, of 10 mantissa bits.
+        assist: fp32 `[N]`.
+
+    """
+    weight = _unpacked.get("a8w4", [x2], lambda: unpack_int4(x2))
     group_size = len(weight) // len(scales)
     high = x1 >> 4
     halves = torch.cat((high, (x1 & 15) - 8))
@@ -90,5 +106,4 @@ def a8w4(
         product = int_matmul(x_part.contiguous(), weight_part).float() * scale_part
         total += product.to(torch.float16)
     high_total, low_total = total.float().chunk(2)
-    values = 16 * high_total + low_total + offset
-    return result.copy_(values * pertoken_scale.reshape(-1, 1))
+    return 16 * high_total + low_total + assist

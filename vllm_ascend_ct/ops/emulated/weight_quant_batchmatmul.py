@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 1024
 dequantized_weights = DerivedTensors()
 
 
-def _weight_size(weight: torch.Tensor) -> tuple[int, int]:
+def weight_size(weight: torch.Tensor) -> tuple[int, int]:
     """Logical `[K, N]` of an int8 or int32-packed int4 weight."""
     k, n = weight.shape
     if weight.dtype == torch.int32:
@@ -41,7 +41,7 @@ def _check_antiquant(
     weight: torch.Tensor,
     group_size: int,
 ) -> None:
-    k, n = _weight_size(weight)
+    k, n = weight_size(weight)
     shapes: list[tuple[int, ...]] = [(n,), (1, n), (1,), (1, 1)]
     if group_size:
         shapes = [(-(-k // group_size), n)]
@@ -90,7 +90,7 @@ def _weight_quant_batchmatmul_fake(
         )
     check_layout(_NAME, "weight", weight)
     check_layout(_NAME, "x", x)
-    k, n = _weight_size(weight)
+    k, n = weight_size(weight)
     if x.shape[1] != k:
         refuse(_NAME, f"K of x is {x.shape[1]}, of the weight {k}")
     if reason := limits.refusal(
@@ -134,7 +134,7 @@ def _dequantize(
     fp16 rounds after the offset and after the scale, bf16 once after both; fp16 comes
     back in fp32, in which CPUs multiply it faster and as exactly as the NPU.
     """
-    k, n = _weight_size(weight)
+    k, n = weight_size(weight)
 
     def rows_of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(-1, tensor.shape[-1]).t().expand(n, -1).unsqueeze(-1)
@@ -223,15 +223,26 @@ def npu_weight_quant_batchmatmul(
         inner_precise,
         weight_dtype,
     )
-    sources = [weight, antiquant_scale]
-    if antiquant_offset is not None:
-        sources.append(antiquant_offset)
+    return result.copy_(
+        weight_only_product(
+            x, weight, antiquant_scale, antiquant_offset, antiquant_group_size, bias
+        )
+    )
+
+
+def weight_only_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Multiply `[M, K]` by a weight that is dequantized once: `[M, N]`."""
     matrix = dequantized_weights.get(
-        antiquant_group_size,
-        sources,
-        lambda: _dequantize(
-            weight, antiquant_scale, antiquant_offset, antiquant_group_size
-        ),
+        group_size,
+        [weight, scale] if offset is None else [weight, scale, offset],
+        lambda: _dequantize(weight, scale, offset, group_size),
     )
     if bias is not None:
         bias = bias.reshape(-1)
@@ -240,4 +251,4 @@ def npu_weight_quant_batchmatmul(
             bias = narrow_bias
         else:
             matrix, bias = matrix.float(), bias.float()
-    return result.copy_(linear(x.to(matrix.dtype), matrix, bias))
+    return linear(x.to(matrix.dtype), matrix, bias)

@@ -86,6 +86,11 @@ def unpack_quant_param(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return scale, ((nine_bits ^ 0x100) - 0x100).to(torch.float32)
 
 
+def unpack_raw_scale(packed: torch.Tensor) -> torch.Tensor:
+    """The fp32 scale whose bits an int64 holds, as the fixpipe keeps them."""
+    return truncate_to_fp19((packed & 0xFFFFFFFF).to(torch.int32).view(torch.float32))
+
+
 def truncate_to_fp19(scale: torch.Tensor) -> torch.Tensor:
     """Drop the 13 mantissa bits that the fixpipe does not keep."""
     return (scale.view(torch.int32) & -8192).view(torch.float32)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The matrix products of experts: each takes its part of the rows."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
+from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4_product
+from vllm_ascend_ct.ops.emulated.registry import (
+    as_dtype,
+    describe,
+    emulates,
+    is_transposed,
+    poison,
+    refuse,
+)
+from vllm_ascend_ct.ops.emulated.weight_quant_batchmatmul import (
+    weight_only_product,
+    weight_size,
+)
+from vllm_ascend_ct.ops.emulated.weights import unpack_raw_scale
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.moe_limits import GroupedMatmulMode
+
+_NAME = "npu_grouped_matmul"
+_COUNTS = 1
+
+_Tensors = list[torch.Tensor] | None
+
+
+def _one(argument: str, tensors: _Tensors) -> torch.Tensor | None:
+    if tensors is None:
+        return None
+    if len(tensors) != 1:
+        refuse(_NAME, f"{argument} has {len(tensors)} tensors; emulated: 1")
+    return tensors[0]
+
+
+def _mode(
+    x: torch.Tensor, weight: torch.Tensor, group_size: int
+) -> tuple[GroupedMatmulMode, int, int]:
+    """The mode that a call is of, with experts and N; sizes and layouts checked."""
+    if (x.dim(), weight.dim()) != (2, 3) or not x.is_contiguous():
+        refuse(
+            _NAME,
+            f"x is {describe(x)}, weight is {describe(weight)}; emulated: contiguous "
+            "[M, K] and [E, K, N]",
+        )
+    modes = current_limits().grouped_matmul
+    mode = modes.get((x.dtype, weight.dtype))
+    if mode is None:
+        refuse(_NAME, f"x {x.dtype}, weight {weight.dtype}; emulated: {list(modes)}")
+    transposed = mode.transposable and is_transposed(weight[0])
+    if not (weight.is_contiguous() or transposed):
+        refuse(_NAME, f"weight is {describe(weight)}; supported: contiguous, or views")
+    k, n = weight_size(weight[0])
+    if x.shape[1] != k:
+        refuse(_NAME, f"K of x is {x.shape[1]}, of the weight {k}")
+    if reason := mode.refusal(len(weight), k, n, group_size):
+        refuse(_NAME, reason)
+    return mode, len(weight), n
+
+
+def _check(argument: str, tensor: torch.Tensor | None, dtypes: Any, shape: Any) -> None:
+    if tensor is None:
+        if None not in dtypes:
+            refuse(_NAME, f"{argument} is missing; supported: {dtypes} {shape}")
+    elif tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        refuse(_NAME, f"{argument} is {describe(tensor)}; supported: {dtypes} {shape}")
+
+
+def _group_size(k: int, scale: torch.Tensor | None) -> int:
+    """Elements of K that share one of the scales `[E, G, N]`, 0 for all of K."""
+    if scale is None or scale.dim() != 3 or scale.shape[1] == 1:
+        return 0
+    return -(-k // scale.shape[1])
+
+
+def _parts(
+    group_list: torch.Tensor, group_list_type: int
+) -> Iterator[tuple[int, slice]]:
+    """The rows of each expert that has any."""
+    start = 0
+    for expert, value in enumerate(group_list.tolist()):
+        stop = start + value if group_list_type == _COUNTS else value
+        if stop > start:
+            yield expert, slice(start, stop)
+        start = stop
+
+
+def _grouped_matmul_fake(
+    x: list[torch.Tensor],
+    weight: list[torch.Tensor],
+    bias: _Tensors = None,
+    scale: _Tensors = None,
+    offset: _Tensors = None,
+    antiquant_scale: _Tensors = None,
+    antiquant_offset: _Tensors = None,
+    per_token_scale: _Tensors = None,
+    group_list: torch.Tensor | None = None,
+    activation_input: _Tensors = None,
+    activation_quant_scale: _Tensors = None,
+    activation_quant_offset: _Tensors = None,
+    split_item: int | None = 0,
+    group_type: int | None = None,
+    group_list_type: int | None = 0,
+    act_type: int | None = 0,
+    tuning_config: list[int] | None = None,
+    output_dtype: int | None = None,
+    **dtypes: int | None,
+) -> list[torch.Tensor]:
+    unused = (offset, activation_input, activation_quant_scale, tuning_config)
+    if any(argument is not None for argument in (*unused, activation_quant_offset)):
+        refuse(_NAME, "offset, activation_* and tuning_config are not emulated")
+    if (group_type, act_type) != (0, 0) or split_item not in (2, 3):
+        refuse(
+            _NAME,
+            f"group_type={group_type}, act_type={act_type}, split_item={split_item}; "
+            "emulated: 0, 0, and 2 or 3",
+        )
+    x_one, weight_one = _one("x", x), _one("weight", weight)
+    scales, antiquant = _one("scale", scale), _one("antiquant_scale", antiquant_scale)
+    assert x_one is not None and weight_one is not None
+    m, k = x_one.shape
+    group_size = _group_size(k, scales if antiquant is None else antiquant)
+    mode, experts, n = _mode(x_one, weight_one, group_size)
+    if group_list_type not in mode.group_list_types:
+        supported = mode.group_list_types
+        refuse(_NAME, f"group_list_type={group_list_type}; supported: {supported}")
+    default = x_one.dtype
+    out = default if output_dtype is None else as_dtype(_NAME, output_dtype)
+    operands = mode.by_output.get(out)
+    if operands is None:
+        refuse(_NAME, f"output dtype {out}; supported: {list(mode.by_output)}")
+    groups = k // group_size if group_size else 1
+    per_channel = (experts, n)
+    in_groups = (experts, groups, n)
+    grouped = antiquant is not None and antiquant.dim() == 3
+    offsets = _one("antiquant_offset", antiquant_offset)
+    of_antiquant = in_groups if grouped else per_channel
+    of_scale = in_groups if mode.raw_scale else per_channel
+    _check("group_list", group_list, (torch.int64,), (experts,))
+    _check("scale", scales, operands.scale, of_scale)
+    _check("antiquant_scale", antiquant, operands.antiquant_scale, of_antiquant)
+    _check("antiquant_offset", offsets, operands.antiquant_offset, of_antiquant)
+    per_token = _one("per_token_scale", per_token_scale)
+    _check("per_token_scale", per_token, operands.per_token_scale, (m,))
+    _check("bias", _one("bias", bias), operands.bias, per_channel)
+    return [x_one.new_empty((m, n), dtype=out)]
+
+
+@emulates(
+    "npu_grouped_matmul(Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, "
+    "Tensor[]? scale=None, Tensor[]? offset=None, Tensor[]? antiquant_scale=None, "
+    "Tensor[]? antiquant_offset=None, Tensor[]? per_token_scale=None, "
+    "Tensor? group_list=None, Tensor[]? activation_input=None, "
+    "Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, "
+    "int? split_item=0, int? group_type=None, int? group_list_type=0, "
+    "int? act_type=0, int[]? tuning_config=None, int? output_dtype=None, "
+    "int? x_dtype=None, int? weight_dtype=None, int? scale_dtype=None, "
+    "int? per_token_scale_dtype=None) -> Tensor[]",
+    fake=_grouped_matmul_fake,
+)
+def npu_grouped_matmul(
+    x: list[torch.Tensor],
+    weight: list[torch.Tensor],
+    bias: _Tensors = None,
+    scale: _Tensors = None,
+    offset: _Tensors = None,
+    antiquant_scale: _Tensors = None,
+    antiquant_offset: _Tensors = None,
+    per_token_scale: _Tensors = None,
+    group_list: torch.Tensor | None = None,
+    group_list_type: int = 0,
+    **options: Any,
+) -> list[torch.Tensor]:
+    """Multiply each expert's rows by its weight.
+
+    int8 rows: as `npu_quant_matmul`; the int4 mode there overwrites x on the NPU, which
+    is not emulated. 16-bit rows: as `npu_weight_quant_batchmatmul`. Rows that no expert
+    has are not written.
+
+    Source: op-plugin `torch_npu-npu_grouped_matmul.md`, `test_npu_grouped_matmul.py`;
+    ops-transformer `gmm/grouped_matmul`.
+
+    Args:
+        x: One `[M, K]`, rows sorted by expert.
+        weight: One `[E, K, N]`, or transposed view; int4 as int32 like there.
+        bias: One `[E, N]`; of int4 weights with int8 rows, the assist term.
+        scale: One `[E, N]`; of that mode fp32 bits in int64, `[E, G, N]`.
+        offset: Not emulated.
+        antiquant_scale: One `[E, N]`, or `[E, G, N]` for int4.
+        antiquant_offset: Like it.
+        per_token_scale: One fp32 `[M]`.
+        group_list: int64 `[E]`.
+        group_list_type: 0: where each expert's rows end; 1: how many they are.
+        options: group_type 0, split_item 2 or 3, output_dtype; others are defaults.
+
+    Returns:
+        One `[M, N]`.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    (result,) = _grouped_matmul_fake(
+        x,
+        weight,
+        bias,
+        scale,
+        offset,
+        antiquant_scale,
+        antiquant_offset,
+        per_token_scale,
+        group_list,
+        group_list_type=group_list_type,
+        **options,
+    )
+    poison(result)
+    assert group_list is not None
+    operands = [
+        _one("", tensors)
+        for tensors in (bias, scale, antiquant_scale, antiquant_offset, per_token_scale)
+    ]
+    for expert, rows in _parts(group_list, group_list_type):
+        *of_expert, per_token = (
+            operand
+            if operand is None
+            else operand[rows if index == len(operands) - 1 else expert]
+            for index, operand in enumerate(operands)
+        )
+        values = _product(x[0][rows], weight[0][expert], *of_expert)
+        if per_token is not None:
+            values = values * per_token.unsqueeze(1)
+        result[rows] = values.to(result.dtype)
+    return [result]
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    antiquant_scale: torch.Tensor | None,
+    antiquant_offset: torch.Tensor | None,
+) -> torch.Tensor:
+    """One expert's product, before scales of tokens."""
+    if antiquant_scale is not None:
+        group_size = _group_size(x.shape[1], antiquant_scale.unsqueeze(0))
+        return weight_only_product(
+            x, weight, antiquant_scale, antiquant_offset, group_size, bias
+        )
+    assert scale is not None
+    if weight.dtype == torch.int32:
+        assert bias is not None
+        return a8w4_product(x, weight, unpack_raw_scale(scale), bias)
+    accumulator = int_matmul(x, weight)
+    if bias is not None:
+        accumulator += bias
+    return accumulator.float() * scale.float()

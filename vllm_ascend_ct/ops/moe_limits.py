@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What the NPU operators of mixture-of-experts layers accept, for `limits.py`."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_ascend_ct.ops.dtypes import FLOAT16_BFLOAT16, INT4_PER_INT32, names
+
+_Dtypes = tuple[torch.dtype | None, ...]
+
+
+@dataclass(frozen=True)
+class GroupedMatmulOperands:
+    """Dtypes that the operands may have; None in them where one may be absent."""
+
+    scale: _Dtypes = (None,)
+    antiquant_scale: _Dtypes = (None,)
+    antiquant_offset: _Dtypes = (None,)
+    per_token_scale: _Dtypes = (None,)
+    bias: _Dtypes = (None,)
+
+
+@dataclass(frozen=True)
+class GroupedMatmulMode:
+    """`npu_grouped_matmul` for one pair of dtypes: rows split among experts.
+
+    Attributes:
+        by_output: What the operands may be, by output dtype.
+        groups: Elements of K that may share a scale; None for any that divide K, empty
+            for scales per channel only.
+        raw_scale: Whether the scale is int64 that holds fp32 bits, `[E, G, N]`.
+        transposable: Whether the weight may be the transposed view of `[E, N, K]`.
+        group_list_types: 0 for cumulative counts, 1 for counts.
+
+    """
+
+    by_output: dict[torch.dtype, GroupedMatmulOperands]
+    groups: tuple[int, ...] | None = ()
+    raw_scale: bool = False
+    transposable: bool = True
+    group_list_types: tuple[int, ...] = (0, 1)
+    max_k: int = 65535
+    max_n: int = 65535
+    k_multiple: int = 1
+    n_multiple: int = 1
+    max_experts: int = 1024
+
+    def refusal(self, experts: int, k: int, n: int, group_size: int) -> str | None:
+        """Why `[experts, k, n]` weights cannot be multiplied, or None."""
+        if not 1 <= experts <= self.max_experts:
+            return f"{experts} experts; supported: 1 to {self.max_experts}"
+        for name, size, most, multiple in (
+            ("K", k, self.max_k, self.k_multiple),
+            ("N", n, self.max_n, self.n_multiple),
+        ):
+            if not 1 <= size <= most or size % multiple:
+                return f"{name}={size}; supported: multiples of {multiple} to {most}"
+        any_group = self.groups is None and k % (group_size or 1) == 0
+        if group_size and not any_group and group_size not in (self.groups or ()):
+            return f"group_size={group_size} of K={k}; supported: {self.groups}"
+        return None
+
+
+def _grouped_weight_only(
+    x_dtype: torch.dtype, offset: _Dtypes, groups: tuple[int, ...] | None = ()
+) -> GroupedMatmulMode:
+    bias = torch.float32 if x_dtype == torch.bfloat16 else x_dtype
+    operands = GroupedMatmulOperands(
+        antiquant_scale=(x_dtype,), antiquant_offset=offset, bias=(None, bias)
+    )
+    return GroupedMatmulMode({x_dtype: operands}, groups)
+
+
+_GROUPED_A8W8 = GroupedMatmulMode(
+    {
+        output: GroupedMatmulOperands(
+            scale=(scale,),
+            per_token_scale=(None, torch.float32),
+            bias=(None, torch.int32),
+        )
+        for output, scale in (
+            (torch.bfloat16, torch.bfloat16),
+            (torch.float16, torch.float32),
+        )
+    }
+)
+_GROUPED_A8W4 = GroupedMatmulMode(
+    dict.fromkeys(
+        FLOAT16_BFLOAT16,
+        GroupedMatmulOperands(
+            scale=(torch.int64,),
+            per_token_scale=(torch.float32,),
+            bias=(torch.float32,),
+        ),
+    ),
+    groups=(256,),
+    raw_scale=True,
+    transposable=False,
+    # Cumulative counts are taken for counts, with a warning in a log at most.
+    group_list_types=(1,),
+    max_k=18432,
+    k_multiple=64,
+    n_multiple=INT4_PER_INT32,
+)
+# By the dtypes of x and of the weight; int4 weights are int32.
+GroupedModes = dict[tuple[torch.dtype, torch.dtype], GroupedMatmulMode]
+_GROUPED_WEIGHT_ONLY: GroupedModes = {
+    # Without an offset the kernel of int8 weights is missing.
+    **{(x, torch.int8): _grouped_weight_only(x, (x,)) for x in FLOAT16_BFLOAT16},
+    **{
+        (x, torch.int32): _grouped_weight_only(x, (None, x), None)
+        for x in FLOAT16_BFLOAT16
+    },
+}
+GROUPED: GroupedModes = {
+    **_GROUPED_WEIGHT_ONLY,
+    (torch.int8, torch.int8): _GROUPED_A8W8,
+    (torch.int8, torch.int32): _GROUPED_A8W4,
+}
+GROUPED_A5: GroupedModes = {
+    (x, weight): replace(mode, groups=(32, 64, 128, 256) if mode.groups is None else ())
+    for (x, weight), mode in GROUPED.items()
+    if mode is not _GROUPED_A8W4
+}
+
+
+@dataclass(frozen=True)
+class MoeInitRoutingLimits:
+    """`npu_moe_init_routing_v2`."""
+
+    x_dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
+    quant_modes: tuple[int, ...] = (-1, 1)
+    max_experts: int = 10240
+
+    def refusal(
+        self, x_dtype: torch.dtype, expert_num: int, active: tuple[int, ...]
+    ) -> str | None:
+        """Why tokens cannot be sorted to the experts in `[start, end)`, or None."""
+        if x_dtype not in self.x_dtypes:
+            return f"x dtype {x_dtype}; supported: {names(self.x_dtypes)}"
+        most = min(expert_num, self.max_experts)
+        if len(active) != 2 or not 0 <= active[0] < active[1] <= most:
+            return f"active_expert_range={active}; supported: within [0, {most}]"
+        return None
+
+
+@dataclass(frozen=True)
+class MoeTokenUnpermuteLimits:
+    """`npu_moe_token_unpermute`."""
+
+    dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
+    max_top_k: int = 512
+
+    def refusal(self, dtype: torch.dtype, top_k: int) -> str | None:
+        """Why rows cannot be brought back to their tokens, or None."""
+        if dtype not in self.dtypes:
+            return f"dtype {dtype}; supported: {names(self.dtypes)}"
+        if not 1 <= top_k <= self.max_top_k:
+            return f"top-k={top_k}; supported: 1 to {self.max_top_k}"
+        return None
