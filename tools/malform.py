@@ -39,7 +39,7 @@ class Kind:
     """A way to break a checkpoint, and what a refusal has to name."""
 
     names: str
-    tensors: Callable[[Tensors], None] | None = None
+    tensors: Callable[[Tensors], object] | None = None
     config: Callable[[dict[str, Any]], None] | None = None
     file: Callable[[Path], None] | None = None
 
@@ -231,6 +231,12 @@ KINDS: dict[str, Kind] = {
     "input-zero-point-float": changed(STATIC, "input_zero_point", lambda t: t.float()),
     # Layers.
     "bias-missing": missing(PACKED, "bias"),
+    "biases-missing-of-all-shards": Kind(
+        "bias",
+        tensors=lambda tensors: [
+            tensors.pop(f"{PACKED[:-6]}{shard}_proj.bias") for shard in "qkv"
+        ],
+    ),
     "bias-longer": changed(PACKED, "bias", lambda t: t.repeat(2)),
     "layer-missing": missing(STATIC, "weight", "weight_scale", "input_scale"),
     "layer-not-quantized": Kind(

@@ -53,11 +53,13 @@ ROWS: dict[tuple[str, str, str], dict[str, Any]] = {
         8, _CHANNEL, {**_TOKEN, "symmetric": False}, "int-quantized"
     ),
     ("W8A8, static", "int-quantized", "2"): _row(8, _CHANNEL, _TENSOR, "int-quantized"),
-    ("W4A8 per channel or in groups of 256", "either", "2"): _row(
+    ("W4A8 per channel or in groups of 256", "either", "2, with bias 3"): _row(
         4, _GROUP_256, _TOKEN, "int-quantized"
     ),
     ("W4A8 in other groups", "either", "1"): _row(4, _GROUP, _TOKEN, "int-quantized"),
-    ("W2A8, W3A8 like W4A8", "pack-quantized", "2"): _row(3, _CHANNEL, _TOKEN),
+    ("W2A8, W3A8 like W4A8", "pack-quantized", "2, with bias 3"): _row(
+        3, _CHANNEL, _TOKEN
+    ),
     ("W5A8 to W8A8 per channel", "pack-quantized", "2"): _row(8, _CHANNEL, _TOKEN),
     ("W5A8 to W8A8 in groups", "pack-quantized", "1"): _row(8, _GROUP, _TOKEN),
     ("W2A8O8, W4A8O8", "either", "3 + 4 elementwise"): _with_outputs(
