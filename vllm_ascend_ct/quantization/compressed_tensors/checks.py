@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
 )
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.quantization.compressed_tensors.rules import SCHEME_RULES
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -89,8 +90,9 @@ def _check_structure(config: dict[str, Any]) -> None:
                 "quantization_config.%s=%.80r is not known and not used.", field, value
             )
     if config.get("format", CompressionFormat.dense.value) not in _FORMATS:
+        served = {fmt: None for rule in SCHEME_RULES for fmt in rule.formats}
         raise _refused(
-            "The format is not known", f"format={config['format']}", ", ".join(_FORMATS)
+            "The format is not known", f"format={config['format']}", ", ".join(served)
         )
     try:
         QuantizationConfig.model_validate({"config_groups": {}, **config})
