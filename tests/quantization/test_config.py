@@ -222,6 +222,16 @@ def test_what_is_left_unquantized_is_said(caplog: pytest.LogCaptureFixture) -> N
     )
 
 
+def test_exchanged_kernel_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """After upstream's line, which names the other."""
+    with caplog.at_level("INFO", logger="vllm.ascend_ct.quantization"):
+        linear(config(ints(4, "channel"), TOKEN, "int-quantized"))
+    assert (
+        "Using AscendWNA8LinearKernel for CompressedTensorsW4A8Int of W4A8 instead of "
+        "AscendWNA16LinearKernel" in caplog.text
+    )
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "actorder": ({"weights": {**W4, "actorder": "group"}}, "weights.actorder=group"),
     "actorder-alias": (

@@ -212,10 +212,17 @@ def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
     weights, inputs = args["weights"], args["input_activations"]
     if not isinstance(scheme, _PACKED_A8_SCHEMES):
         return
+    chosen = type(scheme.kernel).__name__
     scheme.kernel, reason = with_quantized_activations(scheme.kernel, inputs.symmetric)
     name = f"W{weights.num_bits}A8"
     if reason is None:
-        logger.info_once("Using %s for %s", type(scheme.kernel).__name__, name)
+        logger.info_once(
+            "Using %s for %s of %s instead of %s, which leaves activations in 16 bits.",
+            type(scheme.kernel).__name__,
+            type(scheme).__name__,
+            name,
+            chosen,
+        )
     else:
         logger.info_once(
             "%s is served as W%dA16, its activations unquantized: %s.",
