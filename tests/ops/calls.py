@@ -163,6 +163,26 @@ def grouped_call(
     return Call("npu_grouped_matmul", [[int8(m, k)], [weight]], kwargs)
 
 
+def swiglu_quant_call(
+    weight_dtype: torch.dtype, group: int = 0, spare: int = 1
+) -> Call:
+    """As `grouped_call`."""
+    like = grouped_call(torch.int8, weight_dtype, torch.float16, group, spare=spare)
+    scale = like.kwargs["scale"][0]
+    options: dict[str, Any] = {"group_list_type": 1}
+    if weight_dtype == torch.int32:
+        options["weight_assist_matrix"] = like.kwargs["bias"]
+        options["dequant_mode"] = int(group > 0)
+        scale = scale if group else scale[:, 0]
+    (x,), weight = like.args
+    tokens = like.kwargs["per_token_scale"][0]
+    return Call(
+        "npu_grouped_matmul_swiglu_quant_v2",
+        [x, weight, [scale], tokens, like.kwargs["group_list"]],
+        options,
+    )
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "npu_dynamic_quant": lambda: Call("npu_dynamic_quant", [x()]),
     "npu_dynamic_quant_asymmetric": lambda: Call("npu_dynamic_quant_asymmetric", [x()]),
@@ -187,6 +207,12 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "npu_grouped_matmul, A8W4": lambda: grouped_call(
         torch.int8, torch.int32, torch.bfloat16, 256, spare=0
+    ),
+    "npu_grouped_matmul_swiglu_quant_v2, A8W8": lambda: swiglu_quant_call(
+        torch.int8, spare=0
+    ),
+    "npu_grouped_matmul_swiglu_quant_v2, A8W4": lambda: swiglu_quant_call(
+        torch.int32, 256, spare=0
     ),
     "npu_moe_init_routing_v2": init_routing_call,
     "npu_moe_token_unpermute": unpermute_call,

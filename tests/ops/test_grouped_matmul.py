@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from tests.formula import relative_error
-from tests.ops.calls import EXPERTS, GROUPED_ROWS, Call, N, grouped_call
+from tests.ops.calls import (
+    EXPERTS,
+    GROUPED_ROWS,
+    Call,
+    N,
+    grouped_call,
+    swiglu_quant_call,
+)
 from vllm_ascend_ct.errors import OperatorLimitError
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
@@ -155,3 +162,51 @@ def test_modes_of_other_chips(
     for call in calls[served:]:
         with pytest.raises(OperatorLimitError, match="emulated: "):
             call.run()
+
+
+@pytest.mark.parametrize(("dtype", "group"), [(INT8, 0), (INT4, 0), (INT4, 256)])
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_gated_rows_are_quantized(
+    dtype: torch.dtype, group: int, cumulative: bool
+) -> None:
+    call = swiglu_quant_call(dtype, group)
+    x, weight, scale, tokens, counts = call.args
+    product = Call("", [[x], weight], {"scale": scale, "per_token_scale": [tokens]})
+    gate, up = expected(product).chunk(2, dim=1)
+    gated = gate * gate.sigmoid() * up
+    if cumulative:
+        call.args[4], call.kwargs["group_list_type"] = counts.cumsum(0), 0
+    q, scales = call.run()
+    rows = len(gated)
+    amax = gated.abs().amax(1)
+    # int4 products have fp16 sums in them.
+    tolerance = 1e-5 if dtype == INT8 else 2e-3
+    torch.testing.assert_close(
+        scales[:rows].double(), amax / 127, rtol=tolerance, atol=0
+    )
+    steps = (q[:rows].double() - gated * (127 / amax).unsqueeze(1)).abs()
+    assert steps.max() <= 0.5 + 127 * tolerance
+    assert scales[rows:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"smooth_scale": torch.ones(EXPERTS)}, "smooth_scale=.* is not emulated"),
+        ({"quant_dtype": 0}, "quant_dtype=0"),
+        ({"group_list_type": 2}, "group_list_type=2"),
+        ({"dequant_mode": 0}, r"weight_scale is int64 \(4, 2, 48\)"),
+        ({"weight_assist_matrix": None}, "weight_assist_matrix is missing"),
+    ],
+)
+def test_gated_refused(call: dict[str, Any], reason: str) -> None:
+    with pytest.raises(OperatorLimitError, match=reason):
+        changed(swiglu_quant_call(INT4, 256), **call).run()
+
+
+def test_gated_int8_has_no_assist_and_no_groups() -> None:
+    assist = [torch.ones(EXPERTS, N)]
+    with pytest.raises(OperatorLimitError, match="weight_assist_matrix is float32"):
+        changed(swiglu_quant_call(INT8), weight_assist_matrix=assist).run()
+    with pytest.raises(OperatorLimitError, match="weight_scale is float32"):
+        changed(swiglu_quant_call(INT8), dequant_mode=1).run()

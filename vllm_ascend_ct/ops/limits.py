@@ -20,6 +20,7 @@ from vllm_ascend_ct.ops.dtypes import (
 from vllm_ascend_ct.ops.moe_limits import (
     GROUPED,
     GROUPED_A5,
+    GroupedMatmulSwigluQuantLimits,
     GroupedModes,
     MoeInitRoutingLimits,
     MoeTokenUnpermuteLimits,
@@ -217,6 +218,9 @@ class Limits:
     a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
     float_weights: tuple[str, ...] = ()
     grouped_matmul: GroupedModes = field(default_factory=lambda: GROUPED)
+    grouped_matmul_swiglu_quant: GroupedMatmulSwigluQuantLimits | None = field(
+        default_factory=GroupedMatmulSwigluQuantLimits
+    )
     moe_init_routing: MoeInitRoutingLimits = field(default_factory=MoeInitRoutingLimits)
     moe_token_unpermute: MoeTokenUnpermuteLimits = field(
         default_factory=MoeTokenUnpermuteLimits
@@ -230,6 +234,7 @@ LIMITS = {
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=2**31 - 1),
         a8w4=None,
         grouped_matmul=GROUPED_A5,
+        grouped_matmul_swiglu_quant=None,
         float_weights=("FP8", "MXFP8", "MXFP4"),
     ),
     Soc.ASCEND_310P: Limits(
@@ -242,6 +247,7 @@ LIMITS = {
         quantize=ActivationQuantLimits(x_dtypes=FLOAT16),
         a8w4=None,
         grouped_matmul={},
+        grouped_matmul_swiglu_quant=None,
         moe_init_routing=MoeInitRoutingLimits(quant_modes=(-1,)),
     ),
 }

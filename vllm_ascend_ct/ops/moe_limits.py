@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """What the NPU operators of mixture-of-experts layers accept, for `limits.py`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -124,6 +124,37 @@ GROUPED_A5: GroupedModes = {
     for (x, weight), mode in GROUPED.items()
     if mode is not _GROUPED_A8W4
 }
+
+
+@dataclass(frozen=True)
+class GroupedMatmulSwigluQuantLimits:
+    """`npu_grouped_matmul_swiglu_quant_v2`; int4 weights are int32."""
+
+    scale_dtypes: dict[torch.dtype, tuple[torch.dtype, ...]] = field(
+        default_factory=lambda: {
+            torch.int8: (torch.float32, *FLOAT16_BFLOAT16),
+            torch.int32: (torch.int64,),
+        }
+    )
+    max_k: dict[torch.dtype, int] = field(
+        default_factory=lambda: {torch.int8: 65535, torch.int32: 19999}
+    )
+    max_n: int = 10240
+    group_sizes: tuple[int, ...] = (256,)
+
+    def refusal(
+        self, weight_dtype: torch.dtype, k: int, n: int, group_size: int
+    ) -> str | None:
+        """Why experts of `[k, n]` weights cannot be multiplied, or None."""
+        if weight_dtype not in self.max_k:
+            return f"weight {weight_dtype}; supported: {names(tuple(self.max_k))}"
+        if not 1 <= k <= self.max_k[weight_dtype]:
+            return f"K={k}; supported: up to {self.max_k[weight_dtype]}"
+        if not 2 <= n <= self.max_n or n % 2:
+            return f"N={n}; supported: even, up to {self.max_n}"
+        if group_size and (group_size not in self.group_sizes or k % group_size):
+            return f"group_size={group_size} of K={k}; supported: {self.group_sizes}"
+        return None
 
 
 @dataclass(frozen=True)

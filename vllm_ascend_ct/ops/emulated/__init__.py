@@ -13,6 +13,7 @@ import torch
 
 from vllm_ascend_ct.ops.emulated import (  # noqa: F401
     grouped_matmul,
+    grouped_matmul_swiglu_quant,
     moe_routing,
     quant_matmul,
     quantize,

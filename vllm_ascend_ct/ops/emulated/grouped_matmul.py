@@ -14,6 +14,7 @@ from vllm_ascend_ct.ops.emulated.registry import (
     describe,
     emulates,
     is_transposed,
+    only,
     poison,
     refuse,
 )
@@ -29,14 +30,6 @@ _NAME = "npu_grouped_matmul"
 _COUNTS = 1
 
 _Tensors = list[torch.Tensor] | None
-
-
-def _one(argument: str, tensors: _Tensors) -> torch.Tensor | None:
-    if tensors is None:
-        return None
-    if len(tensors) != 1:
-        refuse(_NAME, f"{argument} has {len(tensors)} tensors; emulated: 1")
-    return tensors[0]
 
 
 def _mode(
@@ -79,7 +72,7 @@ def _group_size(k: int, scale: torch.Tensor | None) -> int:
     return -(-k // scale.shape[1])
 
 
-def _parts(
+def parts(
     group_list: torch.Tensor, group_list_type: int
 ) -> Iterator[tuple[int, slice]]:
     """The rows of each expert that has any."""
@@ -121,8 +114,11 @@ def _grouped_matmul_fake(
             f"group_type={group_type}, act_type={act_type}, split_item={split_item}; "
             "emulated: 0, 0, and 2 or 3",
         )
-    x_one, weight_one = _one("x", x), _one("weight", weight)
-    scales, antiquant = _one("scale", scale), _one("antiquant_scale", antiquant_scale)
+    x_one, weight_one = only(_NAME, "x", x), only(_NAME, "weight", weight)
+    scales, antiquant = (
+        only(_NAME, "scale", scale),
+        only(_NAME, "antiquant_scale", antiquant_scale),
+    )
     assert x_one is not None and weight_one is not None
     m, k = x_one.shape
     group_size = _group_size(k, scales if antiquant is None else antiquant)
@@ -139,16 +135,16 @@ def _grouped_matmul_fake(
     per_channel = (experts, n)
     in_groups = (experts, groups, n)
     grouped = antiquant is not None and antiquant.dim() == 3
-    offsets = _one("antiquant_offset", antiquant_offset)
+    offsets = only(_NAME, "antiquant_offset", antiquant_offset)
     of_antiquant = in_groups if grouped else per_channel
     of_scale = in_groups if mode.raw_scale else per_channel
     _check("group_list", group_list, (torch.int64,), (experts,))
     _check("scale", scales, operands.scale, of_scale)
     _check("antiquant_scale", antiquant, operands.antiquant_scale, of_antiquant)
     _check("antiquant_offset", offsets, operands.antiquant_offset, of_antiquant)
-    per_token = _one("per_token_scale", per_token_scale)
+    per_token = only(_NAME, "per_token_scale", per_token_scale)
     _check("per_token_scale", per_token, operands.per_token_scale, (m,))
-    _check("bias", _one("bias", bias), operands.bias, per_channel)
+    _check("bias", only(_NAME, "bias", bias), operands.bias, per_channel)
     return [x_one.new_empty((m, n), dtype=out)]
 
 
@@ -222,10 +218,10 @@ def npu_grouped_matmul(
     poison(result)
     assert group_list is not None
     operands = [
-        _one("", tensors)
+        only(_NAME, "", tensors)
         for tensors in (bias, scale, antiquant_scale, antiquant_offset, per_token_scale)
     ]
-    for expert, rows in _parts(group_list, group_list_type):
+    for expert, rows in parts(group_list, group_list_type):
         *of_expert, per_token = (
             operand
             if operand is None
@@ -254,9 +250,20 @@ def _product(
             x, weight, antiquant_scale, antiquant_offset, group_size, bias
         )
     assert scale is not None
+    return int8_product(x, weight, scale, bias)
+
+
+def int8_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """One expert's product of int8 rows, fp32, before scales of tokens."""
     if weight.dtype == torch.int32:
         assert bias is not None
-        return a8w4_product(x, weight, unpack_raw_scale(scale), bias)
+        scale = unpack_raw_scale(scale).reshape(-1, scale.shape[-1])
+        return a8w4_product(x, weight, scale, bias)
     accumulator = int_matmul(x, weight)
     if bias is not None:
         accumulator += bias

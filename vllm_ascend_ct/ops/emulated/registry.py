@@ -105,6 +105,15 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(value)
 
 
+def only(
+    operator: str, argument: str, tensors: list[torch.Tensor] | None
+) -> torch.Tensor | None:
+    """The only tensor of a list; None if there is no list."""
+    if tensors is not None and len(tensors) != 1:
+        refuse(operator, f"{argument} has {len(tensors)} tensors; emulated: 1")
+    return None if tensors is None else tensors[0]
+
+
 def is_transposed(tensor: torch.Tensor) -> bool:
     """Whether the last two axes are a transposed view (op-plugin's own rule)."""
     rows, columns = tensor.shape[-2:]
