@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_mock import MockerFixture
 from vllm.model_executor.layers.linear import (
     WEIGHT_LOADER_V2_SUPPORTED,
     ColumnParallelLinear,
@@ -22,6 +23,7 @@ from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
+from vllm_ascend_ct.quantization.compressed_tensors import linear_method
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
     AscendCTConfig,
 )
@@ -213,22 +215,26 @@ def test_w4a8_on_a_chip_without_its_operator(
         assert type(layer.scheme.kernel) is AscendWNA16LinearKernel
 
 
-def test_what_is_left_unquantized_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="vllm.ascend_ct.quantization"):
-        linear(config(ints(4, "group", group_size=64), TOKEN, "int-quantized"))
-    assert (
+def said_of(mocker: MockerFixture, weights: dict[str, Any]) -> str:
+    """What is said of a W4A8 layer; vLLM's logger says it once a process."""
+    info_once = mocker.patch.object(linear_method.logger, "info_once")
+    linear(config(weights, TOKEN, "int-quantized"))
+    text, *values = info_once.call_args.args
+    return str(text % tuple(values))
+
+
+def test_what_is_left_unquantized_is_said(mocker: MockerFixture) -> None:
+    assert said_of(mocker, ints(4, "group", group_size=64)) == (
         "W4A8 is served as W4A16, its activations unquantized: group_size=64; "
-        "supported: per channel, 256." in caplog.text
+        "supported: per channel, 256."
     )
 
 
-def test_exchanged_kernel_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_exchanged_kernel_is_said(mocker: MockerFixture) -> None:
     """After upstream's line, which names the other."""
-    with caplog.at_level("INFO", logger="vllm.ascend_ct.quantization"):
-        linear(config(ints(4, "channel"), TOKEN, "int-quantized"))
-    assert (
+    assert said_of(mocker, ints(4, "channel")) == (
         "Using AscendWNA8LinearKernel for CompressedTensorsW4A8Int of W4A8 instead of "
-        "AscendWNA16LinearKernel" in caplog.text
+        "AscendWNA16LinearKernel, which leaves activations in 16 bits."
     )
 
 
