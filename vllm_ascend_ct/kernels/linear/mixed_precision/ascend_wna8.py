@@ -9,7 +9,6 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 )
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 
-from vllm_ascend_ct import ascend_base
 from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_quant_int4_matmul,
     dynamic_quant_matmul,
@@ -20,8 +19,9 @@ from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     int4_rows,
     operator_group_size,
 )
+from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import npu_int8_weight
 from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
+from vllm_ascend_ct.weights import int4, pack_quantized
 
 
 class AscendWNA8LinearKernel(MPLinearKernel):
@@ -64,16 +64,10 @@ class AscendWNA8LinearKernel(MPLinearKernel):
         drop_alias(layer, self.w_q_name)
 
     def _process_int8(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
-        k, n = self.config.partition_weight_shape
+        k, _ = self.config.partition_weight_shape
         bits = self.config.weight_type.size_bits
         weight = pack_quantized.to_int8(getattr(layer, self.w_q_name).data, bits, k)
-        limits = current_limits().quant_matmul
-        npu_weight = int_quantized.to_npu_weight(
-            weight,
-            nz=ascend_base.prefers_nz() and n <= limits.max_size,
-            transposed_nz=limits.transposed_nz,
-        )
-        replace_parameter(layer, self.w_q_name, npu_weight)
+        replace_parameter(layer, self.w_q_name, npu_int8_weight(weight))
         replace_parameter(layer, self.w_s_name, scale.reshape(-1).float())
 
     def _process_int4(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:

@@ -63,15 +63,8 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             self._process_static(layer, weight.data, scale)
         elif not self.config.input_symmetric:
             _register(layer, azp_adj_name, weight_sum(weight.data).float())
-        limits = current_limits().quant_matmul
-        npu_weight = to_npu_weight(
-            weight.data,
-            # In FRACTAL_NZ N is the inner axis.
-            nz=ascend_base.prefers_nz() and len(weight) <= limits.max_size,
-            transposed_nz=limits.transposed_nz,
-        )
         replace_parameter(layer, scale_name, scale)
-        replace_parameter(layer, weight_name, npu_weight)
+        replace_parameter(layer, weight_name, npu_int8_weight(weight.data))
 
     def _process_static(
         self, layer: Any, weight: torch.Tensor, scale: torch.Tensor
@@ -120,6 +113,17 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         if bias is None or bias.dtype in operands.bias:
             return dynamic_quant_matmul(x, weight, scale, bias)
         return dynamic_quant_matmul(x, weight, scale) + bias
+
+
+def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Lay int8 `[N, K]` out as the chip in use reads it: `[K, N]`."""
+    limits = current_limits().quant_matmul
+    return to_npu_weight(
+        weight,
+        # In FRACTAL_NZ N is the inner axis.
+        nz=ascend_base.prefers_nz() and len(weight) <= limits.max_size,
+        transposed_nz=limits.transposed_nz,
+    )
 
 
 def _register(layer: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
