@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.weights import unpack_int4
+from vllm_ascend_ct.ops.emulated.weights import FRACTAL_NZ, unpack_int4
 
 M, K, N, GROUP = 5, 128, 48, 32
 
@@ -118,6 +118,19 @@ def unpermute_call(dtype: torch.dtype = torch.bfloat16) -> Call:
     return Call("npu_moe_token_unpermute", [rows, order, torch.rand(TOKENS, TOP_K)])
 
 
+def finalize_call(dtype: torch.dtype = torch.bfloat16) -> Call:
+    """As `unpermute_call`, with every third row missing."""
+    order = torch.randperm(TOKENS * TOP_K, dtype=torch.int32)
+    order[::3] = -1
+    rows = torch.randn(TOP_K, TOKENS, K).to(dtype)
+    weights = torch.rand(TOKENS, TOP_K).to(dtype)
+    return Call(
+        "npu_moe_finalize_routing",
+        [rows, None, None, None, weights, order, None],
+        {"drop_pad_mode": 3},
+    )
+
+
 GROUPED_ROWS = [3, 0, 4, 1]
 
 
@@ -175,6 +188,8 @@ def swiglu_quant_call(
         options["dequant_mode"] = int(group > 0)
         scale = scale if group else scale[:, 0]
     (x,), weight = like.args
+    if weight_dtype == torch.int8:
+        weight = [torch.ops.npu.npu_format_cast(weight[0], FRACTAL_NZ)]
     tokens = like.kwargs["per_token_scale"][0]
     return Call(
         "npu_grouped_matmul_swiglu_quant_v2",
@@ -216,4 +231,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "npu_moe_init_routing_v2": init_routing_call,
     "npu_moe_token_unpermute": unpermute_call,
+    "npu_moe_finalize_routing": finalize_call,
+    "npu_swiglu": lambda: Call("npu_swiglu", [x()]),
 }

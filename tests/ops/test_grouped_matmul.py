@@ -138,10 +138,12 @@ def a16w8(**kwargs: Any) -> Call:
         (lambda: a8w8(tuning_config=[1]), "tuning_config"),
         (lambda: a16w8(antiquant_offset=None), "antiquant_offset is missing"),
         (lambda: a16w8(per_token_scale=[torch.ones(9)]), "per_token_scale is float32"),
-        (lambda: grouped_call(BF16, INT8, BF16, 64), "group_size=64 of K=512"),
+        (lambda: grouped_call(BF16, INT8, BF16, 64), "group_size=64; supported: per ch"),
+        (lambda: grouped_call(BF16, INT4, BF16, 51, 510), "group_size=51; .* even"),
+        (lambda: grouped_call(BF16, INT4, BF16, 100), "group_size=103 of .* whole"),
         (lambda: a8w4(group_list_type=0), r"group_list_type=0; supported: \(1,\)"),
         (lambda: a8w4(bias=None), "bias is missing"),
-        (lambda: a8w4(group=128), "group_size=128 of K=512; supported: .256,."),
+        (lambda: a8w4(group=128), "group_size=128; supported: per channel, 256"),
         (lambda: a8w4(group=0, k=480), "K=480; supported: multiples of 64 to 18432"),
         (lambda: a8w4(scale=[torch.ones(EXPERTS, N).long()]), "scale is int64"),
     ],
@@ -202,6 +204,13 @@ def test_gated_rows_are_quantized(
 def test_gated_refused(call: dict[str, Any], reason: str) -> None:
     with pytest.raises(OperatorLimitError, match=reason):
         changed(swiglu_quant_call(INT4, 256), **call).run()
+
+
+def test_gated_int8_has_to_be_in_nz() -> None:
+    call = swiglu_quant_call(INT8)
+    call.args[1] = [torch.ops.npu.npu_format_cast(call.args[1][0], 2)]
+    with pytest.raises(OperatorLimitError, match="in ND; supported: FRACTAL_NZ"):
+        call.run()
 
 
 def test_gated_int8_has_no_assist_and_no_groups() -> None:

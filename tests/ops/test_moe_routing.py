@@ -12,6 +12,7 @@ from tests.ops.calls import (
     TOP_K,
     Call,
     K,
+    finalize_call,
     init_routing_call,
     scales,
     unpermute_call,
@@ -87,6 +88,32 @@ def test_rows_come_back_weighted(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_missing_rows_come_back_as_zeros(dtype: torch.dtype) -> None:
+    call = finalize_call(dtype)
+    rows, weights, index = call.args[0].flatten(0, 1), call.args[4], call.args[5]
+    # An NPU does not write what is not any expert's.
+    unused = torch.ones(len(rows), dtype=torch.bool)
+    unused[index[index >= 0].long()] = False
+    rows[unused] = float("nan")
+    values = torch.where(index.unsqueeze(1) >= 0, rows[index.long()].double(), 0)
+    expected = (values.view(TOKENS, TOP_K, K) * weights.double().unsqueeze(-1)).sum(1)
+    # fp16 is rounded at each step.
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        call.run().double(), expected, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_missing_rows_unweighted() -> None:
+    call = finalize_call()
+    call.args[0], call.args[4] = call.args[0].view(1, -1, K), None
+    rows, index = call.args[0][0], call.args[5].long()
+    result = call.run()
+    assert torch.equal(result[index >= 0], rows[index[index >= 0]])
+    assert result[index < 0].eq(0).all()
+
+
 def test_there_and_back() -> None:
     call = init_routing_call(-1)
     rows, index, _, _ = call.run()
@@ -99,6 +126,14 @@ def unpermute(args: dict[int, Any]) -> Call:
     call = unpermute_call()
     for position, value in args.items():
         call.args[position] = value
+    return call
+
+
+def finalize(args: dict[int, Any], **kwargs: Any) -> Call:
+    call = finalize_call()
+    for position, value in args.items():
+        call.args[position] = value
+    call.kwargs.update(kwargs)
     return call
 
 
@@ -120,6 +155,12 @@ REPEATED = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
         (lambda: unpermute({1: REPEATED - 1}), "in range and different"),
         (lambda: unpermute({1: REPEATED.long()}), "int32 1-D"),
         (lambda: unpermute({2: torch.rand(TOKENS, 3)}), "one an index"),
+        (lambda: finalize({}, drop_pad_mode=2), "drop_pad_mode=2, k=1; emulated: 3"),
+        (lambda: finalize({3: torch.zeros(EXPERTS, K)}), "bias are not emulated"),
+        (lambda: finalize({4: torch.rand(TOKENS, TOP_K)}), "scales is float32"),
+        (lambda: finalize({5: REPEATED - 2}), r"not in \[-1, 12\)"),
+        (lambda: finalize({5: REPEATED.long()}), "int32 1-D"),
+        (lambda: finalize({0: torch.zeros(1, 12, K)}), "1 experts, top-k=2"),
     ],
 )
 def test_refused(call: Callable[[], Call], reason: str) -> None:

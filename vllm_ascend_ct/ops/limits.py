@@ -22,6 +22,7 @@ from vllm_ascend_ct.ops.moe_limits import (
     GROUPED_A5,
     GroupedMatmulSwigluQuantLimits,
     GroupedModes,
+    MoeFinalizeRoutingLimits,
     MoeInitRoutingLimits,
     MoeTokenUnpermuteLimits,
 )
@@ -224,6 +225,9 @@ class Limits:
     moe_init_routing: MoeInitRoutingLimits = field(default_factory=MoeInitRoutingLimits)
     moe_token_unpermute: MoeTokenUnpermuteLimits = field(
         default_factory=MoeTokenUnpermuteLimits
+    )
+    moe_finalize_routing: MoeFinalizeRoutingLimits = field(
+        default_factory=MoeFinalizeRoutingLimits
     )
 
 

@@ -28,8 +28,8 @@ class GroupedMatmulMode:
 
     Attributes:
         by_output: What the operands may be, by output dtype.
-        groups: Elements of K that may share a scale; None for any that divide K, empty
-            for scales per channel only.
+        groups: Elements of K that may share a scale; None for any even number that
+            divides K, empty for scales per channel only.
         raw_scale: Whether the scale is int64 that holds fp32 bits, `[E, G, N]`.
         transposable: Whether the weight may be the transposed view of `[E, N, K]`.
         group_list_types: 0 for cumulative counts, 1 for counts.
@@ -57,10 +57,20 @@ class GroupedMatmulMode:
         ):
             if not 1 <= size <= most or size % multiple:
                 return f"{name}={size}; supported: multiples of {multiple} to {most}"
-        any_group = self.groups is None and k % (group_size or 1) == 0
-        if group_size and not any_group and group_size not in (self.groups or ()):
-            return f"group_size={group_size} of K={k}; supported: {self.groups}"
+        if group_size and k % group_size:
+            return f"group_size={group_size} of K={k}; supported: whole groups"
+        if self.groups is None:
+            # An odd number of int4 values ends within a byte of a transposed weight.
+            if group_size % 2:
+                return f"group_size={group_size}; supported: even numbers"
+        elif group_size and group_size not in self.groups:
+            supported = ", ".join(map(str, ("per channel", *self.groups)))
+            return f"group_size={group_size}; supported: {supported}"
         return None
+
+    def needs_offset(self, output_dtype: torch.dtype) -> bool:
+        """Whether an offset has to be given even if it is 0."""
+        return None not in self.by_output[output_dtype].antiquant_offset
 
 
 def _grouped_weight_only(
@@ -153,7 +163,8 @@ class GroupedMatmulSwigluQuantLimits:
         if not 2 <= n <= self.max_n or n % 2:
             return f"N={n}; supported: even, up to {self.max_n}"
         if group_size and (group_size not in self.group_sizes or k % group_size):
-            return f"group_size={group_size} of K={k}; supported: {self.group_sizes}"
+            supported = ", ".join(map(str, ("per channel", *self.group_sizes)))
+            return f"group_size={group_size} of K={k}; supported: {supported}"
         return None
 
 
@@ -190,4 +201,19 @@ class MoeTokenUnpermuteLimits:
             return f"dtype {dtype}; supported: {names(self.dtypes)}"
         if not 1 <= top_k <= self.max_top_k:
             return f"top-k={top_k}; supported: 1 to {self.max_top_k}"
+        return None
+
+
+@dataclass(frozen=True)
+class MoeFinalizeRoutingLimits:
+    """`npu_moe_finalize_routing`."""
+
+    dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
+
+    def refusal(self, dtype: torch.dtype, experts: int, top_k: int) -> str | None:
+        """Why rows `[experts, C, H]` cannot be brought back, or None."""
+        if dtype not in self.dtypes:
+            return f"dtype {dtype}; supported: {names(self.dtypes)}"
+        if experts < top_k:
+            return f"{experts} experts, top-k={top_k}; supported: as many experts"
         return None

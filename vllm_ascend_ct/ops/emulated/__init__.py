@@ -14,9 +14,11 @@ import torch
 from vllm_ascend_ct.ops.emulated import (  # noqa: F401
     grouped_matmul,
     grouped_matmul_swiglu_quant,
+    moe_combine,
     moe_routing,
     quant_matmul,
     quantize,
+    swiglu,
     weight_quant_batchmatmul,
     weights,
 )

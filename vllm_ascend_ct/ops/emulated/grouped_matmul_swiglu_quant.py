@@ -11,6 +11,7 @@ from vllm_ascend_ct.ops.emulated.quantize import to_int8
 from vllm_ascend_ct.ops.emulated.registry import (
     describe,
     emulates,
+    is_nz,
     only,
     poison,
     refuse,
@@ -116,8 +117,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
     """Multiply each expert's rows, gate them, and quantize them again.
 
     `c = product * x_scale`, `s = silu(c[:, :N / 2]) * c[:, N / 2:]`, per row
-    `scale = amax|s| / 127` and `q = rint(s * (1 / scale))`, all in fp32. On the NPU an
-    int8 weight has to be in FRACTAL_NZ, which a CPU tensor does not show. Rows that no
+    `scale = amax|s| / 127` and `q = rint(s * (1 / scale))`, all in fp32. Rows that no
     expert has are not written.
 
     Source: op-plugin `torch_npu-npu_grouped_matmul_swiglu_quant_v2.md`; ops-transformer
@@ -125,7 +125,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
 
     Args:
         x: int8 `[M, K]`, rows sorted by expert.
-        weight: One int8 `[E, K, N]`, or int4 as int32 `[E, K, N / 8]`.
+        weight: One int8 `[E, K, N]` in FRACTAL_NZ, or int4 as int32 `[E, K, N / 8]`.
         weight_scale: One `[E, N]`; of int4 fp32 bits in int64, `[E, N]`, or with
             dequant_mode 1 `[E, K / 256, N]`.
         x_scale: fp32 `[M]`.
@@ -151,6 +151,8 @@ def npu_grouped_matmul_swiglu_quant_v2(
         group_list_type=group_list_type,
         **options,
     )
+    if weight[0].dtype == torch.int8 and not is_nz(weight[0]):
+        refuse(_NAME, "an int8 weight is in ND; supported: FRACTAL_NZ")
     q, scales = (poison(result) for result in results)
     assist = only(_NAME, "weight_assist_matrix", weight_assist_matrix)
     for expert, rows in parts(group_list, group_list_type):

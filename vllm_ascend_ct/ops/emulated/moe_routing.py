@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Operators that sort tokens by expert and bring them back."""
+"""The operator that sorts tokens by expert."""
 
 import torch
 
@@ -9,7 +9,6 @@ from vllm_ascend_ct.ops.emulated.registry import describe, emulates, poison, ref
 from vllm_ascend_ct.ops.limits import current_limits
 
 _INIT = "npu_moe_init_routing_v2"
-_UNPERMUTE = "npu_moe_token_unpermute"
 _COPY, _DYNAMIC = -1, 1
 _CUMULATIVE, _COUNTS = 0, 1
 _GATHER, _SCATTER = 0, 1
@@ -195,84 +194,3 @@ def npu_moe_init_routing_v2(
     scales[: len(order)] = row_scale.squeeze(1)
     rows[: len(order)] = to_int8(torch.where(row_scale > 0, values / row_scale, 0))
     return rows, indices, counts, scales
-
-
-def _unpermute_fake(
-    permuted_tokens: torch.Tensor,
-    sorted_indices: torch.Tensor,
-    probs: torch.Tensor | None = None,
-    padded_mode: bool = False,
-    restore_shape: list[int] | None = None,
-) -> torch.Tensor:
-    if padded_mode or restore_shape is not None:
-        refuse(_UNPERMUTE, "padded_mode and restore_shape are not emulated")
-    if permuted_tokens.dim() != 2 or (sorted_indices.dim(), sorted_indices.dtype) != (
-        1,
-        torch.int32,
-    ):
-        refuse(
-            _UNPERMUTE,
-            f"permuted_tokens is {describe(permuted_tokens)}, sorted_indices is "
-            f"{describe(sorted_indices)}; supported: 2-D, and int32 1-D",
-        )
-    top_k = 1 if probs is None else probs.shape[1]
-    if reason := current_limits().moe_token_unpermute.refusal(
-        permuted_tokens.dtype, top_k
-    ):
-        refuse(_UNPERMUTE, reason)
-    tokens = len(sorted_indices) // top_k
-    if probs is not None and probs.numel() != len(sorted_indices):
-        refuse(_UNPERMUTE, f"probs is {describe(probs)}; supported: one an index")
-    return permuted_tokens.new_empty((tokens, permuted_tokens.shape[1]))
-
-
-@emulates(
-    "npu_moe_token_unpermute(Tensor permuted_tokens, Tensor sorted_indices, "
-    "Tensor? probs=None, bool padded_mode=False, int[]? restore_shape=None) -> Tensor",
-    fake=_unpermute_fake,
-)
-def npu_moe_token_unpermute(
-    permuted_tokens: torch.Tensor,
-    sorted_indices: torch.Tensor,
-    probs: torch.Tensor | None = None,
-    padded_mode: bool = False,
-    restore_shape: list[int] | None = None,
-) -> torch.Tensor:
-    """Bring rows back to their tokens: `sum over j of probs[t, j] * row[index[t, j]]`.
-
-    Accumulated in fp32 in the order of j, rounded once.
-
-    Source: op-plugin `MoeTokenUnpermuteKernelNpuOpApi.cpp`; ops-transformer
-    `moe/moe_token_unpermute`.
-
-    Args:
-        permuted_tokens: `[R, H]` fp16, bf16 or fp32.
-        sorted_indices: int32 `[T * top-k]`, token-major, each in `[0, R)` and once.
-        probs: `[T, top-k]`; None for one row a token, unweighted.
-        padded_mode: False.
-        restore_shape: None.
-
-    Returns:
-        `[T, H]`, dtype of `permuted_tokens`.
-
-    Raises:
-        OperatorLimitError: The call is outside the operator's limits.
-
-    """
-    result = _unpermute_fake(
-        permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
-    )
-    indices = sorted_indices.long().view(len(result), -1)
-    if indices.numel() and not (
-        indices.min() >= 0
-        and indices.max() < len(permuted_tokens)
-        and len(indices.unique()) == indices.numel()
-    ):
-        refuse(_UNPERMUTE, "sorted_indices must be in range and different")
-    total = torch.zeros(result.shape, dtype=torch.float32)
-    for choice in range(indices.shape[1]):
-        rows = permuted_tokens[indices[:, choice]].float()
-        if probs is not None:
-            rows = rows * probs[:, choice : choice + 1].float()
-        total += rows
-    return result.copy_(total)

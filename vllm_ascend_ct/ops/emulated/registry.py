@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import OperatorLimitError
@@ -103,6 +104,25 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
         float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
     )
     return tensor.fill_(value)
+
+
+# Memory that is in FRACTAL_NZ, by address: a CPU tensor does not show its format.
+_nz: dict[int, StorageWeakRef] = {}
+
+
+def mark_nz(tensor: torch.Tensor) -> torch.Tensor:
+    """Note that a tensor's memory is in FRACTAL_NZ."""
+    for address in [address for address, storage in _nz.items() if storage.expired()]:
+        del _nz[address]
+    storage = tensor.untyped_storage()
+    _nz[storage.data_ptr()] = StorageWeakRef(storage)
+    return tensor
+
+
+def is_nz(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is in FRACTAL_NZ."""
+    storage = _nz.get(tensor.untyped_storage().data_ptr())
+    return storage is not None and not storage.expired()
 
 
 def only(

@@ -4,7 +4,12 @@
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.registry import describe, emulates, refuse
+from vllm_ascend_ct.ops.emulated.registry import (
+    describe,
+    emulates,
+    mark_nz,
+    refuse,
+)
 
 _INT4_PER_INT32 = 8
 _FP19_MASK = 0xFFFFE000
@@ -172,7 +177,7 @@ def npu_format_cast(
     customize_dtype: int | None = None,
     input_dtype: int | None = None,
 ) -> torch.Tensor:
-    """Copy into another memory format, which a CPU tensor does not have.
+    """Copy into another memory format, which is only noted: a CPU tensor has none.
 
     Source: op-plugin `(beta)torch_npu-npu_format_cast.md`.
 
@@ -190,4 +195,5 @@ def npu_format_cast(
 
     """
     result = _format_cast_fake(input, acl_format, customize_dtype, input_dtype)
-    return result.copy_(input)
+    result.copy_(input)
+    return mark_nz(result) if acl_format == FRACTAL_NZ else result
