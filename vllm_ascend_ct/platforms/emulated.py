@@ -2,12 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The platform for machines without an NPU."""
 
+from typing import TYPE_CHECKING
+
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import PlatformEnum
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = init_logger("vllm.ascend_ct.platforms")
 
@@ -27,6 +32,15 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
 
     def is_out_of_tree(self) -> bool:
         return False
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        super().check_and_update_config(vllm_config)
+        # vLLM's CPU operator rotates `[T, heads, size]` wrongly where pairs are
+        # interleaved (DeepSeek), so torch does it, as it does in compiled models.
+        custom_ops = vllm_config.compilation_config.custom_ops
+        if not any(name.endswith("rotary_embedding") for name in custom_ops):
+            custom_ops.append("-rotary_embedding")
 
     @classmethod
     def prepare_process(cls) -> None:
