@@ -8,7 +8,7 @@ It is installed on NPU hosts only, so everything is imported where it is used.
 import importlib
 import importlib.util
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.ops.soc import Soc, set_default_soc
@@ -64,6 +64,15 @@ def unquantized_linear_method() -> "LinearMethodBase | None":
 
     method: LinearMethodBase = AscendUnquantizedLinearMethod()
     return method
+
+
+def unquantized_moe_method(moe_config: Any, tid2eid: Any) -> Any | None:
+    """vllm-ascend's method for experts that are not quantized; None off the NPU."""
+    if not _serves():
+        return None
+    from vllm_ascend.ops.fused_moe.fused_moe import AscendUnquantizedFusedMoEMethod
+
+    return AscendUnquantizedFusedMoEMethod(moe_config, tid2eid=tid2eid)
 
 
 def _serves() -> bool:

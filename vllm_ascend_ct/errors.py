@@ -27,3 +27,13 @@ class UnsupportedCheckpointError(NotImplementedError):
 
     def __init__(self, what: str, *, where: str, supported: str, remedy: str) -> None:
         super().__init__(four_parts(what, where, supported, remedy))
+
+
+def broken_checkpoint(what: str, where: str) -> UnsupportedCheckpointError:
+    """Refuse a checkpoint that is not what its config says."""
+    return UnsupportedCheckpointError(
+        what,
+        where=where,
+        supported="tensors as config.json's quantization_config describes them",
+        remedy="Download the checkpoint again, or have it written again",
+    )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_ascend_ct.weights import int4
+from vllm_ascend_ct.weights import int4, int_quantized
 
 # The top bit of every value in an int32 word, as a signed number.
 _TOP_BITS = {4: 0x88888888 - (1 << 32), 8: 0x80808080 - (1 << 32)}
@@ -58,6 +58,23 @@ def unpack(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
             value = (value & ((1 << rest) - 1)) | (words[..., word + 1] << rest)
         values[..., position] = (value & mask) - middle
     return values.flatten(1)[:, :size]
+
+
+def pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """Pack int4 values, each in an int8, as the format does.
+
+    Args:
+        values: int8 `[N, K]`, K a multiple of 8.
+
+    Returns:
+        int32 `[N, K / 8]`.
+
+    Raises:
+        ValueError: A value is no int4.
+
+    """
+    parts = [int4.pack(part) for part in int_quantized.int4_rows(values)]
+    return torch.cat(parts).bitwise_xor_(_TOP_BITS[4])
 
 
 def rows(packed: torch.Tensor, bits: int, k: int) -> Iterator[torch.Tensor]:

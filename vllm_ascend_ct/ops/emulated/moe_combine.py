@@ -35,8 +35,8 @@ def _unpermute_fake(
         permuted_tokens.dtype, top_k
     ):
         refuse(_UNPERMUTE, reason)
-    tokens = len(sorted_indices) // top_k
-    if probs is not None and probs.numel() != len(sorted_indices):
+    tokens = sorted_indices.shape[0] // top_k
+    if probs is not None and probs.numel() != sorted_indices.shape[0]:
         refuse(_UNPERMUTE, f"probs is {describe(probs)}; supported: one an index")
     return permuted_tokens.new_empty((tokens, permuted_tokens.shape[1]))
 
@@ -118,10 +118,10 @@ def _finalize_fake(
             f"{describe(index)}; supported: [E, C, H], and int32 1-D",
         )
     if reason := current_limits().moe_finalize_routing.refusal(
-        rows.dtype, len(rows), top_k
+        rows.dtype, rows.shape[0], top_k
     ):
         refuse(_FINALIZE, reason)
-    tokens = len(index) // top_k
+    tokens = index.shape[0] // top_k
     if scales is not None and (scales.dtype, scales.shape) != (
         rows.dtype,
         (tokens, top_k),

@@ -71,9 +71,9 @@ def _init_routing_fake(
         refuse(_INIT, "offset, and scale without quantization, are not emulated")
     if reason := limits.refusal(x.dtype, expert_num, tuple(active_expert_range)):
         refuse(_INIT, reason)
-    if (x.dim(), expert_idx.dim(), expert_idx.dtype) != (2, 2, torch.int32) or len(
-        x
-    ) != len(expert_idx):
+    dims = (x.dim(), expert_idx.dim(), expert_idx.dtype)
+    # Not len(): while a model is traced it would fix the number of tokens.
+    if dims != (2, 2, torch.int32) or x.shape[0] != expert_idx.shape[0]:
         refuse(
             _INIT,
             f"x is {describe(x)}, expert_idx is {describe(expert_idx)}; supported: "

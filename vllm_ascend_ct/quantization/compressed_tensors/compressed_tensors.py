@@ -5,9 +5,11 @@
 from typing import Any, cast
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
@@ -30,6 +32,9 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm_ascend_ct import ascend_base
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
+    get_moe_method,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTEmbeddingMethod,
@@ -42,6 +47,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
     AscendCTWNA8O8Int,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.utils import difference, essence
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -118,7 +124,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
-            return self._experts_method(layer, prefix)
+            return self._experts_method(layer, prefix, tid2eid)
         try:
             method = super().get_quant_method(layer, prefix)
         except ValueError as error:
@@ -157,16 +163,34 @@ class AscendCTConfig(CompressedTensorsConfig):
             mapping = self.packed_modules_mapping
             self._headers.check_bias(get_layer_partition_names(layer_name, mapping))
 
-    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+    def _experts_method(
+        self, layer: Any, prefix: str, tid2eid: Any
+    ) -> QuantizeMethodBase | None:
         """Choose the method of routed experts."""
         self._add_fused_moe_to_target_scheme_map()
-        names = [
-            f"{prefix}.0.{getattr(layer, f'ckpt_{name}_name', name)}"
-            for name in ("gate_proj", "up_proj", "down_proj")
-        ]
-        if any(self.get_scheme_dict(layer, name) for name in names):
-            raise refused("Quantized routed experts are not served yet", prefix)
-        return super().get_quant_method(layer, prefix)
+        kinds = ("gate_proj", "up_proj", "down_proj")
+        shards = [getattr(layer, f"ckpt_{kind}_name", kind) for kind in kinds]
+        schemes = {
+            name: self.get_scheme_dict(layer, f"{prefix}.0.{name}")
+            for name in dict.fromkeys(shards)
+            if name is not None
+        }
+        scheme = schemes[shards[-1]]
+        for name, other in schemes.items():
+            if essence(other) != essence(scheme):
+                raise refused(
+                    "Projections of one expert are quantized differently: "
+                    f"{difference(name, other, scheme)}, "
+                    f"{difference(shards[-1], scheme, other)}",
+                    prefix,
+                )
+        if self._headers is not None:
+            experts = range(layer.global_num_experts)
+            self._headers.check_experts(prefix, experts, list(schemes), scheme)
+        if scheme is None:
+            method = ascend_base.unquantized_moe_method(layer.moe_config, tid2eid)
+            return method or UnquantizedFusedMoEMethod(layer.moe_config)
+        return get_moe_method(scheme, layer.moe_config, prefix)
 
     def get_scheme(
         self, layer: torch.nn.Module, layer_name: str | None = None
@@ -207,16 +231,16 @@ class AscendCTConfig(CompressedTensorsConfig):
         find = super().get_scheme_dict
         try:
             found: dict[str, Any] | None = find(layer, layer_name)
-            by_part = {part: _essence(find(layer, part)) for part in parts[1:]}
-            first = _essence(find(layer, parts[0]))
+            by_part = {part: essence(find(layer, part)) for part in parts[1:]}
+            first = essence(find(layer, parts[0]))
         except ValueError as error:
             raise refused(str(error), layer_name) from error
         for part, scheme in by_part.items():
             if scheme != first:
                 raise refused(
                     "Shards of one layer are quantized differently: "
-                    f"{_difference(parts[0], first, scheme)}, "
-                    f"{_difference(part, scheme, first)}",
+                    f"{difference(parts[0], first, scheme)}, "
+                    f"{difference(part, scheme, first)}",
                     layer_name,
                 )
         headers = self._headers
@@ -237,34 +261,3 @@ class AscendCTConfig(CompressedTensorsConfig):
 
 class Linear(torch.nn.Module):
     """What an output head is in a checkpoint, by its class's name."""
-
-
-# How the integers were found, and in which order, does not change what they mean.
-_NOT_ESSENTIAL = {"observer", "observer_kwargs", "actorder"}
-
-
-def _difference(
-    part: str, scheme: dict[str, Any] | None, other: dict[str, Any] | None
-) -> str:
-    """What of a shard's scheme is not like the other's."""
-    if scheme is None:
-        return f"{part} not at all"
-    if other is None:
-        return f"{part} as {scheme['format']}"
-    for kind, args in scheme.items():
-        if args != other.get(kind):
-            others = other.get(kind)
-            if isinstance(args, dict) and isinstance(others, dict):
-                args = {key: args[key] for key in args if args[key] != others[key]}
-            return f"{part} {kind}={args}"
-    return part
-
-
-def _essence(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a scheme has to be the same for shards of one layer."""
-    return scheme and {
-        key: value.model_dump(exclude=_NOT_ESSENTIAL)
-        if isinstance(value, QuantizationArgs)
-        else value
-        for key, value in scheme.items()
-    }

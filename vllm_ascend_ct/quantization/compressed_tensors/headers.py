@@ -14,7 +14,7 @@ from typing import Any
 
 from compressed_tensors import CompressionFormat
 
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.errors import broken_checkpoint
 
 _QUANTIZED = {"weight_packed", "weight_scale"}
 _KNOWN = {
@@ -74,23 +74,52 @@ class CheckpointHeaders:
             shapes = self._layers.get(part, {})
             if shapes and not scheme:
                 kind = min(shapes.keys() & _QUANTIZED)
-                raise _refused(
+                raise broken_checkpoint(
                     "The layer is quantized, and the config does not say how "
                     "(config_groups, ignore)",
-                    f"{part}.{kind}",
+                    f"tensor {part}.{kind}",
                 )
             for kind in sorted(shapes.keys() & _KNOWN - places):
-                raise _refused(
+                raise broken_checkpoint(
                     "The layer's scheme in the config has no such tensor",
-                    f"{part}.{kind}",
+                    f"tensor {part}.{kind}",
                 )
             kind = "weight_packed" if "weight_packed" in shapes else "weight"
             weight, bias = shapes.get(kind), shapes.get("bias")
             if weight and bias and bias != weight[:1]:
-                raise _refused(
+                raise broken_checkpoint(
                     f"The bias is {bias}, the {kind} {weight}; expected as many rows",
-                    f"{part}.bias",
+                    f"tensor {part}.bias",
                 )
+
+    def check_experts(
+        self,
+        prefix: str,
+        experts: Iterable[int],
+        shards: Iterable[str],
+        scheme: dict[str, Any] | None,
+    ) -> None:
+        """Refuse experts that are not all quantized as their scheme means.
+
+        Args:
+            prefix: Name of the layer.
+            experts: Numbers of all of them.
+            shards: Names of an expert's projections.
+            scheme: Of the first; all have one.
+
+        Raises:
+            UnsupportedCheckpointError: Names the tensor.
+
+        """
+        parts = [f"{prefix}.{expert}.{shard}" for expert in experts for shard in shards]
+        self.check_layer(parts, scheme)
+        quantized = [part in self._layers for part in parts]
+        if any(quantized) and not all(quantized):
+            part = parts[quantized.index(False)]
+            raise broken_checkpoint(
+                "Some experts of a layer are quantized and this one is not",
+                f"tensor {part}.weight",
+            )
 
     def check_bias(self, parts: Iterable[str]) -> None:
         """Refuse a layer with a bias that the checkpoint lacks.
@@ -105,7 +134,9 @@ class CheckpointHeaders:
         without = [part for part in known if "bias" not in self._layers[part]]
         for part in without:
             if len(without) == len(known) or self._has_bias_elsewhere(part):
-                raise _refused("A tensor of the layer is missing", f"{part}.bias")
+                raise broken_checkpoint(
+                    "A tensor of the layer is missing", f"tensor {part}.bias"
+                )
 
     def _has_bias_elsewhere(self, layer: str) -> bool:
         """Whether the same layer of another block has a bias."""
@@ -133,12 +164,3 @@ def _places(scheme: dict[str, Any]) -> set[str]:
     if scheme.get("output_activations") is not None:
         places.add("output_scale")
     return places
-
-
-def _refused(what: str, tensor: str) -> UnsupportedCheckpointError:
-    return UnsupportedCheckpointError(
-        what,
-        where=f"tensor {tensor}",
-        supported="tensors as config.json's quantization_config describes them",
-        remedy="Download the checkpoint again, or have it written again",
-    )

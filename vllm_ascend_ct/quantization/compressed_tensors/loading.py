@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config_or_none
 
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.errors import UnsupportedCheckpointError, broken_checkpoint
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -32,7 +32,7 @@ _CHECKED_LOAD_FORMATS = (
     "safetensors",
 )
 # Upstream registers it and reads it nowhere; not all who write checkpoints write it.
-_OPTIONAL = ("weight_shape",)
+OPTIONAL = ("weight_shape",)
 
 _Shard = int | str | tuple[int, ...] | None
 
@@ -97,6 +97,8 @@ class QuantizedShape:
             return _FLOATS, ()
         if name == "input_zero_point":
             return (torch.int8, torch.int32, torch.int64), ()
+        if name == "bias":
+            return _FLOATS, (rows,)
         return None
 
     def _value_fault(self, name: str, tensor: torch.Tensor) -> str | None:
@@ -129,7 +131,7 @@ def _dense_hint(name: str, bits: int) -> str:
     return ""
 
 
-def _is_filled_by_loader() -> bool:
+def is_filled_by_loader() -> bool:
     """Whether a layer that was given no tensor at all has none."""
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None:
@@ -149,7 +151,7 @@ class LoadRecord:
 
     def __post_init__(self) -> None:
         # While the layer is built; there may be no config when it is processed.
-        self.is_filled = _is_filled_by_loader()
+        self.is_filled = is_filled_by_loader()
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a layer's weight loader so that it checks and records."""
@@ -186,7 +188,7 @@ class LoadRecord:
             return
         shards = set(range(len(getattr(self.layer, "output_sizes", ()))))
         for name, param in self.layer.named_parameters(recurse=False):
-            if name in _OPTIONAL or getattr(param, "weight_loader", 0) != self.loader:
+            if name in OPTIONAL or getattr(param, "weight_loader", 0) != self.loader:
                 continue
             given = seen.get(name, set())
             missing = shards - {index for shard in given for index in _indices(shard)}
@@ -220,11 +222,9 @@ class LoadRecord:
         self, name: str, shard: _Shard, reason: str
     ) -> UnsupportedCheckpointError:
         of_shard = "" if shard is None else f" (shard {shard})"
-        return UnsupportedCheckpointError(
+        return broken_checkpoint(
             f"The checkpoint's {name}{of_shard} {reason}",
-            where=f"layer {self.prefix}, tensor {name}",
-            supported="tensors as config.json's quantization_config describes them",
-            remedy="Download the checkpoint again, or have it written again",
+            f"layer {self.prefix}, tensor {name}",
         )
 
 

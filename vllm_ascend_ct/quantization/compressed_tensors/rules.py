@@ -5,7 +5,7 @@
 Sizes and chips are not its business: the operators' limits are in `ops/limits.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -126,13 +126,34 @@ SCHEME_RULES = (
     ),
 )
 
+# Of routed experts. int8 weights have a scale per channel: see the operators' limits.
+EXPERT_RULES = (
+    *(
+        replace(rule, name=f"{rule.name} experts")
+        for rule in SCHEME_RULES
+        if rule.activations in (Activations.NONE, Activations.TOKEN)
+        and rule.strategies == ("channel", "group")
+    ),
+    SchemeRule(
+        "W8A8 experts",
+        Activations.TOKEN,
+        (_INT, _NAIVE),
+        (8,),
+        ("channel",),
+        asymmetric_inputs=True,
+    ),
+)
 
-def refusal(scheme: dict[str, Any]) -> str | None:
+
+def refusal(
+    scheme: dict[str, Any], rules: tuple[SchemeRule, ...] = SCHEME_RULES
+) -> str | None:
     """Why a scheme is not served, or None.
 
     Args:
         scheme: `weights`, `input_activations`, `output_activations` and `format` of a
             config group, as upstream's `get_scheme_dict` gives them.
+        rules: What is served.
 
     """
     weights, inputs = scheme["weights"], scheme.get("input_activations")
@@ -147,10 +168,11 @@ def refusal(scheme: dict[str, Any]) -> str | None:
             f"output_activations={_describe(outputs)}; supported: {kinds}"
         )
     reasons = [
-        rule.mismatches(scheme)
-        for rule in SCHEME_RULES
-        if rule.activations == activations
+        rule.mismatches(scheme) for rule in rules if rule.activations == activations
     ]
+    if not reasons:
+        served = "; ".join(dict.fromkeys(rule.activations.value for rule in rules))
+        return f"{activations.value}; supported: {served}"
     # The row that is nearest says most.
     return min(reasons, key=len)[0] if all(reasons) else None
 

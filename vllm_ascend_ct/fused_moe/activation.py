@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Activations of gated experts, as upstream's `fused_moe/activation.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.model_executor.layers import activation as layers
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from vllm_ascend_ct.fused_moe.functional import Activation
+
+# The operators gate by SiLU; others are upstream's compositions of torch operators.
+_MODULES: dict[str, Callable[[Any], Any]] = {
+    "silu": lambda c: layers.SiluAndMulWithClamp(c.clamp_limit),
+    "gelu": lambda c: layers.GeluAndMul(),
+    "gelu_tanh": lambda c: layers.GeluAndMul("tanh"),
+    "swigluoai": lambda c: layers.SwigluOAIAndMul(),
+    "swigluoai_uninterleave": lambda c: layers.SiluAndMulWithClamp(
+        c.clamp_limit, c.alpha, c.beta
+    ),
+    "swiglustep": lambda c: layers.SwigluStepAndMul(),
+    "situ": lambda c: layers.SituAndMul(
+        c.activation_situ_beta, c.activation_situ_linear_beta
+    ),
+}
+
+
+def supports(activation: MoEActivation) -> bool:
+    """Whether experts may have an activation."""
+    return activation.value in _MODULES
+
+
+def is_swiglu(activation: MoEActivation, clamp_limit: float | None) -> bool:
+    """Whether an activation is what the operators compute themselves."""
+    return activation == MoEActivation.SILU and clamp_limit is None
+
+
+def activation_function(activation: MoEActivation, config: Any) -> Activation | None:
+    """Make the function that computes an activation; None for SwiGLU.
+
+    Args:
+        activation: Which.
+        config: Upstream's `ApplyMoEActivationConfig`.
+
+    """
+    if is_swiglu(activation, config.clamp_limit):
+        return None
+    module = _MODULES[activation.value](config)
+    function: Activation = module.forward_native
+    return function

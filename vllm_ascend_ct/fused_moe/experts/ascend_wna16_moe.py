@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Experts with integer weights and 16-bit activations."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.quantization.utils import replace_parameter
+
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, weight_only_mlp
+from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.moe_limits import GroupedMatmulMode
+from vllm_ascend_ct.weights import experts
+from vllm_ascend_ct.weights.pack_quantized import operator_bits
+
+
+class AscendWNA16Experts(AscendExperts):
+    """16-bit activations by weights of 2 to 8 bits, in five launches."""
+
+    @classmethod
+    def refusal(
+        cls, moe: FusedMoEConfig, bits: int, group_size: int, symmetric: bool
+    ) -> str | None:
+        if reason := cls._common_refusal(moe):
+            return reason
+        is_int4 = operator_bits(bits) == 4
+        mode = _mode(moe.in_dtype, torch.int32 if is_int4 else torch.int8)
+        if mode is None:
+            return f"{bits}-bit experts of a {moe.in_dtype} model"
+        for k, n in cls.products(moe).values():
+            if is_int4 and k % INT4_PER_INT32:
+                return f"K={k}; supported for int4: multiples of {INT4_PER_INT32}"
+            if reason := mode.refusal(moe.num_local_experts, k, n, group_size):
+                return f"{bits}-bit experts of K={k}, N={n}: {reason}"
+        return None
+
+    def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:
+        dtype = self.moe_config.in_dtype
+        weight_name, parameter = stored_weight(layer, name)
+        weight = parameter.data
+        scale = getattr(layer, f"{name}_weight_scale").data.to(dtype)
+        zero_point = getattr(layer, f"{name}_weight_zero_point", None)
+        if weight.dtype == torch.int8:
+            npu_weight = weight.transpose(1, 2)
+        else:
+            bits = weight.shape[2] * 32 // k
+            npu_weight = experts.to_weight_only(weight, bits, k)
+            if zero_point is not None:
+                offset = experts.to_npu_offset(zero_point.data, bits, n, dtype)
+                replace_parameter(layer, f"{name}_weight_zero_point", offset)
+        replace_parameter(layer, weight_name, npu_weight)
+        npu_scale = experts.to_npu_scale(scale)
+        replace_parameter(layer, f"{name}_weight_scale", npu_scale)
+        mode = _mode(dtype, npu_weight.dtype)
+        assert mode is not None
+        if zero_point is None and mode.needs_offset(dtype):
+            zeros = shared_zeros(npu_scale)
+            layer.register_buffer(f"{name}_zero_offset", zeros, persistent=False)
+        bias = getattr(layer, f"{name}_bias", None)
+        if bias is not None:
+            bias_dtype = current_limits().weight_quant_batchmatmul.bias_dtype(dtype)
+            replace_parameter(layer, f"{name}_bias", bias.data.to(bias_dtype))
+
+    def _operands(self, name: str) -> Operands:
+        layer = self._layer
+        offset = getattr(layer, f"{name}_weight_zero_point", None)
+        if offset is None:
+            offset = getattr(layer, f"{name}_zero_offset", None)
+        return Operands(
+            stored_weight(layer, name)[1],
+            getattr(layer, f"{name}_weight_scale"),
+            offset,
+            getattr(layer, f"{name}_bias", None),
+        )
+
+    def _multiply(
+        self, tokens: SortedTokens, w13: Operands, w2: Operands, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return weight_only_mlp(tokens.rows, tokens.counts, w13, w2, self._activation)
+
+
+def _mode(dtype: torch.dtype, weight_dtype: torch.dtype) -> GroupedMatmulMode | None:
+    return current_limits().grouped_matmul.get((dtype, weight_dtype))
+
+
+_zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def shared_zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros that all layers share, for an operator that has to be given some."""
+    key = like.dtype, like.device
+    known = _zeros.get(key)
+    if known is None or known.numel() < like.numel():
+        known = _zeros[key] = torch.zeros_like(like).flatten()
+    return known[: like.numel()].view(like.shape)

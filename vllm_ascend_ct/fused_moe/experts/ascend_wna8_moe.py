@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Experts with integer weights and activations quantized to int8."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.quantization.utils import replace_parameter
+
+from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.fused_moe.activation import is_swiglu
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, int8_mlp
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.weights import experts
+from vllm_ascend_ct.weights.pack_quantized import operator_bits
+
+
+class AscendWNA8Experts(AscendExperts):
+    """Activations quantized to int8 per token, by int4 or int8 weights.
+
+    Four launches with SwiGLU. The layer gains `w13_assist` and `w2_assist` where the
+    weights are int4.
+    """
+
+    quantizes_activations = True
+
+    @classmethod
+    def refusal(
+        cls, moe: FusedMoEConfig, bits: int, group_size: int, symmetric: bool
+    ) -> str | None:
+        if reason := cls._common_refusal(moe):
+            return reason
+        if not symmetric:
+            return "int8 activations by weights with zero points"
+        if moe.has_bias:
+            return "int8 activations with biases of experts"
+        limits = current_limits()
+        is_int4 = operator_bits(bits) == 4
+        weight_dtype = torch.int32 if is_int4 else torch.int8
+        mode = limits.grouped_matmul.get((torch.int8, weight_dtype))
+        if mode is None or moe.in_dtype not in mode.by_output:
+            return f"int8 activations by {bits}-bit experts of a {moe.in_dtype} model"
+        for k, n in cls.products(moe).values():
+            if reason := mode.refusal(moe.num_local_experts, k, n, group_size):
+                return f"int8 by {bits}-bit experts of K={k}, N={n}: {reason}"
+        width = moe.intermediate_size_per_partition
+        return limits.dynamic_quant.refusal(moe.in_dtype, width)
+
+    def _is_fused(self, weight_dtype: torch.dtype, group_size: int) -> bool:
+        """Whether the first product gates and quantizes as well."""
+        moe = self.moe_config
+        limits = current_limits().grouped_matmul_swiglu_quant
+        k, n = self.products(moe)["w13"]
+        return (
+            limits is not None
+            and is_swiglu(moe.activation, self.activation_config.clamp_limit)
+            and limits.refusal(weight_dtype, k, n, group_size) is None
+        )
+
+    def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:
+        weight_name, parameter = stored_weight(layer, name)
+        weight = parameter.data
+        scale = getattr(layer, f"{name}_weight_scale").data
+        bits = 8 if weight.dtype == torch.int8 else weight.shape[2] * 32 // k
+        groups = scale.shape[2]
+        is_int4 = operator_bits(bits) == 4
+        weight_dtype = torch.int32 if is_int4 else torch.int8
+        fused = self._is_fused(weight_dtype, k // groups if groups > 1 else 0)
+        if name == "w13":
+            self._fused = fused
+        fused = fused and name == "w13"
+        if is_int4:
+            self._lay_out_int4(layer, name, weight, scale, bits, k, fused)
+            return
+        if weight.dtype != torch.int8:
+            weight = experts.to_int8(weight, bits, k)
+        if fused or ascend_base.prefers_nz():
+            npu_weight = experts.to_nz(experts.transpose_(weight))
+        else:
+            npu_weight = weight.transpose(1, 2)
+        replace_parameter(layer, weight_name, npu_weight)
+        replace_parameter(
+            layer, f"{name}_weight_scale", scale.squeeze(2).to(self._scale_dtype(fused))
+        )
+
+    def _scale_dtype(self, fused: bool) -> torch.dtype:
+        """Dtype of an int8 product's scale."""
+        if fused:
+            return torch.float32
+        mode = current_limits().grouped_matmul[torch.int8, torch.int8]
+        (dtype,) = mode.by_output[self.moe_config.in_dtype].scale
+        assert dtype is not None
+        return dtype
+
+    def _lay_out_int4(
+        self,
+        layer: Any,
+        name: str,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        bits: int,
+        k: int,
+        fused: bool,
+    ) -> None:
+        raw_scale, rounded = experts.to_raw_scale(scale)
+        weight, assist = experts.pack_outputs_(packed, rounded, bits, k)
+        if ascend_base.prefers_nz():
+            weight = experts.to_nz(weight)
+        if fused and raw_scale.shape[1] == 1:
+            raw_scale = raw_scale.squeeze(1)
+        replace_parameter(layer, stored_weight(layer, name)[0], weight)
+        replace_parameter(layer, f"{name}_weight_scale", raw_scale)
+        layer.register_parameter(
+            f"{name}_assist", torch.nn.Parameter(assist, requires_grad=False)
+        )
+
+    def _operands(self, name: str) -> Operands:
+        layer = self._layer
+        return Operands(
+            stored_weight(layer, name)[1],
+            getattr(layer, f"{name}_weight_scale"),
+            bias=getattr(layer, f"{name}_assist", None),
+        )
+
+    def _multiply(
+        self, tokens: SortedTokens, w13: Operands, w2: Operands, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return int8_mlp(
+            tokens.rows,
+            tokens.scale,
+            tokens.counts,
+            w13,
+            w2,
+            dtype,
+            self._activation,
+            self._fused,
+        )

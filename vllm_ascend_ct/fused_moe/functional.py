@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Experts of mixture-of-experts layers as functions of tensors.
+
+Sort tokens by expert, multiply twice, bring the rows back: nothing else, so that any
+quantization tool's method can call them. No loop over experts, and nothing that waits
+for the device.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+_COUNTS = 1
+_DYNAMIC = 1
+# Row-major, and an index may be -1.
+_DROP_PAD_BY_TOKEN = 3
+
+
+class Operands(NamedTuple):
+    """What all experts of a rank multiply by, in one of their two products.
+
+    Attributes:
+        weight: int8 `[E, K, N]`, or int4 packed eight to an int32 along the axis that
+            is contiguous in memory.
+        scale: `[E, N]`, or `[E, G, N]` for groups of K.
+        offset: Like the scale; added to the integers before it.
+        bias: `[E, N]`. Of int8 rows by int4 weights no bias but the assist term of
+            `weights.int4.pack_outputs`.
+
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def is_int4(self) -> bool:
+        return self.weight.dtype == torch.int32
+
+
+class SortedTokens(NamedTuple):
+    """Tokens by expert, each as often as experts chose it.
+
+    Attributes:
+        rows: `[T * top-k, H]`; those behind the last expert's are not written.
+        row_index: int32 `[T * top-k]`, the row of each choice, -1 if it is not here.
+        counts: int64 `[E]`, rows of each expert.
+        scale: fp32 `[T * top-k]` of quantized rows.
+
+    """
+
+    rows: torch.Tensor
+    row_index: torch.Tensor
+    counts: torch.Tensor
+    scale: torch.Tensor
+
+
+def sort_tokens(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    experts: tuple[int, int],
+    num_experts: int,
+    quantize: bool,
+) -> SortedTokens:
+    """Sort tokens by expert, and quantize them to int8. One launch.
+
+    Args:
+        x: `[T, H]` fp16 or bf16.
+        topk_ids: int32 `[T, top-k]`.
+        experts: The first of this rank's experts, and the one behind the last.
+        num_experts: Of all ranks.
+        quantize: Whether to quantize rows, dynamically and symmetric.
+
+    """
+    return SortedTokens(
+        *torch.ops.npu.npu_moe_init_routing_v2(
+            x,
+            topk_ids,
+            expert_num=num_experts,
+            expert_tokens_num_type=_COUNTS,
+            expert_tokens_num_flag=True,
+            quant_mode=_DYNAMIC if quantize else -1,
+            active_expert_range=list(experts),
+        )
+    )
+
+
+def weight_only_mlp(
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    w13: Operands,
+    w2: Operands,
+    activation: Activation | None = None,
+) -> torch.Tensor:
+    """16-bit rows by int8 or int4 experts. Three launches with SwiGLU.
+
+    Args:
+        rows: `[M, H]` fp16 or bf16, sorted by expert.
+        counts: int64 `[E]`.
+        w13: Gate and up in N; scale and offset of the rows' dtype, bias fp32 for bf16
+            rows, fp16 for fp16 rows.
+        w2: Likewise.
+        activation: From `[M, N]` to `[M, I]`; None for SwiGLU.
+
+    Returns:
+        `[M, H]`, dtype of the rows.
+
+    """
+    hidden = _weight_only_product(rows, counts, w13)
+    if activation is None:
+        hidden = torch.ops.npu.npu_swiglu(hidden)
+    else:
+        hidden = activation(hidden)
+    return _weight_only_product(hidden, counts, w2)
+
+
+def _weight_only_product(
+    rows: torch.Tensor, counts: torch.Tensor, experts: Operands
+) -> torch.Tensor:
+    (product,) = torch.ops.npu.npu_grouped_matmul(
+        [rows],
+        [experts.weight],
+        bias=None if experts.bias is None else [experts.bias],
+        antiquant_scale=[experts.scale],
+        antiquant_offset=None if experts.offset is None else [experts.offset],
+        group_list=counts,
+        group_list_type=_COUNTS,
+        group_type=0,
+        split_item=2,
+        output_dtype=rows.dtype,
+    )
+    return product
+
+
+def int8_mlp(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    counts: torch.Tensor,
+    w13: Operands,
+    w2: Operands,
+    dtype: torch.dtype,
+    activation: Activation | None = None,
+    fused: bool = True,
+) -> torch.Tensor:
+    """int8 rows by int8 or int4 experts. Two launches if fused.
+
+    Args:
+        rows: int8 `[M, H]`, sorted by expert.
+        row_scale: fp32 `[M]`.
+        counts: int64 `[E]`.
+        w13: Gate and up in N. int8 has a scale `[E, N]`, fp32 if fused, else as w2, and
+            is in FRACTAL_NZ if fused. int4 is packed along N and contiguous; its scale
+            is fp32 bits in int64, `[E, G, N]`, or per channel `[E, N]` if fused and
+            `[E, 1, N]` if not.
+        w2: int8 with a scale `[E, H]`: bf16 for bf16 results, fp32 for fp16. int4 with
+            a scale `[E, G, H]`, G at least 1.
+        dtype: Of the results, bf16 or fp16.
+        activation: From `[M, N]` to `[M, I]`; None for SwiGLU, if not fused.
+        fused: Whether SwiGLU and the second quantization are fused with the first
+            product.
+
+    Returns:
+        `[M, H]`.
+
+    """
+    if fused:
+        hidden, hidden_scale = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
+            rows,
+            [w13.weight],
+            [w13.scale],
+            row_scale,
+            counts,
+            weight_assist_matrix=None if w13.bias is None else [w13.bias],
+            dequant_mode=int(w13.scale.dim() == 3),
+            # An earlier default is one that the operator itself refuses.
+            dequant_dtype=torch.float32,
+            group_list_type=_COUNTS,
+        )
+    else:
+        hidden = _int8_product(rows, row_scale, counts, w13, dtype)
+        if activation is None:
+            hidden = torch.ops.npu.npu_swiglu(hidden)
+        else:
+            hidden = activation(hidden)
+        hidden, hidden_scale = torch.ops.npu.npu_dynamic_quant(hidden)
+    return _int8_product(hidden, hidden_scale, counts, w2, dtype)
+
+
+def _int8_product(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    counts: torch.Tensor,
+    experts: Operands,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    (product,) = torch.ops.npu.npu_grouped_matmul(
+        [rows],
+        [experts.weight],
+        bias=None if experts.bias is None else [experts.bias],
+        scale=[experts.scale],
+        per_token_scale=[row_scale],
+        group_list=counts,
+        group_list_type=_COUNTS,
+        group_type=0,
+        split_item=2,
+        output_dtype=dtype,
+    )
+    return product
+
+
+def combine(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor | None,
+    all_here: bool,
+) -> torch.Tensor:
+    """Sum the rows of each token. One launch, or with some not here two.
+
+    Args:
+        rows: `[T * top-k, H]` fp16 or bf16, sorted by expert.
+        index: int32 `[T * top-k]`, token-major.
+        weights: `[T, top-k]`; None for one row a token, unweighted.
+        all_here: Whether no index is -1.
+
+    Returns:
+        `[T, H]`, dtype of the rows.
+
+    """
+    if all_here:
+        return torch.ops.npu.npu_moe_token_unpermute(rows, index, weights)
+    top_k = 1
+    if weights is not None:
+        top_k = weights.shape[1]
+        weights = weights.to(rows.dtype)
+    # The operator wants as many experts as choices; it only flattens them.
+    return torch.ops.npu.npu_moe_finalize_routing(
+        rows.unflatten(0, (top_k, -1)),
+        None,
+        None,
+        None,
+        weights,
+        index,
+        None,
+        drop_pad_mode=_DROP_PAD_BY_TOKEN,
+    )

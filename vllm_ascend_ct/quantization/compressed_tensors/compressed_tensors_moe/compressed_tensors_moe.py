@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What upstream's methods for experts are on Ascend."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from compressed_tensors import CompressionFormat
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoEQuantConfig,
+)
+from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.all2all_utils import (
+    maybe_make_prepare_finalize,
+)
+
+from vllm_ascend_ct.compat import UnfinalizedMoEOutput
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
+    ExpertsLoadRecord,
+    Transform,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import refused
+from vllm_ascend_ct.quantization.compressed_tensors.loading import QuantizedShape
+from vllm_ascend_ct.quantization.compressed_tensors.rules import EXPERT_RULES, refusal
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E501
+        CompressedTensorsMoEMethod,
+    )
+
+    _Base = CompressedTensorsMoEMethod
+else:
+    _Base = object
+
+logger = init_logger("vllm.ascend_ct.quantization")
+
+_WORD = 32
+
+
+def get_moe_method(
+    scheme: dict[str, Any], moe: FusedMoEConfig, layer_name: str
+) -> FusedMoEMethodBase:
+    """Choose the method that serves quantized experts.
+
+    Args:
+        scheme: As upstream's `get_scheme_dict` gives it.
+        moe: The layer.
+        layer_name: Its name.
+
+    Raises:
+        UnsupportedCheckpointError: None does.
+
+    """
+    from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a8_int8,
+        compressed_tensors_moe_w8a8_int8,
+        compressed_tensors_moe_wna16,
+    )
+
+    if reason := refusal(scheme, EXPERT_RULES):
+        raise refused(f"Experts with {reason}", layer_name)
+    weights = scheme["weights"]
+    method: type[AscendCTMoEMixin] = compressed_tensors_moe_wna16.AscendCTWNA16MoEMethod
+    if scheme["format"] != CompressionFormat.pack_quantized.value:
+        method = (
+            compressed_tensors_moe_w4a8_int8.AscendCTW4A8Int8MoEMethod
+            if weights.num_bits == 4
+            else compressed_tensors_moe_w8a8_int8.AscendCTW8A8Int8MoEMethod
+        )
+    return method(weights, scheme["input_activations"], moe, layer_name)
+
+
+class AscendCTMoEMixin(_Base):
+    """Goes before an upstream method, of which it uses `create_weights`.
+
+    Upstream's constructors look for experts among those of platforms in tree.
+    """
+
+    experts_cls: Any
+    transform: Transform | None = None
+
+    def __init__(
+        self,
+        weight_quant: QuantizationArgs,
+        input_quant: QuantizationArgs | None,
+        moe: FusedMoEConfig,
+        layer_name: str | None = None,
+    ) -> None:
+        FusedMoEMethodBase.__init__(self, moe)
+        self.weight_quant = weight_quant
+        self.input_quant = input_quant
+        self.layer_name = layer_name
+        self.num_bits = weight_quant.num_bits
+        self.symmetric = weight_quant.symmetric
+        self.strategy = weight_quant.strategy
+        # As upstream's methods have it: -1 for one scale per channel.
+        self.group_size = weight_quant.group_size or -1
+        self.experts_cls = self._choose_experts()
+        self._record: ExpertsLoadRecord | None = None
+
+    def _choose_experts(self) -> type[AscendExperts]:
+        """Choose what computes the layer.
+
+        Raises:
+            UnsupportedCheckpointError: Nothing does.
+
+        """
+        name = f"W{self.num_bits}A{8 if self.input_quant else 16}"
+        if reason := self._size_refusal():
+            raise refused(f"{name} experts: {reason}", self.layer_name)
+        scheme = self.moe, self.num_bits, max(self.group_size, 0), self.symmetric
+        if self.input_quant is not None:
+            reason = "asymmetric activations"
+            if self.input_quant.symmetric:
+                reason = AscendWNA8Experts.refusal(*scheme)
+            if reason is None:
+                logger.info_once("Using AscendWNA8Experts for %s experts.", name)
+                return AscendWNA8Experts
+        if weight_reason := AscendWNA16Experts.refusal(*scheme):
+            raise refused(f"{name} experts: {weight_reason}", self.layer_name)
+        logger.info_once("Using AscendWNA16Experts for %s experts.", name)
+        if self.input_quant is not None:
+            logger.info_once(
+                "%s experts are served as W%dA16, their activations unquantized: %s.",
+                name,
+                self.num_bits,
+                reason,
+            )
+        return AscendWNA16Experts
+
+    def _size_refusal(self) -> str | None:
+        """Why a rank's share of the weights is not whole, or None."""
+        moe = self.moe
+        shards = {
+            "K": (moe.hidden_dim, moe.hidden_dim),
+            "K of the second": (
+                moe.intermediate_size,
+                moe.intermediate_size_per_partition,
+            ),
+        }
+        for name, (size, part) in shards.items():
+            if self.group_size > 0 and part % self.group_size:
+                return (
+                    f"{name} product is {part} a rank, group_size={self.group_size}; "
+                    "supported: whole groups"
+                )
+            if part != size and part * self.num_bits % _WORD:
+                return (
+                    f"{name} product is {part} of {size} a rank, weights.num_bits="
+                    f"{self.num_bits}; supported: ranks that begin with a whole word"
+                )
+            if not self.symmetric and part * self.num_bits % _WORD:
+                return (
+                    f"N={part}, weights.num_bits={self.num_bits}, symmetric=False; "
+                    "supported: shards whose zero points fill whole words"
+                )
+        return None
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self._record = ExpertsLoadRecord(layer, self._shapes(), self.transform)
+        loader = self._record.record(extra_weight_attrs["weight_loader"])
+        super().create_weights(  # type: ignore[safe-super]
+            layer,
+            num_experts,
+            hidden_size,
+            intermediate_size_per_partition,
+            params_dtype,
+            **{**extra_weight_attrs, "weight_loader": loader},
+        )
+
+    def _shapes(self) -> dict[str, QuantizedShape]:
+        """What the tensors of one expert have to look like on disk."""
+        sizes = {"w13": self.moe.hidden_dim, "w2": self.moe.intermediate_size}
+        return {
+            name: QuantizedShape(
+                k=k,
+                bits=self.num_bits,
+                groups=k // self.group_size if self.group_size > 0 else 1,
+            )
+            for name, k in sizes.items()
+        }
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self._record is not None:
+            self._record.check_complete()
+        bias = getattr(layer, "w2_bias", None)
+        if bias is not None and self.moe.tp_rank > 0:
+            # What ranks compute is summed.
+            bias.data.zero_()
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        prepare_finalize = maybe_make_prepare_finalize(
+            moe=self.moe,
+            quant_config=self.moe_quant_config,
+            routing_tables=layer._expert_routing_tables(),
+            allow_new_interface=True,
+            use_monolithic=False,
+        )
+        assert prepare_finalize is not None
+        experts = self.experts_cls(self.moe, self.moe_quant_config)
+        experts.process_weights_after_loading(layer)
+        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
+        defers = getattr(self.moe_kernel, "supports_deferred_moe_finalize", bool)
+        experts.defers_finalize = UnfinalizedMoEOutput is not None and defers()
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
+        # Scales are the layer's parameters; nothing is quantized before the experts.
+        return FusedMoEQuantConfig.make(
+            gemm1_alpha=getattr(layer, "swiglu_alpha", None),
+            gemm1_beta=getattr(layer, "swiglu_beta", None),
+            gemm1_clamp_limit=getattr(layer, "swiglu_limit", None),
+        )
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert self.moe_kernel is not None
+        output: Any = self.moe_kernel.apply(
+            x,
+            stored_weight(layer, "w13")[1],
+            stored_weight(layer, "w2")[1],
+            topk_weights,
+            topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
+        if isinstance(output, torch.Tensor):
+            return output
+        experts: Any = self.moe_kernel.fused_experts
+        weighted = layer.apply_router_weight_on_input
+        result: torch.Tensor = experts.finalize(
+            output.gemm2_permuted,
+            output.expanded_idx_to_permuted_idx,
+            None if weighted else output.expert_weights,
+        )
+        return result
+
+    @property
+    def supports_eplb(self) -> bool:
+        return False

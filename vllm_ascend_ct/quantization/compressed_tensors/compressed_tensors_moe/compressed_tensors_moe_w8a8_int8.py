@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""int8 experts, one value in each int8."""
+
+from typing import Any
+
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
+    CompressedTensorsW8A8Int8MoEMethod,
+)
+
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
+    AscendCTMoEMixin,
+)
+
+
+class AscendCTW8A8Int8MoEMethod(AscendCTMoEMixin, CompressedTensorsW8A8Int8MoEMethod):
+    """Upstream's parameters, with Ascend's experts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.static_input_scales = False

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Checks of what a checkpoint gives for experts, tensor by tensor.
+
+vLLM's loader copies what is smaller than its place into a corner of it, and does not
+notice an expert that is missing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_ascend_ct.errors import UnsupportedCheckpointError, broken_checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.loading import (
+    OPTIONAL,
+    QuantizedShape,
+    is_filled_by_loader,
+)
+
+# The shards of each parameter, as vLLM calls gate, down and up.
+_SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
+Transform = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+class ExpertsLoadRecord:
+    """What a layer's weight loader was given, and what has to come."""
+
+    def __init__(
+        self,
+        layer: Any,
+        shapes: dict[str, QuantizedShape],
+        transform: Transform | None = None,
+    ) -> None:
+        """Begin to record.
+
+        Args:
+            layer: The layer.
+            shapes: Of the tensors of one shard, by the prefix of their parameters.
+            transform: Changes a tensor, whose kind it is told, before it is loaded.
+
+        """
+        self.layer = layer
+        self._shapes = shapes
+        self._transform = transform
+        self._seen: dict[str, set[tuple[int, str]]] = {}
+        self._loader: Callable[..., Any] | None = None
+        # While the layer is built; there may be no config when it is processed.
+        self._is_filled = is_filled_by_loader()
+
+    def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a layer's weight loader so that it checks and records."""
+
+        @functools.wraps(weight_loader)
+        def load(
+            param: torch.Tensor,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> Any:
+            name = self._name(param)
+            kind = name.partition("_")[2]
+            local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if local >= 0:
+                reason = self._fault(kind, shard_id, loaded_weight)
+                if reason is None and self._transform is not None:
+                    loaded_weight, reason = self._transformed(kind, loaded_weight)
+                if reason is not None:
+                    raise self._refused(kind, shard_id, expert_id, reason)
+                self._seen.setdefault(name, set()).add((local, shard_id))
+            try:
+                return weight_loader(
+                    param,
+                    loaded_weight,
+                    weight_name,
+                    shard_id,
+                    expert_id,
+                    return_success=return_success,
+                )
+            except (RuntimeError, ValueError, IndexError) as error:
+                reason = f"does not fit {list(param.shape)}: {error}"
+                raise self._refused(kind, shard_id, expert_id, reason) from error
+
+        self._loader = load
+        return load
+
+    def check_complete(self) -> None:
+        """Refuse a layer of which tensors were missing, and start anew.
+
+        Raises:
+            UnsupportedCheckpointError: Names the tensor.
+
+        """
+        seen, self._seen = self._seen, {}
+        if not seen and not self._is_filled:
+            return
+        experts = range(self.layer.local_num_experts)
+        for name, param in self.layer.named_parameters(recurse=False):
+            prefix, _, kind = name.partition("_")
+            if kind in OPTIONAL or getattr(param, "weight_loader", 0) != self._loader:
+                continue
+            given = seen.get(name, set())
+            for shard in _SHARDS[prefix]:
+                missing = [e for e in experts if (e, shard) not in given]
+                if missing:
+                    raise self._refused(kind, shard, missing[0], "is missing")
+
+    def _name(self, param: torch.Tensor) -> str:
+        for name, value in self.layer.named_parameters(recurse=False):
+            if value is param:
+                return str(name)
+        return "parameter"
+
+    def _fault(self, kind: str, shard: str, tensor: torch.Tensor) -> str | None:
+        moe = self.layer.moe_config
+        prefix = "w2" if shard == "w2" else "w13"
+        rows = moe.hidden_dim if shard == "w2" else moe.intermediate_size
+        return self._shapes[prefix].fault(kind, tensor, rows)
+
+    def _transformed(
+        self, kind: str, tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, str | None]:
+        assert self._transform is not None
+        try:
+            return self._transform(kind, tensor), None
+        except ValueError as error:
+            return tensor, str(error)
+
+    def _refused(
+        self, kind: str, shard: str, expert: int, reason: str
+    ) -> UnsupportedCheckpointError:
+        layer = self.layer
+        names = {
+            "w1": getattr(layer, "ckpt_gate_proj_name", "gate_proj"),
+            "w2": getattr(layer, "ckpt_down_proj_name", "down_proj"),
+            "w3": getattr(layer, "ckpt_up_proj_name", "up_proj"),
+        }
+        tensor = f"{expert}.{names.get(shard, shard)}.{kind}"
+        return broken_checkpoint(
+            f"The checkpoint's {tensor} {reason}",
+            f"layer {layer.layer_name}, tensor {tensor}",
+        )

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Comparing what a config says of the parts of one layer."""
+
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationArgs
+
+# How the integers were found, and in which order, does not change what they mean.
+_NOT_ESSENTIAL = {"observer", "observer_kwargs", "actorder"}
+
+
+def difference(
+    part: str, scheme: dict[str, Any] | None, other: dict[str, Any] | None
+) -> str:
+    """What of a shard's scheme is not like the other's."""
+    if scheme is None:
+        return f"{part} not at all"
+    if other is None:
+        return f"{part} as {scheme['format']}"
+    for kind, args in scheme.items():
+        if args != other.get(kind):
+            others = other.get(kind)
+            if isinstance(args, dict) and isinstance(others, dict):
+                args = {key: args[key] for key in args if args[key] != others[key]}
+            return f"{part} {kind}={args}"
+    return part
+
+
+def essence(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What of a scheme has to be the same for shards of one layer."""
+    return scheme and {
+        key: value.model_dump(exclude=_NOT_ESSENTIAL)
+        if isinstance(value, QuantizationArgs)
+        else value
+        for key, value in scheme.items()
+    }
