@@ -24,8 +24,8 @@ CHECKPOINTS = Path("build/checkpoints")
 COLUMNS = {
     "eager": ("ascend_ct", ["--eager"]),
     "compiled": ("ascend_ct", []),
-    "tp2": ("ascend_ct", ["--tp", "2"]),
-    "tp2 eager": ("ascend_ct", ["--tp", "2", "--eager"]),
+    "tp2": ("ascend_ct", ["--ranks", "2"]),
+    "tp2 eager": ("ascend_ct", ["--ranks", "2", "--eager"]),
     "cpu eager": ("", ["--eager"]),
     "cpu compiled": ("", []),
 }
@@ -50,7 +50,7 @@ def run_column(column: str, checkpoints: list[Path]) -> dict[str, list[float] | 
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
-    if "--tp" in arguments:
+    if "--ranks" in arguments:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = two_ranks()
     else:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

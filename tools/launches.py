@@ -6,8 +6,9 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Change metadata only.
-_VIEWS = {"view", "_unsafe_view", "t", "transpose", "unsqueeze", "expand", "alias"}
+# Change metadata only, or only allocate.
+_FREE = {"view", "_unsafe_view", "t", "transpose", "unsqueeze", "expand", "alias"}
+_FREE |= {"slice", "empty", "empty_like", "new_empty"}
 
 
 class Launches(TorchDispatchMode):
@@ -20,6 +21,6 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func.overloadpacket.__name__ not in _VIEWS:
+        if func.overloadpacket.__name__ not in _FREE:
             self.names.append(str(func.overloadpacket))
         return func(*args, **(kwargs or {}))

@@ -43,21 +43,27 @@ def reference(checkpoint: Path) -> list[float]:
     )
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from tools import tiny_moe
     from tools.dequantize import dequantized_state
 
     config = AutoConfig.from_pretrained(checkpoint)
-    quantization = dict(config.quantization_config)
+    quantization = tiny_moe.quantization_in_model(config)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if tiny_moe.is_moe(config):
+        model = tiny_moe.new_model(config, torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     quantization["config_groups"] = {
         name: {**group, "weights": None}
         for name, group in quantization["config_groups"].items()
         if group["input_activations"]
     }
     apply_quantization_config(model, QuantizationConfig.model_validate(quantization))
-    missing, unexpected = model.load_state_dict(
-        dequantized_state(checkpoint), strict=False
-    )
+    state = {
+        tiny_moe.in_model(name, config.model_type): tensor
+        for name, tensor in dequantized_state(checkpoint).items()
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert all(name == "lm_head.weight" or "zero_point" in name for name in missing)
     model.tie_weights()
@@ -69,9 +75,15 @@ def reference(checkpoint: Path) -> list[float]:
 
 
 def served(
-    checkpoint: Path, *, eager: bool = True, tensor_parallel_size: int = 1
+    checkpoint: Path, *, eager: bool = True, ranks: int = 1, experts: bool = False
 ) -> list[float]:
     """What vLLM says, on the platform of this process.
+
+    Args:
+        checkpoint: The model.
+        eager: Whether not to compile it.
+        ranks: To split it over.
+        experts: Whether ranks have whole experts.
 
     Returns:
         As `reference`.
@@ -85,7 +97,8 @@ def served(
         str(checkpoint),
         max_model_len=LENGTH + 12,
         enforce_eager=eager,
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=experts,
         distributed_executor_backend="uni" if in_process else None,
         disable_log_stats=True,
     )
@@ -117,13 +130,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--ranks", type=int, default=1, help="to split a model over")
+    parser.add_argument("--experts", action="store_true", help="ranks have whole ones")
     arguments = parser.parse_args()
     results: dict[str, list[float] | str] = {}
     for checkpoint in arguments.checkpoints:
         try:
             results[checkpoint.name] = served(
-                checkpoint, eager=arguments.eager, tensor_parallel_size=arguments.tp
+                checkpoint,
+                eager=arguments.eager,
+                ranks=arguments.ranks,
+                experts=arguments.experts,
             )
         except Exception as error:
             results[checkpoint.name] = f"{type(error).__name__}: {error}"

@@ -25,9 +25,9 @@ from compressed_tensors.quantization import (
     disable_quantization,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tools import tiny_model
+from tools import tiny_model, tiny_moe
 
 DEFAULT_BASE = Path("build/tiny-model")
 
@@ -267,7 +267,8 @@ def make(
         print(f"Training the model to quantize, once, into {base}")
         tiny_model.make(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    moe = tiny_moe.is_moe(AutoConfig.from_pretrained(base))
+    model = (tiny_moe.load if moe else _load)(base, dtype)
     if tied:
         model.config.tie_word_embeddings = True
         model.lm_head.weight = model.get_input_embeddings().weight
@@ -277,9 +278,19 @@ def make(
     compressor = compress(model)
     if tied:
         del model.lm_head.weight
-    model.save_pretrained(out)
+    (tiny_moe.save if moe else _save)(model, out)
     tokenizer.save_pretrained(out)
     compressor.update_config(str(out))
+    if moe:
+        tiny_moe.adapt_config(out, ignore)
+
+
+def _load(base: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+
+
+def _save(model: Any, out: Path) -> None:
+    model.save_pretrained(out)
 
 
 def main() -> None:

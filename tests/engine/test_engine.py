@@ -153,7 +153,15 @@ def test_two_ranks(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": two_ranks(),
     }
-    command = [sys.executable, "-m", "tools.logprobs", str(out), str(path), "--tp", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.logprobs",
+        str(out),
+        str(path),
+        "--ranks",
+        "2",
+    ]
     subprocess.run(command, env=environment, check=True)
     logprobs = json.loads(out.read_text())[path.name]
     assert isinstance(logprobs, list), logprobs

@@ -138,7 +138,10 @@ def a16w8(**kwargs: Any) -> Call:
         (lambda: a8w8(tuning_config=[1]), "tuning_config"),
         (lambda: a16w8(antiquant_offset=None), "antiquant_offset is missing"),
         (lambda: a16w8(per_token_scale=[torch.ones(9)]), "per_token_scale is float32"),
-        (lambda: grouped_call(BF16, INT8, BF16, 64), "group_size=64; supported: per ch"),
+        (
+            lambda: grouped_call(BF16, INT8, BF16, 64),
+            "group_size=64; supported: per",
+        ),
         (lambda: grouped_call(BF16, INT4, BF16, 51, 510), "group_size=51; .* even"),
         (lambda: grouped_call(BF16, INT4, BF16, 100), "group_size=103 of .* whole"),
         (lambda: a8w4(group_list_type=0), r"group_list_type=0; supported: \(1,\)"),

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Every scheme through upstream's experts and loaders, against float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
+    MoEPrepareAndFinalizeNoDPEPModular,
+)
+
+from tests.formula import relative_error
+from tests.layers.quantized_experts import Sizes, load, routing, run
+from tests.layers.quantized_layers import activations
+from tools.launches import Launches
+from tools.make_checkpoint import SCHEMES
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
+    AscendCTW4A8Int8MoEMethod,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
+    AscendCTW8A8Int8MoEMethod,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
+    AscendCTWNA16MoEMethod,
+)
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+SIZES = {
+    "8-experts": Sizes(8, hidden=512, intermediate=256, top_k=2),
+    "32-experts": Sizes(32, hidden=256, intermediate=768, top_k=8),
+    "top-1": Sizes(4, hidden=256, intermediate=512, top_k=1),
+    "odd": Sizes(5, hidden=320, intermediate=192, top_k=3),
+}
+BATCHES = (1, 7, 512)
+# Against float64 that rounds weights, products and gate to 16 bits, as operators of 16
+# bits have to: what is left is the rounding of the sum.
+WEIGHT_ONLY_TOLERANCE = 3e-3
+# Against plain float64: five roundings in a row more, of which those of gate and up
+# multiply.
+ROUNDINGS = {BF16: 6e-3, FP16: 8e-4}
+INT8_TOLERANCE = 1e-2
+
+SERVED = [
+    scheme
+    for scheme, args in SCHEMES.items()
+    if args.output_activations is None
+    and "static" not in scheme
+    and "tensor" not in scheme
+    and not (scheme.startswith(("w5", "w6", "w7", "w8")) and "-g" in scheme)
+]
+REFUSED = {
+    "w8a16-g128": "8-bit experts of K=512, N=512: group_size=128; supported: per chan",
+    "w5a16-g64-asym": "5-bit experts .*: group_size=64; supported: per channel",
+    "w8a8-g128-packed": "8-bit experts .*: group_size=128; supported: per channel",
+    "w8a8-tensor-dynamic": "weights.strategy=tensor; supported for .*: channel",
+    "w8a8-channel-static": "int8 inputs, static per tensor; supported: no activation",
+    "w4a8o8-channel": "int8 inputs and outputs, static per tensor, symmetric; supp",
+}
+
+
+def is_weight_only(scheme: str) -> bool:
+    """Whether the activations stay in 16 bits."""
+    args = SCHEMES[scheme]
+    if args.input_activations is None:
+        return True
+    groups = args.weights.group_size not in (None, 256)
+    return groups or not (args.weights.symmetric and args.input_activations.symmetric)
+
+
+def sizes_of(scheme: str) -> list[str]:
+    """Sizes whose inputs are whole groups; all of them for some schemes."""
+    group_size = SCHEMES[scheme].weights.group_size or 1
+    names = [
+        name
+        for name, sizes in SIZES.items()
+        if sizes.hidden % group_size == sizes.intermediate % group_size == 0
+    ]
+    representative = ("w4a16-g32", "w4a16-g64-asym", "w8a16-channel", "w4a8-channel")
+    representative += ("w8a8-channel-dynamic", "w4a8-g256")
+    return names if scheme in representative else names[:1]
+
+
+def method_of(scheme: str) -> type:
+    args = SCHEMES[scheme]
+    if args.input_activations is None or args.format == "pack-quantized":
+        return AscendCTWNA16MoEMethod
+    if args.weights.num_bits == 4:
+        return AscendCTW4A8Int8MoEMethod
+    return AscendCTW8A8Int8MoEMethod
+
+
+def inputs(formula: Any, tokens: int, sizes: Sizes, dtype: torch.dtype) -> torch.Tensor:
+    x: torch.Tensor = formula.without_ties(activations(tokens, sizes.hidden, dtype))
+    return x
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "size"), [(s, size) for s in SERVED for size in sizes_of(s)]
+)
+def test_output_is_the_formula(scheme: str, size: str, dtype: torch.dtype) -> None:
+    sizes, weight_only = SIZES[size], is_weight_only(scheme)
+    runner, formula = load(sizes, scheme, dtype, weight_only)
+    method = runner.routed_experts.quant_method
+    assert type(method) is method_of(scheme)
+    experts = AscendWNA16Experts if weight_only else AscendWNA8Experts
+    assert type(method.moe_kernel.fused_experts) is experts
+    prepare = method.moe_kernel.prepare_finalize
+    assert type(prepare) is MoEPrepareAndFinalizeNoDPEPModular
+    for batch in BATCHES:
+        x = inputs(formula, batch, sizes, dtype)
+        routed = routing(sizes, batch, seed=batch)
+        y = run(runner, x, routed)
+        assert y.dtype == dtype and y.shape == x.shape
+        expected = formula(x, *routed)
+        if not weight_only:
+            assert relative_error(y, expected) < INT8_TOLERANCE
+            continue
+        rounded = formula.rounded(dtype)(x, *routed)
+        assert relative_error(y, rounded) < WEIGHT_ONLY_TOLERANCE
+        assert relative_error(y, expected) < ROUNDINGS[dtype]
+
+
+@pytest.mark.parametrize("scheme", REFUSED)
+def test_refused(scheme: str) -> None:
+    with pytest.raises(UnsupportedCheckpointError, match=REFUSED[scheme]):
+        load(SIZES["8-experts"], scheme, BF16)
+
+
+GATES = {
+    "gelu": lambda gate, up: torch.nn.functional.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: (
+        torch.nn.functional.gelu(gate, approximate="tanh") * up
+    ),
+    "swiglustep": lambda gate, up: (
+        torch.nn.functional.silu(gate).clamp(max=7) * up.clamp(-7, 7)
+    ),
+}
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a8-channel-dynamic", "w4a8-g256"])
+@pytest.mark.parametrize("activation", GATES)
+def test_other_activations(scheme: str, activation: str) -> None:
+    sizes = SIZES["8-experts"]
+    runner, formula = load(sizes, scheme, FP16, activation=activation)
+    x, routed = inputs(formula, 64, sizes, FP16), routing(sizes, 64)
+    expected = formula(x, *routed, activation=GATES[activation])
+    tolerance = INT8_TOLERANCE if "a8" in scheme else 2 * ROUNDINGS[FP16]
+    assert relative_error(run(runner, x, routed), expected) < tolerance
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a8-channel-dynamic"])
+def test_clamped_swiglu(scheme: str) -> None:
+    sizes = SIZES["8-experts"]
+    runner, formula = load(sizes, scheme, FP16, swiglu_limit=0.5)
+
+    def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.clamp(max=0.5), up.clamp(-0.5, 0.5)
+        return torch.nn.functional.silu(gate) * up
+
+    x, routed = inputs(formula, 64, sizes, FP16), routing(sizes, 64)
+    expected = formula(x, *routed, activation=gate)
+    tolerance = INT8_TOLERANCE if "a8" in scheme else 2 * ROUNDINGS[FP16]
+    assert relative_error(run(runner, x, routed), expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16-g32", "w8a16-channel-asym", "w4a8-channel", "w8a8-channel-dynamic"],
+)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_biases_and_interleaved_gates(scheme: str, dtype: torch.dtype) -> None:
+    """As gpt-oss has them; int8 activations would need a bias of another kind."""
+    sizes = SIZES["8-experts"]
+    runner, formula = load(
+        sizes, scheme, dtype, weight_only=True, has_bias=True, activation="swigluoai"
+    )
+    experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+    assert type(experts) is AscendWNA16Experts
+    x, routed = inputs(formula, 64, sizes, dtype), routing(sizes, 64)
+
+    def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        # Rows of gate and up alternate in what is loaded as gate, then up.
+        rows = torch.cat((gate, up), dim=-1)
+        gate, up = rows[..., ::2].clamp(max=7), rows[..., 1::2].clamp(-7, 7)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+    expected = formula(x, *routed, activation=gate)
+    assert relative_error(run(runner, x, routed), expected) < 2 * ROUNDINGS[dtype]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a8-channel-dynamic"])
+def test_router_weight_on_input(scheme: str) -> None:
+    sizes = SIZES["top-1"]
+    runner, formula = load(sizes, scheme, FP16, apply_router_weight_on_input=True)
+    x, (_, ids) = activations(64, sizes.hidden, FP16), routing(sizes, 64)
+    weights = torch.rand(64, 1) + 0.5
+    weighted = x * weights.to(FP16)
+    expected = formula(weighted, torch.ones(64, 1), ids)
+    tolerance = INT8_TOLERANCE if "a8" in scheme else ROUNDINGS[FP16]
+    assert relative_error(run(runner, x, (weights, ids)), expected) < tolerance
+
+
+SORT, BACK = "npu.npu_moe_init_routing_v2", "npu.npu_moe_token_unpermute"
+PRODUCT, FUSED = "npu.npu_grouped_matmul", "npu.npu_grouped_matmul_swiglu_quant_v2"
+LAUNCHES = {
+    "w8a8-channel-dynamic": [SORT, FUSED, PRODUCT, BACK],
+    "w8a8-channel-packed": [SORT, FUSED, PRODUCT, BACK],
+    "w4a8-channel": [SORT, FUSED, PRODUCT, BACK],
+    "w4a8-g256": [SORT, FUSED, PRODUCT, BACK],
+    "w4a16-g32": [SORT, PRODUCT, "npu.npu_swiglu", PRODUCT, BACK],
+    "w4a16-g128-asym": [SORT, PRODUCT, "npu.npu_swiglu", PRODUCT, BACK],
+    "w8a16-channel": [SORT, PRODUCT, "npu.npu_swiglu", PRODUCT, BACK],
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("scheme", LAUNCHES)
+def test_launches(scheme: str, dtype: torch.dtype) -> None:
+    sizes = SIZES["8-experts"]
+    runner, formula = load(sizes, scheme, dtype)
+    x, routed = inputs(formula, 5, sizes, dtype), routing(sizes, 5)
+    run(runner, x, routed)
+    with Launches() as launches:
+        run(runner, x, routed)
+    assert launches.names == LAUNCHES[scheme]
+
+
+def test_symmetric_experts_keep_no_offsets() -> None:
+    """But for int8 weights, whose operator asks for some: all layers share them."""
+    sizes = SIZES["8-experts"]
+    int4, int8 = (
+        load(sizes, scheme, BF16)[0].routed_experts
+        for scheme in ("w4a16-g32", "w8a16-channel")
+    )
+    assert not [name for name, _ in int4.named_buffers() if "zero" in name]
+    zeros = [int8.w13_zero_offset, int8.w2_zero_offset]
+    other = load(sizes, "w8a16-channel", BF16)[0].routed_experts
+    zeros += [other.w13_zero_offset, other.w2_zero_offset]
+    assert len({zero.untyped_storage().data_ptr() for zero in zeros}) == 1
+    assert not any(zero.any() for zero in zeros)
