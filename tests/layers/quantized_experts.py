@@ -15,9 +15,36 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
-from tools.make_checkpoint import compress, prepare
+from tools.make_checkpoint import SCHEMES, compress, prepare
 
 PREFIX = "model.layers.0.mlp.experts"
+
+BF16, FP16 = torch.bfloat16, torch.float16
+# Against float64 that rounds weights, products and gate to 16 bits, as operators of 16
+# bits have to: what is left is the rounding of the sum.
+WEIGHT_ONLY_TOLERANCE = 3e-3
+# Against plain float64: five roundings in a row more, of which those of gate and up
+# multiply.
+ROUNDINGS = {BF16: 6e-3, FP16: 8e-4}
+INT8_TOLERANCE = 1e-2
+
+SERVED = [
+    scheme
+    for scheme, args in SCHEMES.items()
+    if args.output_activations is None
+    and "static" not in scheme
+    and "tensor" not in scheme
+    and not (scheme.startswith(("w5", "w6", "w7", "w8")) and "-g" in scheme)
+]
+
+
+def is_weight_only(scheme: str) -> bool:
+    """Whether the activations stay in 16 bits."""
+    args = SCHEMES[scheme]
+    if args.input_activations is None:
+        return True
+    groups = args.weights.group_size not in (None, 256)
+    return groups or not (args.weights.symmetric and args.input_activations.symmetric)
 
 
 @dataclass(frozen=True)
@@ -133,8 +160,13 @@ def tensors_of(modules: torch.nn.ModuleDict) -> Iterator[tuple[str, torch.Tensor
 
 
 def build(sizes: Sizes, config: Any, dtype: torch.dtype, **options: Any) -> Any:
-    """Build upstream's layer."""
+    """Build upstream's layer over a quantization config as it is in a checkpoint."""
     made = get_quantization_config("compressed-tensors").from_config(config)
+    return build_with(sizes, made, dtype, **options)
+
+
+def build_with(sizes: Sizes, made: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """Build upstream's layer."""
     get_current_vllm_config().compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(dtype):
         return FusedMoEFactory(

@@ -11,8 +11,19 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
 )
 
 from tests.formula import relative_error
-from tests.layers.quantized_experts import Sizes, load, routing, run
-from tests.layers.quantized_layers import activations
+from tests.layers.quantized_experts import (
+    INT8_TOLERANCE,
+    ROUNDINGS,
+    SERVED,
+    WEIGHT_ONLY_TOLERANCE,
+    Sizes,
+    build_with,
+    is_weight_only,
+    load,
+    routing,
+    run,
+)
+from tests.layers.quantized_layers import activations, config_of
 from tools.launches import Launches
 from tools.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
@@ -38,22 +49,6 @@ SIZES = {
     "odd": Sizes(5, hidden=320, intermediate=192, top_k=3),
 }
 BATCHES = (1, 7, 512)
-# Against float64 that rounds weights, products and gate to 16 bits, as operators of 16
-# bits have to: what is left is the rounding of the sum.
-WEIGHT_ONLY_TOLERANCE = 3e-3
-# Against plain float64: five roundings in a row more, of which those of gate and up
-# multiply.
-ROUNDINGS = {BF16: 6e-3, FP16: 8e-4}
-INT8_TOLERANCE = 1e-2
-
-SERVED = [
-    scheme
-    for scheme, args in SCHEMES.items()
-    if args.output_activations is None
-    and "static" not in scheme
-    and "tensor" not in scheme
-    and not (scheme.startswith(("w5", "w6", "w7", "w8")) and "-g" in scheme)
-]
 REFUSED = {
     "w8a16-g128": "8-bit experts of K=512, N=512: group_size=128; supported: per chan",
     "w5a16-g64-asym": "5-bit experts .*: group_size=64; supported: per channel",
@@ -62,15 +57,6 @@ REFUSED = {
     "w8a8-channel-static": "int8 inputs, static per tensor; supported: no activation",
     "w4a8o8-channel": "int8 inputs and outputs, static per tensor, symmetric; supp",
 }
-
-
-def is_weight_only(scheme: str) -> bool:
-    """Whether the activations stay in 16 bits."""
-    args = SCHEMES[scheme]
-    if args.input_activations is None:
-        return True
-    groups = args.weights.group_size not in (None, 256)
-    return groups or not (args.weights.symmetric and args.input_activations.symmetric)
 
 
 def sizes_of(scheme: str) -> list[str]:
@@ -131,6 +117,41 @@ def test_output_is_the_formula(scheme: str, size: str, dtype: torch.dtype) -> No
 def test_refused(scheme: str) -> None:
     with pytest.raises(UnsupportedCheckpointError, match=REFUSED[scheme]):
         load(SIZES["8-experts"], scheme, BF16)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sizes", "reason"),
+    [
+        ("w5a16-channel-asym", Sizes(4, 256, 520, 2), "N=520, .* fill whole words"),
+        ("w4a16-channel", Sizes(4, 256, 252, 2), "K=252; supported for int4: mult"),
+        ("w4a16-g32", Sizes(1025, 32, 32, 2), "1025 experts; supported: 1 to 1024"),
+        ("w4a16-g128", Sizes(4, 256, 320, 2), "320 a rank, group_size=128; .*whole"),
+    ],
+)
+def test_sizes_are_refused_before_loading(
+    scheme: str, sizes: Sizes, reason: str
+) -> None:
+    config = config_of("Linear", scheme)
+    with pytest.raises(UnsupportedCheckpointError, match=reason):
+        build_with(sizes, config, BF16)
+
+
+def test_chip_without_quantized_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    with pytest.raises(UnsupportedCheckpointError, match="no product of quantized"):
+        build_with(SIZES["8-experts"], config_of("Linear", "w8a16-channel"), FP16)
+
+
+def test_chip_without_fused_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    sizes = SIZES["8-experts"]
+    runner, formula = load(sizes, "w8a8-channel-dynamic", BF16)
+    x, routed = inputs(formula, 64, sizes, BF16), routing(sizes, 64)
+    with Launches() as launches:
+        y = run(runner, x, routed)
+    assert relative_error(y, formula(x, *routed)) < INT8_TOLERANCE
+    unfused = [PRODUCT, "npu.npu_swiglu", "npu.npu_dynamic_quant", PRODUCT]
+    assert launches.names == [SORT, *unfused, BACK]
 
 
 GATES = {

@@ -107,17 +107,15 @@ class AscendExperts(mk.FusedMoEExpertsModular):
 
     def _place(self, expert_map: torch.Tensor | None) -> None:
         """Find out which experts are here: a range, or a table to look them up in."""
-        self._layer.local_expert_ids = None
-        if expert_map is None:
-            return
-        here = (expert_map >= 0).nonzero().flatten()
-        count = len(here)
-        if int(here[-1]) - int(here[0]) + 1 == count:
+        local_ids = None
+        if expert_map is not None:
+            here = (expert_map >= 0).nonzero().flatten()
             self._experts = int(here[0]), int(here[-1]) + 1
-            return
-        # Those of other ranks are behind the last.
-        local = torch.where(expert_map >= 0, expert_map, count).to(torch.int32)
-        self._layer.register_buffer("local_expert_ids", local, persistent=False)
+            if self._experts[1] - self._experts[0] > len(here):
+                # Those of other ranks are behind the last.
+                self._experts = 0, len(here)
+                local_ids = torch.where(expert_map >= 0, expert_map, len(here)).int()
+        self._layer.register_buffer("local_expert_ids", local_ids, persistent=False)
 
     def apply(
         self,
