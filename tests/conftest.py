@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools import make_checkpoint
+from tools import make_checkpoint, tiny_moe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +41,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             known[key] = directory / str(len(known))
             make_checkpoint.make(known[key], recipe, **options)
         return known[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make a model of `tools.tiny_moe`, once a session."""
+    directory = tmp_path_factory.mktemp("moe-models")
+
+    def make(name: str) -> Path:
+        if not (directory / name).exists():
+            tiny_moe.make(directory / name, name)
+        return directory / name
 
     return make
 

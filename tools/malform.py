@@ -4,14 +4,15 @@
 
     python -m tools.malform CHECKPOINT OUT
 
-Writes a copy of the checkpoint for each kind in `KINDS`. CHECKPOINT is one of `RECIPE`.
+Writes a copy of the checkpoint for each kind in `KINDS`. CHECKPOINT is one of `RECIPE`;
+with --experts, one of `EXPERTS_RECIPE`, and the kinds are `EXPERT_KINDS`.
 """
 
 import argparse
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ PACKED = "model.layers.0.self_attn.k_proj"
 STATIC = "model.layers.0.mlp.down_proj"
 INT4_IN_INT8 = "model.layers.1.self_attn.o_proj"
 THREE_BITS = "model.layers.1.mlp.gate_proj"
+# A tiny mixture of experts.
+EXPERTS_RECIPE = {
+    "re:.*layers.0.mlp.experts.*_proj": "w4a16-g32-asym",
+    "re:.*layers.1.mlp.experts.*_proj": "w8a8-channel-dynamic",
+    "re:.*self_attn.*_proj": "w4a16-g32",
+}
+PACKED_EXPERT = "model.layers.0.mlp.experts.5.up_proj"
+PACKED_DOWN = "model.layers.0.mlp.experts.7.down_proj"
+INT8_EXPERT = "model.layers.1.mlp.experts.0.gate_proj"
 WEIGHTS = "model.safetensors"
 
 Tensors = dict[str, torch.Tensor]
@@ -283,6 +293,79 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def _remove_expert(tensors: Tensors) -> None:
+    """Take one expert's projection."""
+    for kind in ("packed", "scale", "zero_point", "shape"):
+        tensors.pop(f"{PACKED_EXPERT}.weight_{kind}")
+
+
+def _as_bfloat16(tensors: Tensors) -> None:
+    """Leave one expert's projection unquantized."""
+    _remove_expert(tensors)
+    weight = torch.zeros(256, 256, dtype=torch.bfloat16)
+    tensors[f"{PACKED_EXPERT}.weight"] = weight
+
+
+EXPERT_KINDS: dict[str, Kind] = {
+    "expert-missing": Kind("5.up_proj", tensors=_remove_expert),
+    "expert-packed-missing": missing(PACKED_EXPERT, "weight_packed"),
+    "expert-scale-missing": missing(PACKED_EXPERT, "weight_scale"),
+    "expert-zero-point-missing": missing(PACKED_DOWN, "weight_zero_point"),
+    "expert-int8-missing": missing(INT8_EXPERT, "weight"),
+    "expert-int8-scale-missing": replace(
+        missing(INT8_EXPERT, "weight_scale"), names="0.gate_proj"
+    ),
+    "expert-not-quantized": Kind("weight", tensors=_as_bfloat16),
+    "expert-packed-rows-fewer": changed(
+        PACKED_EXPERT, "weight_packed", lambda t: t[:-8]
+    ),
+    "expert-packed-words-fewer": changed(
+        PACKED_DOWN, "weight_packed", lambda t: t[:, :-1]
+    ),
+    "expert-more-bits": changed(
+        PACKED_EXPERT, "weight_packed", lambda t: t.repeat(1, 2)
+    ),
+    "expert-packed-int64": changed(PACKED_EXPERT, "weight_packed", lambda t: t.long()),
+    "expert-groups-fewer": changed(PACKED_EXPERT, "weight_scale", lambda t: t[:, ::4]),
+    "expert-groups-fewer-down": changed(
+        PACKED_DOWN, "weight_scale", lambda t: t[:, :-1]
+    ),
+    "expert-scale-nan": filled(PACKED_DOWN, "weight_scale", float("nan")),
+    "expert-scale-zero": filled(INT8_EXPERT, "weight_scale", 0.0),
+    "expert-zero-point-fewer": changed(
+        PACKED_EXPERT, "weight_zero_point", lambda t: t[:-1]
+    ),
+    "expert-shape-lies": changed(PACKED_EXPERT, "weight_shape", lambda t: t + 8),
+    "expert-int8-is-bfloat16": changed(INT8_EXPERT, "weight", lambda t: t.bfloat16()),
+    "expert-int8-transposed": changed(INT8_EXPERT, "weight", lambda t: t[:, :-8]),
+    "expert-index-of-groups": added(
+        f"{PACKED_EXPERT}.weight_g_idx", torch.zeros(256, dtype=torch.int32)
+    ),
+    "config-symmetric": group(1, "weights", "weight_zero_point", symmetric=True),
+    "config-other-group-size": group(1, "weights", "weight_scale", group_size=128),
+    "config-more-bits": group(
+        1, "weights", "weight_packed", num_bits=8, strategy="channel", group_size=None
+    ),
+    "config-fewer-bits": group(1, "weights", "weight_packed", num_bits=2),
+    "config-static-inputs": group(
+        2, "input_activations", "static", dynamic=False, strategy="tensor"
+    ),
+    "config-int8-per-tensor": group(2, "weights", "strategy=tensor", strategy="tensor"),
+    "config-projections-differ": Kind(
+        "up_proj not at all",
+        config=lambda config: config["config_groups"]["group_1"].update(
+            targets=["re:.*layers.0.mlp.experts.*(gate|down)_proj"]
+        ),
+    ),
+    "config-expert-ignored": Kind(
+        "ignore",
+        config=lambda config: config["ignore"].append(
+            "re:.*layers.1.mlp.experts.*_proj"
+        ),
+    ),
+}
+
+
 def malform(checkpoint: Path, kind: Kind, out: Path) -> None:
     """Write a copy of a checkpoint that is broken in one way."""
     shutil.copytree(checkpoint, out)
@@ -304,10 +387,12 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--experts", action="store_true")
     arguments = parser.parse_args()
-    for name, kind in KINDS.items():
+    kinds = EXPERT_KINDS if arguments.experts else KINDS
+    for name, kind in kinds.items():
         malform(arguments.checkpoint, kind, arguments.out / name)
-    print(f"Wrote {len(KINDS)} checkpoints to {arguments.out}")
+    print(f"Wrote {len(kinds)} checkpoints to {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ from vllm.model_executor.model_loader.utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from tools import tiny_moe
 from tools.malform import (
+    EXPERT_KINDS,
+    EXPERTS_RECIPE,
     INT4_IN_INT8,
     KINDS,
     PACKED,
@@ -66,8 +69,28 @@ def test_refused(valid: Path, tmp_path: Path, name: str) -> None:
         load_model(broken)
 
 
+@pytest.fixture(scope="module")
+def valid_experts(
+    checkpoint: Callable[..., Path], moe_model: Callable[[str], Path]
+) -> Path:
+    base = moe_model("qwen3-moe")
+    return checkpoint(EXPERTS_RECIPE, base=base, ignore=tiny_moe.IGNORE)
+
+
+def test_experts_themselves_are_loaded(valid_experts: Path) -> None:
+    load_model(valid_experts)
+
+
+@pytest.mark.parametrize("name", EXPERT_KINDS)
+def test_experts_are_refused(valid_experts: Path, tmp_path: Path, name: str) -> None:
+    kind = EXPERT_KINDS[name]
+    malform(valid_experts, kind, tmp_path / "broken")
+    with pytest.raises(UnsupportedCheckpointError, match=kind.names):
+        load_model(tmp_path / "broken")
+
+
 def test_the_corpus_is_large_enough() -> None:
-    assert len(KINDS) > 40
+    assert len(KINDS) > 40 and len(EXPERT_KINDS) > 20
 
 
 NAMES = [

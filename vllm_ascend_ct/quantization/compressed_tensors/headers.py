@@ -117,7 +117,7 @@ class CheckpointHeaders:
         if any(quantized) and not all(quantized):
             part = parts[quantized.index(False)]
             raise broken_checkpoint(
-                "Some experts of a layer are quantized and this one is not",
+                "Some experts of a layer are quantized, this one is missing or is not",
                 f"tensor {part}.weight",
             )
 
