@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Ask what becomes of every quantization config of a linear layer.
+"""Ask what becomes of every quantization config of a linear layer and of experts.
 
     python -m tools.enumerate_configs
 
@@ -12,7 +12,7 @@ The outcome is a scheme with a kernel, a refusal, or something else: a defect.
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -47,6 +47,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     },
 }
 K, N = 512, 64
+EXPERTS, TOP_K = 4, 2
 
 
 def integer_configs() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -68,29 +69,59 @@ def integer_configs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"w{bits}-{layout}{asymmetric} {fmt} {activations}", config
 
 
-def outcome(config_class: Any, config: dict[str, Any], dtype: Any) -> str:
-    """Build a linear layer; say which scheme and kernel it got or what was raised."""
+def linear(config: Any, dtype: Any) -> str:
+    """Build a linear layer; say which scheme and kernel it got."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    from vllm_ascend_ct.errors import UnsupportedCheckpointError
-
-    try:
-        made = config_class.from_config(config)
-        layer = ReplicatedLinear(
-            K, N, params_dtype=dtype, quant_config=made, prefix="model.layers.0.fc"
-        )
-    except UnsupportedCheckpointError:
-        return "refused"
-    except Exception as error:
-        return f"{type(error).__name__}{'' if str(error) else ' without a text'}"
+    layer = ReplicatedLinear(
+        K, N, params_dtype=dtype, quant_config=config, prefix="model.layers.0.fc"
+    )
     kernel: Any = getattr(layer.scheme, "kernel", None)
     return f"{type(layer.scheme).__name__} with {type(kernel).__name__}"
 
 
-def count(config_class: Any, dtype: Any) -> Counter[str]:
+def experts(config: Any, dtype: Any) -> str:
+    """Build experts; say which method and experts they got."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+
+    get_current_vllm_config().compilation_config.static_forward_context.clear()
+    runner = FusedMoEFactory(
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        hidden_size=K,
+        intermediate_size=K,
+        params_dtype=dtype,
+        quant_config=config,
+        prefix="model.layers.0.mlp.experts",
+    )
+    method: Any = runner.routed_experts.quant_method
+    return f"{type(method).__name__} with {method.experts_cls.__name__}"
+
+
+def outcome(
+    config_class: Any,
+    config: dict[str, Any],
+    dtype: Any,
+    build: Callable[[Any, Any], str] = linear,
+) -> str:
+    """Build a layer; say what it got or what was raised."""
+    from vllm_ascend_ct.errors import UnsupportedCheckpointError
+
+    try:
+        return build(config_class.from_config(config), dtype)
+    except UnsupportedCheckpointError:
+        return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}{'' if str(error) else ' without a text'}"
+
+
+def count(
+    config_class: Any, dtype: Any, build: Callable[[Any, Any], str] = linear
+) -> Counter[str]:
     """Count the outcomes of all configs."""
     return Counter(
-        outcome(config_class, config, dtype) for _, config in integer_configs()
+        outcome(config_class, config, dtype, build) for _, config in integer_configs()
     )
 
 
@@ -111,9 +142,10 @@ def main() -> None:
     load_general_plugins()
     ours = get_quantization_config("compressed-tensors")
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
-        for config_class in (ours, ours.__mro__[1]):
-            outcomes = count(config_class, torch.bfloat16)
-            print(f"{config_class.__name__}: {outcomes.total()} configs")
+        for build, config_class in product((linear, experts), (ours, ours.__mro__[1])):
+            outcomes = count(config_class, torch.bfloat16, build)
+            title = f"{config_class.__name__}, {build.__name__}"
+            print(f"{title}: {outcomes.total()} configs")
             for name, number in outcomes.most_common():
                 print(f"  {number:5}  {name}")
 

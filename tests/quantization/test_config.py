@@ -372,12 +372,17 @@ def test_shards_of_different_groups_with_one_scheme() -> None:
     assert type(layer.scheme) is CompressedTensorsWNA16
 
 
-def test_every_config_is_served_or_refused() -> None:
-    outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("build", "enough"),
+    [(enumerate_configs.linear, 100), (enumerate_configs.experts, 80)],
+    ids=["linear", "experts"],
+)
+def test_every_config_is_served_or_refused(build: Any, enough: int) -> None:
+    outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build)
     assert outcomes.total() > 512
     served = {name for name in outcomes if " with Ascend" in name}
     assert set(outcomes) == served | {"refused"}
-    assert sum(outcomes[name] for name in served) > 100
+    assert sum(outcomes[name] for name in served) > enough
 
 
 def test_int8_layers_too_large_are_refused() -> None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Mixtures of experts in the vLLM engine, against a float32 reference."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_mock import MockerFixture
+from safetensors.torch import load_file, save_file
+
+from tools.compare_logprobs import two_ranks
+from tools.logprobs import mean_difference, reference, served
+from tools.tiny_moe import IGNORE
+
+ATTENTION = "re:.*self_attn.*_proj.*"
+
+
+def experts(layer: int) -> str:
+    return rf"re:.*layers.{layer}.mlp.experts.[0-9]+.\w+"
+
+
+RECIPES = {
+    "qwen3-moe": {
+        experts(0): "w4a16-g32-asym",
+        experts(1): "w8a8-channel-dynamic",
+        ATTENTION: "w8a8-channel-dynamic",
+    },
+    "mixtral": {experts(0): "w4a8-g256", experts(1): "w8a16-channel"},
+    # Their first layers are dense.
+    "deepseek-v2": {
+        experts(1): "w4a16-g128",
+        "re:.*shared_experts.*_proj": "w8a8-channel-dynamic",
+    },
+    "deepseek-v3": {experts(1): "w8a8-channel-dynamic", ATTENTION: "w4a16-g64"},
+}
+OPERATORS = {
+    "qwen3-moe": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
+    "mixtral": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
+    "deepseek-v2": {"npu_swiglu"},
+    "deepseek-v3": {"npu_grouped_matmul_swiglu_quant_v2"},
+}
+# Mean absolute difference of log-probabilities: 16-bit arithmetic, activations of other
+# values rounded to int8, and tokens that go to other experts for either.
+TOLERANCE = 0.08
+WEIGHT_ONLY_TOLERANCE = 0.03
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def make(
+    checkpoint: MakeCheckpoint, moe_model: Callable[[str], Path]
+) -> Callable[..., Path]:
+    def make(name: str, recipe: dict[str, str] | None = None) -> Path:
+        recipe = RECIPES[name] if recipe is None else recipe
+        return checkpoint(recipe, base=moe_model(name), ignore=IGNORE)
+
+    return make
+
+
+def tolerance(name: str) -> float:
+    return WEIGHT_ONLY_TOLERANCE if name == "deepseek-v2" else TOLERANCE
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_eager(mocker: MockerFixture, make: MakeCheckpoint, name: str) -> None:
+    spies = {
+        operator: mocker.spy(torch.ops.npu, operator)
+        for operators in OPERATORS.values()
+        for operator in operators
+    }
+    path = make(name)
+    assert mean_difference(served(path), reference(path)) < tolerance(name)
+    called = {operator for operator, spy in spies.items() if spy.call_count}
+    assert called == OPERATORS[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_compiled(make: MakeCheckpoint, name: str) -> None:
+    path = make(name)
+    difference = mean_difference(served(path, eager=False), reference(path))
+    assert difference < tolerance(name)
+
+
+def test_unquantized_experts(make: MakeCheckpoint) -> None:
+    path = make("qwen3-moe", {ATTENTION: "w4a16-g32"})
+    assert mean_difference(served(path), reference(path)) < WEIGHT_ONLY_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("deepseek-v3", []), ("qwen3-moe", ["--experts"])],
+    ids=["split", "whole"],
+)
+def test_two_ranks(
+    tmp_path: Path, make: MakeCheckpoint, name: str, arguments: list[str]
+) -> None:
+    path, out = make(name), tmp_path / "logprobs.json"
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": two_ranks(),
+    }
+    command = [sys.executable, "-m", "tools.logprobs", str(out), str(path)]
+    command += ["--ranks", "2", "--eager", *arguments]
+    subprocess.run(command, env=environment, check=True)
+    logprobs = json.loads(out.read_text())[path.name]
+    assert isinstance(logprobs, list), logprobs
+    assert mean_difference(logprobs, reference(path)) < TOLERANCE
+
+
+def test_a_wrong_scale_shows(make: MakeCheckpoint, tmp_path: Path) -> None:
+    """The comparison above can fail: one layer's scales, 10 % off."""
+    path = make("qwen3-moe", {experts(0): "w4a16-g32", experts(1): "w4a16-g32"})
+    expected = reference(path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in path.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    for name in tensors:
+        if "layers.1" in name and name.endswith("down_proj.weight_scale"):
+            tensors[name] *= 1.1
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert mean_difference(served(path), expected) < WEIGHT_ONLY_TOLERANCE
+    assert mean_difference(served(broken), expected) > 1.3 * WEIGHT_ONLY_TOLERANCE
