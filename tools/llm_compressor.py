@@ -8,6 +8,7 @@ llm-compressor needs another compressed-tensors than vLLM.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import tiny_model
+from tools import tiny_model, tiny_moe
 
 BASE = Path("build/tiny-model")
 SAMPLES, LENGTH = 64, 128
@@ -52,8 +53,15 @@ def _scheme(
     return {f"group_{targets}": scheme}
 
 
-def _gptq(config_groups: dict[str, QuantizationScheme]) -> GPTQModifier:
-    return GPTQModifier(config_groups=config_groups, ignore=HEAD)
+def _gptq(
+    config_groups: dict[str, QuantizationScheme], ignore: Sequence[str] = HEAD
+) -> GPTQModifier:
+    return GPTQModifier(config_groups=config_groups, ignore=list(ignore))
+
+
+def _rounded(scheme: str) -> QuantizationModifier:
+    ignore = list(tiny_moe.IGNORE)
+    return QuantizationModifier(targets="Linear", scheme=scheme, ignore=ignore)
 
 
 def recipes() -> dict[str, list[Any]]:
@@ -89,19 +97,47 @@ def recipes() -> dict[str, list[Any]]:
         "w4a16-head": [
             QuantizationModifier(config_groups=_scheme(4, group_size=32), ignore=[])
         ],
+        "qwen3-moe/w4a16-gptq": [
+            GPTQModifier(targets="Linear", scheme="W4A16", ignore=list(tiny_moe.IGNORE))
+        ],
+        "qwen3-moe/w4a16-asym": [_rounded("W4A16_ASYM")],
+        "mixtral/w8a8": [_rounded("W8A8")],
+        "deepseek-v2/w4a8-channel": [_gptq(_scheme(4, token), tiny_moe.IGNORE)],
+        "deepseek-v3/mixed": [
+            _gptq(
+                {
+                    **_scheme(8, token, "re:.*(self_attn|shared_experts).*_proj.*"),
+                    **_scheme(4, None, "re:.*mlp.experts.*_proj", 32),
+                    **_scheme(8, token, "re:.*layers.0.mlp.*_proj"),
+                },
+                tiny_moe.IGNORE,
+            )
+        ],
     }
 
 
-def make(out: Path, recipe: list[Any]) -> None:
-    """Quantize the tiny model."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+def base_of(recipe: str) -> Path:
+    """The model that a recipe is for, made if it is missing."""
+    name, slash, _ = recipe.partition("/")
+    base = Path("build") / name if slash else BASE
+    if not (base / "config.json").exists():
+        if slash:
+            tiny_moe.make(base, name)
+        else:
+            tiny_model.make(base)
+    return base
+
+
+def make(out: Path, base: Path, recipe: list[Any]) -> None:
+    """Quantize a model."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokens = tokenizer(tiny_model.corpus())["input_ids"]
     starts = range(0, LENGTH * SAMPLES, LENGTH)
     rows = [tokens[start : start + LENGTH] for start in starts]
     data = Dataset.from_dict(
         {"input_ids": rows, "attention_mask": [[1] * LENGTH] * SAMPLES}
     )
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     # AWQ pins memory, which needs an accelerator to copy to.
     with patch.object(torch.Tensor, "pin_memory", torch.Tensor.contiguous):
         oneshot(
@@ -123,10 +159,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", default=list(known))
     arguments = parser.parse_args()
-    if not (BASE / "config.json").exists():
-        tiny_model.make(BASE)
     for name in arguments.recipes:
-        make(arguments.out / name, known[name])
+        make(arguments.out / name, base_of(name), known[name])
         print(f"Wrote {arguments.out / name}")
 
 

@@ -24,6 +24,12 @@ TOLERANCES = {
     "w4a8-channel": 0.04,
     "mixed": 0.04,
     "w4a16-head": 0.015,
+    # Random weights, and tokens that go to other experts for a little noise.
+    "qwen3-moe/w4a16-gptq": 0.03,
+    "qwen3-moe/w4a16-asym": 0.03,
+    "mixtral/w8a8": 0.08,
+    "deepseek-v2/w4a8-channel": 0.08,
+    "deepseek-v3/mixed": 0.08,
 }
 
 pytestmark = pytest.mark.llm_compressor
