@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Compare what vLLM serves with a float32 reference, one row a scheme.
 
-    python -m tools.compare_logprobs [SCHEME...]
+    python -m tools.compare_logprobs [SCHEME...] [--model qwen3-moe]
 
 For each scheme: the reference's mean log-probability on held-out text, then the mean
-absolute difference to it of the emulated platform (eager, compiled, two ranks) and of
-vLLM's own CPU platform.
+absolute difference to it of the emulated platform (eager, compiled, two ranks, two
+ranks with whole experts) and of vLLM's own CPU platform.
 """
 
 import argparse
@@ -16,8 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tools import tiny_moe
 from tools.logprobs import mean_difference, reference
-from tools.make_checkpoint import SCHEMES, make
+from tools.make_checkpoint import DEFAULT_BASE, SCHEMES, make
 
 CHECKPOINTS = Path("build/checkpoints")
 # column -> (VLLM_PLUGINS, arguments of tools.logprobs)
@@ -26,6 +27,7 @@ COLUMNS = {
     "compiled": ("ascend_ct", []),
     "tp2": ("ascend_ct", ["--ranks", "2"]),
     "tp2 eager": ("ascend_ct", ["--ranks", "2", "--eager"]),
+    "ep2": ("ascend_ct", ["--ranks", "2", "--experts"]),
     "cpu eager": ("", ["--eager"]),
     "cpu compiled": ("", []),
 }
@@ -72,10 +74,16 @@ def main() -> None:
     )
     parser.add_argument("schemes", nargs="*", metavar="SCHEME", default=list(SCHEMES))
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--model", choices=tiny_moe.configs(), help="with experts")
     arguments = parser.parse_args()
-    checkpoints = [CHECKPOINTS / scheme for scheme in arguments.schemes]
+    model = arguments.model
+    checkpoints = [CHECKPOINTS / (model or "") / name for name in arguments.schemes]
+    base, ignore = DEFAULT_BASE, ["lm_head"]
+    if model is not None:
+        base, ignore = Path("build") / model, list(tiny_moe.IGNORE)
+        tiny_moe.make(base, model)
     for checkpoint in checkpoints:
-        make(checkpoint, {"Linear": checkpoint.name})
+        make(checkpoint, {"Linear": checkpoint.name}, base=base, ignore=ignore)
     expected = {checkpoint.name: reference(checkpoint) for checkpoint in checkpoints}
     columns = {name: run_column(name, checkpoints) for name in arguments.columns}
     width = max(map(len, arguments.schemes))

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Change metadata only, or only allocate.
 _FREE = {"view", "_unsafe_view", "t", "transpose", "unsqueeze", "expand", "alias"}
-_FREE |= {"slice", "empty", "empty_like", "new_empty"}
+_FREE |= {"slice", "empty", "empty_like", "new_empty", "unflatten"}
 
 
 class Launches(TorchDispatchMode):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from tools import bench_load, support_matrix
+from tools import bench_load, bench_load_experts, support_matrix
 from tools.logprobs import held_out_tokens, mean_difference, reference
 from tools.memory import TensorMemory
 
@@ -33,6 +33,22 @@ def test_load_benchmark_counts_memory() -> None:
     results = {result.route: result for result in bench_load.routes(256, 128)}
     assert results["w4a16-g128"].peak == results["w8a16-g128"].peak == 0
     assert results["w4a16, unpack-transpose-pack"].peak > 8
+
+
+def test_experts_are_laid_out_one_at_a_time() -> None:
+    sizes = bench_load_experts.Sizes(experts=8, hidden=512, intermediate=512)
+    results = {result.route: result for result in bench_load_experts.routes(sizes)}
+    assert results["w4a16-g128, whole layer"].peak > 12
+    for route, result in results.items():
+        if "whole layer" not in route:
+            beyond = (result.peak - result.resident) * sizes.experts
+            # Beside the expert itself, some rows as int8.
+            assert beyond < 3, route
+            assert result.launches == (4 if "a8" in route else 5)
+    # FRACTAL_NZ is a copy, of the first product's weights.
+    assert results["w8a8-channel"].peak < 0.7
+    in_place = ("w4a16-channel", "w8a16-channel", "w4a8-channel")
+    assert all(results[route].resident < 0.1 for route in in_place)
 
 
 def test_two_commands_of_the_readme_exist() -> None:

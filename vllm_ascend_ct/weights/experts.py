@@ -84,6 +84,8 @@ def pack_outputs_(
         words, sums = int4.pack_outputs(rows, of_scale, k)
         new.copy_(words)
         of_assist.copy_(sums)
+        # Or there would be two of them while the next is packed.
+        del words
     return weight, assist
 
 
