@@ -38,9 +38,14 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
         super().check_and_update_config(vllm_config)
         # vLLM's CPU operator rotates `[T, heads, size]` wrongly where pairs are
         # interleaved (DeepSeek), so torch does it, as it does in compiled models.
-        custom_ops = vllm_config.compilation_config.custom_ops
-        if not any(name.endswith("rotary_embedding") for name in custom_ops):
-            custom_ops.append("-rotary_embedding")
+        compilation = vllm_config.compilation_config
+        if not any(
+            name.endswith("rotary_embedding") for name in compilation.custom_ops
+        ):
+            compilation.custom_ops.append("-rotary_embedding")
+        # torch 2.13 may move what reads the result of an operator that writes to an
+        # argument before it: with two ranks DeepSeek's router before its gate.
+        compilation.inductor_compile_config.setdefault("reorder_for_peak_memory", False)
 
     @classmethod
     def prepare_process(cls) -> None:
