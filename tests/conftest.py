@@ -4,10 +4,13 @@ import os
 
 # Before anything imports vLLM: which platform this process runs on is settled then.
 os.environ["VLLM_PLUGINS"] = "ascend_ct"
-os.environ["VLLM_ASCEND_CT_EMULATE"] = "1"
+# `tools.real_stack` sets it, for vllm-ascend's platform, with emulated operators.
+os.environ["VLLM_ASCEND_CT_EMULATE"] = os.environ.get("REAL_STACK_EMULATE", "1")
 os.environ.pop("VLLM_ASCEND_CT_SOC", None)
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+# Several processes run tests.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +23,17 @@ from tools import make_checkpoint, tiny_moe
 
 
 @pytest.fixture(scope="session", autouse=True)
-def emulated_platform() -> None:
+def platform() -> None:
     """Without this, stock CPU kernels could make everything below pass."""
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
-    assert type(current_platform).__name__ == "EmulatedAscendCTPlatform"
+    from vllm_ascend_ct.ops import emulated
+
+    base = "NPU" if os.environ["VLLM_ASCEND_CT_EMULATE"] == "0" else "Emulated"
+    assert type(current_platform).__name__ == f"{base}AscendCTPlatform"
     load_general_plugins()
+    emulated.install()
 
 
 @pytest.fixture(scope="session")

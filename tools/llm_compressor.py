@@ -120,11 +120,10 @@ def base_of(recipe: str) -> Path:
     """The model that a recipe is for, made if it is missing."""
     name, slash, _ = recipe.partition("/")
     base = Path("build") / name if slash else BASE
-    if not (base / "config.json").exists():
-        if slash:
-            tiny_moe.make(base, name)
-        else:
-            tiny_model.make(base)
+    if not slash:
+        tiny_model.make_once(base)
+    elif not (base / "config.json").exists():
+        tiny_moe.make(base, name)
     return base
 
 

@@ -263,9 +263,7 @@ def make(
         tied: Whether the output head is the embedding.
 
     """
-    if not (base / "config.json").exists():
-        print(f"Training the model to quantize, once, into {base}")
-        tiny_model.make(base)
+    tiny_model.make_once(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     moe = tiny_moe.is_moe(AutoConfig.from_pretrained(base))
     model = (tiny_moe.load if moe else _load)(base, dtype)

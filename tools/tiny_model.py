@@ -10,6 +10,7 @@ import pydoc_data.topics
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedModel,
@@ -108,3 +109,12 @@ def make(directory: Path, steps: int = STEPS) -> None:
     train(model, tokens, steps)
     model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def make_once(directory: Path) -> None:
+    """Make the model if it is missing; several processes may ask."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_suffix(".lock")):
+        if not (directory / "config.json").exists():
+            print(f"Training the model to quantize, once, into {directory}")
+            make(directory)

@@ -13,3 +13,19 @@ except ImportError:
     pass
 else:
     UnfinalizedMoEOutput = moe_output.UnfinalizedMoEOutput
+
+# The parameters of packed experts: of vLLM 0.23's two classes for them the one that has
+# scales per channel and zero points.
+CompressedTensorsWNA16MoEMethod: Any
+try:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # type: ignore[attr-defined]  # noqa: E501
+        compressed_tensors_moe_wna16_marlin as _marlin,
+    )
+except ImportError:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E501
+        compressed_tensors_moe_wna16 as _wna16,
+    )
+
+    CompressedTensorsWNA16MoEMethod = _wna16.CompressedTensorsWNA16MoEMethod
+else:
+    CompressedTensorsWNA16MoEMethod = _marlin.CompressedTensorsWNA16MarlinMoEMethod

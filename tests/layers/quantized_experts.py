@@ -10,7 +10,6 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -167,6 +166,8 @@ def build(sizes: Sizes, config: Any, dtype: torch.dtype, **options: Any) -> Any:
 
 def build_with(sizes: Sizes, made: Any, dtype: torch.dtype, **options: Any) -> Any:
     """Build upstream's layer."""
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+
     get_current_vllm_config().compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(dtype):
         return FusedMoEFactory(

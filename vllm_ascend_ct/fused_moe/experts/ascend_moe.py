@@ -20,6 +20,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 from vllm_ascend_ct.compat import UnfinalizedMoEOutput
 from vllm_ascend_ct.fused_moe.activation import activation_function, supports
 from vllm_ascend_ct.fused_moe.functional import (
+    Activation,
     Operands,
     SortedTokens,
     combine,
@@ -48,9 +49,7 @@ class AscendExperts(mk.FusedMoEExpertsModular):
     ) -> None:
         super().__init__(moe_config, quant_config)
         self.defers_finalize = False
-        self._activation = activation_function(
-            moe_config.activation, self.activation_config
-        )
+        self._activation: Activation | None = None
         self._layer: Any = None
         self._experts = (0, moe_config.num_local_experts)
 
@@ -89,7 +88,7 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         for name, (k, n) in self.products(self.moe_config).items():
             self._lay_out(layer, name, k, n)
         self._layer = layer
-        self._place(getattr(layer, "_expert_map", None))
+        self._prepare_forward(getattr(layer, "_expert_map", None))
 
     @abstractmethod
     def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:
@@ -102,11 +101,14 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         """Compute the rows of all experts."""
 
     @abstractmethod
-    def _operands(self, name: str) -> Operands:
+    def operands(self, name: str) -> Operands:
         """What `_lay_out` left in the layer."""
 
-    def _place(self, expert_map: torch.Tensor | None) -> None:
+    def _prepare_forward(self, expert_map: torch.Tensor | None) -> None:
         """Find out which experts are here: a range, or a table to look them up in."""
+        self._activation = activation_function(
+            self.moe_config.activation, self.activation_config
+        )
         local_ids = None
         if expert_map is not None:
             here = (expert_map >= 0).nonzero().flatten()
@@ -152,7 +154,7 @@ class AscendExperts(mk.FusedMoEExpertsModular):
             self.quantizes_activations,
         )
         rows = self._multiply(
-            tokens, self._operands("w13"), self._operands("w2"), hidden_states.dtype
+            tokens, self.operands("w13"), self.operands("w2"), hidden_states.dtype
         )
         if self.defers_finalize:
             index = tokens.row_index.view(topk_ids.shape)

@@ -56,7 +56,7 @@ class AscendWNA16Experts(AscendExperts):
         replace_parameter(layer, f"{name}_weight_scale", npu_scale)
         mode = _mode(dtype, npu_weight.dtype)
         assert mode is not None
-        if zero_point is None and mode.needs_offset(dtype):
+        if zero_point is None and self._needs_offset(mode):
             zeros = shared_zeros(npu_scale)
             layer.register_buffer(f"{name}_zero_offset", zeros, persistent=False)
         bias = getattr(layer, f"{name}_bias", None)
@@ -64,7 +64,10 @@ class AscendWNA16Experts(AscendExperts):
             bias_dtype = current_limits().weight_quant_batchmatmul.bias_dtype(dtype)
             replace_parameter(layer, f"{name}_bias", bias.data.to(bias_dtype))
 
-    def _operands(self, name: str) -> Operands:
+    def _needs_offset(self, mode: GroupedMatmulMode) -> bool:
+        return mode.needs_offset(self.moe_config.in_dtype)
+
+    def operands(self, name: str) -> Operands:
         layer = self._layer
         offset = getattr(layer, f"{name}_weight_zero_point", None)
         if offset is None:

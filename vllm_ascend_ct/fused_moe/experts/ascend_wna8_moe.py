@@ -116,7 +116,7 @@ class AscendWNA8Experts(AscendExperts):
             f"{name}_assist", torch.nn.Parameter(assist, requires_grad=False)
         )
 
-    def _operands(self, name: str) -> Operands:
+    def operands(self, name: str) -> Operands:
         layer = self._layer
         return Operands(
             stored_weight(layer, name)[1],

@@ -30,6 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
@@ -188,9 +189,9 @@ class AscendCTConfig(CompressedTensorsConfig):
             experts = range(layer.global_num_experts)
             self._headers.check_experts(prefix, experts, list(schemes), scheme)
         if scheme is None:
-            method = ascend_base.unquantized_moe_method(layer.moe_config, tid2eid)
+            method = fused_moe.unquantized_method(layer.moe_config, tid2eid)
             return method or UnquantizedFusedMoEMethod(layer.moe_config)
-        return get_moe_method(scheme, layer.moe_config, prefix)
+        return get_moe_method(scheme, layer, prefix, tid2eid)
 
     def get_scheme(
         self, layer: torch.nn.Module, layer_name: str | None = None

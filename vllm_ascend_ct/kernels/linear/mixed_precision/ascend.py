@@ -16,25 +16,14 @@ from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
-# All of compressed-tensors' integers. `int4` and `int8` have one value in each int8 of
-# `[N, K]`; the others are packed.
-WEIGHT_TYPES = (
-    scalar_types.uint2b2,
-    scalar_types.uint2,
-    scalar_types.uint3b4,
-    scalar_types.uint3,
-    scalar_types.int4,
-    scalar_types.uint4b8,
-    scalar_types.uint4,
-    scalar_types.uint5b16,
-    scalar_types.uint5,
-    scalar_types.uint6b32,
-    scalar_types.uint6,
-    scalar_types.uint7b64,
-    scalar_types.uint7,
-    scalar_types.int8,
-    scalar_types.uint8b128,
-    scalar_types.uint8,
+# compressed-tensors' integers that vLLM knows; 0.23 lacks some. `int4` and `int8`
+# have one value in each int8 of `[N, K]`; the others are packed.
+_NAMES = (
+    *("uint2b2", "uint2", "uint3b4", "uint3", "int4", "uint4b8", "uint4", "uint5b16"),
+    *("uint5", "uint6b32", "uint6", "uint7b64", "uint7", "int8", "uint8b128", "uint8"),
+)
+WEIGHT_TYPES = tuple(
+    getattr(scalar_types, name) for name in _NAMES if hasattr(scalar_types, name)
 )
 
 

@@ -18,10 +18,13 @@ from vllm.model_executor.layers.fused_moe.all2all_utils import (
     maybe_make_prepare_finalize,
 )
 
+from vllm_ascend_ct.ascend_base import serves
 from vllm_ascend_ct.compat import UnfinalizedMoEOutput
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
-from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
-from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
+    FusedMoEAscendMethod,
+    experts_classes,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
     ExpertsLoadRecord,
     Transform,
@@ -45,14 +48,15 @@ _WORD = 32
 
 
 def get_moe_method(
-    scheme: dict[str, Any], moe: FusedMoEConfig, layer_name: str
+    scheme: dict[str, Any], layer: Any, layer_name: str, tid2eid: Any
 ) -> FusedMoEMethodBase:
     """Choose the method that serves quantized experts.
 
     Args:
         scheme: As upstream's `get_scheme_dict` gives it.
-        moe: The layer.
+        layer: The layer.
         layer_name: Its name.
+        tid2eid: See `FusedMoEAscendMethod`.
 
     Raises:
         UnsupportedCheckpointError: None does.
@@ -67,14 +71,18 @@ def get_moe_method(
     if reason := refusal(scheme, EXPERT_RULES):
         raise refused(f"Experts with {reason}", layer_name)
     weights = scheme["weights"]
-    method: type[AscendCTMoEMixin] = compressed_tensors_moe_wna16.AscendCTWNA16MoEMethod
+    method_cls: type[AscendCTMoEMixin] = (
+        compressed_tensors_moe_wna16.AscendCTWNA16MoEMethod
+    )
     if scheme["format"] != CompressionFormat.pack_quantized.value:
-        method = (
+        method_cls = (
             compressed_tensors_moe_w4a8_int8.AscendCTW4A8Int8MoEMethod
             if weights.num_bits == 4
             else compressed_tensors_moe_w8a8_int8.AscendCTW8A8Int8MoEMethod
         )
-    return method(weights, scheme["input_activations"], moe, layer_name)
+    moe, inputs = layer.moe_config, scheme["input_activations"]
+    method = method_cls(weights, inputs, moe, layer_name)
+    return FusedMoEAscendMethod(method, layer, tid2eid) if serves() else method
 
 
 class AscendCTMoEMixin(_Base):
@@ -116,16 +124,17 @@ class AscendCTMoEMixin(_Base):
         if reason := self._size_refusal():
             raise refused(f"{name} experts: {reason}", self.layer_name)
         scheme = self.moe, self.num_bits, max(self.group_size, 0), self.symmetric
+        wna8, wna16 = experts_classes()
         if self.input_quant is not None:
             reason = "asymmetric activations"
             if self.input_quant.symmetric:
-                reason = AscendWNA8Experts.refusal(*scheme)
+                reason = wna8.refusal(*scheme)
             if reason is None:
-                logger.info_once("Using AscendWNA8Experts for %s experts.", name)
-                return AscendWNA8Experts
-        if weight_reason := AscendWNA16Experts.refusal(*scheme):
+                logger.info_once("Using %s for %s experts.", wna8.__name__, name)
+                return wna8
+        if weight_reason := wna16.refusal(*scheme):
             raise refused(f"{name} experts: {weight_reason}", self.layer_name)
-        logger.info_once("Using AscendWNA16Experts for %s experts.", name)
+        logger.info_once("Using %s for %s experts.", wna16.__name__, name)
         if self.input_quant is not None:
             logger.info_once(
                 "%s experts are served as W%dA16, their activations unquantized: %s.",
@@ -133,7 +142,7 @@ class AscendCTMoEMixin(_Base):
                 self.num_bits,
                 reason,
             )
-        return AscendWNA16Experts
+        return wna16
 
     def _size_refusal(self) -> str | None:
         """Why a rank's share of the weights is not whole, or None."""
@@ -141,7 +150,7 @@ class AscendCTMoEMixin(_Base):
         shards = {
             "K": (moe.hidden_dim, moe.hidden_dim),
             "K of the second": (
-                moe.intermediate_size,
+                moe.intermediate_size_per_partition * moe.tp_size,
                 moe.intermediate_size_per_partition,
             ),
         }
@@ -185,7 +194,8 @@ class AscendCTMoEMixin(_Base):
 
     def _shapes(self) -> dict[str, QuantizedShape]:
         """What the tensors of one expert have to look like on disk."""
-        sizes = {"w13": self.moe.hidden_dim, "w2": self.moe.intermediate_size}
+        intermediate = self.moe.intermediate_size_per_partition * self.moe.tp_size
+        sizes = {"w13": self.moe.hidden_dim, "w2": intermediate}
         return {
             name: QuantizedShape(
                 k=k,
@@ -195,7 +205,13 @@ class AscendCTMoEMixin(_Base):
             for name, k in sizes.items()
         }
 
-    def process_weights_after_loading(self, layer: Any) -> None:
+    def lay_out_weights(self, layer: Any) -> AscendExperts:
+        """Check what was loaded, and bring it to where experts compute with it.
+
+        Raises:
+            UnsupportedCheckpointError: Something is missing.
+
+        """
         if self._record is not None:
             self._record.check_complete()
         bias = getattr(layer, "w2_bias", None)
@@ -203,6 +219,12 @@ class AscendCTMoEMixin(_Base):
             # What ranks compute is summed.
             bias.data.zero_()
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        experts: AscendExperts = self.experts_cls(self.moe, self.moe_quant_config)
+        experts.process_weights_after_loading(layer)
+        return experts
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        experts = self.lay_out_weights(layer)
         prepare_finalize = maybe_make_prepare_finalize(
             moe=self.moe,
             quant_config=self.moe_quant_config,
@@ -211,8 +233,6 @@ class AscendCTMoEMixin(_Base):
             use_monolithic=False,
         )
         assert prepare_finalize is not None
-        experts = self.experts_cls(self.moe, self.moe_quant_config)
-        experts.process_weights_after_loading(layer)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
         defers = getattr(self.moe_kernel, "supports_deferred_moe_finalize", bool)
         experts.defers_finalize = UnfinalizedMoEOutput is not None and defers()

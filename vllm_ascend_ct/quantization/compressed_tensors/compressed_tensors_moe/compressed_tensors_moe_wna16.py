@@ -6,10 +6,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
-    CompressedTensorsWNA16MoEMethod,
-)
-
+from vllm_ascend_ct.compat import CompressedTensorsWNA16MoEMethod
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
     AscendCTMoEMixin,
 )
@@ -17,6 +14,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compr
 
 class AscendCTWNA16MoEMethod(AscendCTMoEMixin, CompressedTensorsWNA16MoEMethod):
     """Upstream's parameters, with Ascend's experts."""
+
+    # Only vLLM 0.23's `create_weights` reads them.
+    actorder = None
+    wna16_backend = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,17 +31,27 @@ class AscendCTWNA16MoEMethod(AscendCTMoEMixin, CompressedTensorsWNA16MoEMethod):
         intermediate_size_per_partition: int,
         num_groups_w2: int | None = None,
         num_groups_w13: int | None = None,
-    ) -> tuple[int, int, int]:
-        """As upstream's, with room for a last word that is not full."""
-        experts, n, words = super().get_weight_shape(
-            weight_name,
-            num_experts,
-            hidden_size,
-            intermediate_size_per_partition,
-            num_groups_w2,
-            num_groups_w13,
-        )
-        k = {"w13_weight": hidden_size, "w2_weight": intermediate_size_per_partition}
-        if weight_name in k:
-            words = math.ceil(k[weight_name] / self.packed_factor)
-        return experts, n, words
+    ) -> tuple[int, ...]:
+        """As upstream's, `[E, N, K]`, with room for a last word that is not full."""
+        prefix, _, kind = weight_name.partition("_")
+        k, n = hidden_size, 2 * intermediate_size_per_partition
+        groups = num_groups_w13
+        if prefix == "w2":
+            k, n, groups = intermediate_size_per_partition, hidden_size, num_groups_w2
+        shapes: dict[str, tuple[Any, ...]] = {
+            "weight": (num_experts, n, self._words(k)),
+            "scale": (num_experts, n, groups),
+            "zp": (num_experts, self._words(n), groups),
+        }
+        return shapes[kind]
+
+    def _words(self, values: int) -> int:
+        return math.ceil(values / self.packed_factor)
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        # Nor does a later one want the size.
+        super().create_weights(layer, *args, intermediate_size_full=None, **kwargs)
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            parameter.is_transposed = False
+            if "g_idx" in name:
+                delattr(layer, name)

@@ -117,7 +117,9 @@ class ExpertsLoadRecord:
     def _fault(self, kind: str, shard: str, tensor: torch.Tensor) -> str | None:
         moe = self.layer.moe_config
         prefix = "w2" if shard == "w2" else "w13"
-        rows = moe.hidden_dim if shard == "w2" else moe.intermediate_size
+        rows = moe.hidden_dim
+        if shard != "w2":
+            rows = moe.intermediate_size_per_partition * moe.tp_size
         return self._shapes[prefix].fault(kind, tensor, rows)
 
     def _transformed(

@@ -8,7 +8,7 @@ It is installed on NPU hosts only, so everything is imported where it is used.
 import importlib
 import importlib.util
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.ops.soc import Soc, set_default_soc
@@ -49,7 +49,7 @@ def _load_general_plugins() -> None:
 
 def prefers_nz() -> bool:
     """Whether vllm-ascend is configured to hold quantized weights in FRACTAL_NZ."""
-    if not _serves():
+    if not serves():
         return False
     from vllm_ascend.ascend_config import get_ascend_config
 
@@ -58,7 +58,7 @@ def prefers_nz() -> bool:
 
 def unquantized_linear_method() -> "LinearMethodBase | None":
     """vllm-ascend's method for layers that are not quantized; None off the NPU."""
-    if not _serves():
+    if not serves():
         return None
     from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 
@@ -66,16 +66,8 @@ def unquantized_linear_method() -> "LinearMethodBase | None":
     return method
 
 
-def unquantized_moe_method(moe_config: Any, tid2eid: Any) -> Any | None:
-    """vllm-ascend's method for experts that are not quantized; None off the NPU."""
-    if not _serves():
-        return None
-    from vllm_ascend.ops.fused_moe.fused_moe import AscendUnquantizedFusedMoEMethod
-
-    return AscendUnquantizedFusedMoEMethod(moe_config, tid2eid=tid2eid)
-
-
-def _serves() -> bool:
+def serves() -> bool:
+    """Whether vllm-ascend is what this process runs on."""
     from vllm.platforms import current_platform
 
     return current_platform.device_type == "npu"

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Experts in vllm-ascend's layer, through its communication methods."""
+
+from typing import Any
+
+import pytest
+import torch
+from pytest_mock import MockerFixture
+from torch.nn.functional import silu
+
+from tests.formula import relative_error
+from tests.layers.quantized_experts import (
+    INT8_TOLERANCE,
+    PREFIX,
+    ROUNDINGS,
+    SERVED,
+    FormulaExperts,
+    Sizes,
+    compressed_experts,
+    is_weight_only,
+    routing,
+    tensors_of,
+)
+from tests.layers.quantized_layers import activations
+from tools.make_checkpoint import SCHEMES
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+
+pytestmark = pytest.mark.vllm_ascend
+BF16, FP16 = torch.bfloat16, torch.float16
+SIZES = Sizes(8, hidden=512, intermediate=256, top_k=3)
+# Without vllm-ascend's own operators, products and gate are rounded to bfloat16 before
+# what they give is rounded to int8.
+INT4_TOLERANCE = 1.5e-2
+
+
+def build(config: Any, vllm_config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """Build vllm-ascend's layer."""
+    from vllm.model_executor.layers.fused_moe import FusedMoE
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    made = get_quantization_config("compressed-tensors").from_config(config)
+    vllm_config.compilation_config.static_forward_context.clear()
+    with set_default_torch_dtype(dtype):
+        layer = FusedMoE(
+            num_experts=SIZES.experts,
+            hidden_size=SIZES.hidden,
+            intermediate_size=SIZES.intermediate,
+            quant_config=made,
+            prefix=PREFIX,
+            **{"top_k": SIZES.top_k, **options},
+        )
+    assert type(layer).__name__ == "AscendFusedMoE"
+    return layer
+
+
+def load(
+    scheme: str, vllm_config: Any, dtype: torch.dtype = BF16, **options: Any
+) -> tuple[Any, FormulaExperts]:
+    """Build and load vllm-ascend's layer."""
+    modules, config, formulas = compressed_experts(SIZES, scheme, dtype)
+    layer = build(config, vllm_config, dtype, **options)
+    shards = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for name, tensor in tensors_of(modules):
+        expert, projection, kind = name.split(".")
+        shard = shards[projection]
+        param = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{kind}")
+        param.weight_loader(param, tensor, name, shard, int(expert))
+    layer.quant_method.process_weights_after_loading(layer)
+    if not layer.quant_method.method.experts_cls.quantizes_activations:
+        for expert in formulas:
+            for formula in expert.values():
+                formula.input_args = None
+    return layer, FormulaExperts(formulas)
+
+
+def run(
+    layer: Any,
+    x: torch.Tensor,
+    routed: tuple[torch.Tensor, torch.Tensor] | None,
+    vllm_config: Any,
+    mocker: MockerFixture,
+    **context: Any,
+) -> torch.Tensor:
+    """Run the layer with a fixed routing."""
+    from vllm_ascend.ascend_forward_context import set_ascend_forward_context
+
+    # Events of streams, of which there are none.
+    mocker.patch("torch.npu.current_stream")
+    if routed is not None:
+        mocker.patch(
+            "vllm_ascend.ops.fused_moe.experts_selector.select_experts",
+            return_value=routed,
+        )
+    logits = torch.randn(len(x), SIZES.experts)
+    with set_ascend_forward_context(None, vllm_config, num_tokens=len(x), **context):
+        result: torch.Tensor = layer.forward_impl(x, logits)
+    return result
+
+
+def check(
+    layer: Any,
+    formula: FormulaExperts,
+    vllm_config: Any,
+    mocker: MockerFixture,
+    int8_tolerance: float = INT8_TOLERANCE,
+) -> None:
+    dtype = layer.moe_config.in_dtype
+    quantized = layer.quant_method.method.experts_cls.quantizes_activations
+    tolerance = int8_tolerance if quantized else ROUNDINGS[dtype] * 1.1
+    for tokens in (20, 64):
+        x = formula.without_ties(activations(tokens, SIZES.hidden, dtype))
+        routed = routing(SIZES, tokens)
+        output = run(layer, x.clone(), routed, vllm_config, mocker)
+        expected = formula(x, routed[0].to(dtype), routed[1])
+        assert relative_error(output, expected) < tolerance
+
+
+@pytest.mark.parametrize("scheme", SERVED)
+def test_output_is_the_formula(
+    scheme: str, vllm_config: Any, mocker: MockerFixture
+) -> None:
+    layer, formula = load(scheme, vllm_config)
+    name = "AscendBaseWNA16Experts"
+    if not is_weight_only(scheme):
+        name = "AscendBaseWNA8Experts"
+    assert type(layer.quant_method.experts).__name__ == name
+    int4 = SCHEMES[scheme].weights.num_bits <= 4
+    tolerance = INT4_TOLERANCE if int4 else INT8_TOLERANCE
+    check(layer, formula, vllm_config, mocker, tolerance)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w4a16-g64-asym", "w8a16-channel", "w8a8-channel-dynamic"]
+)
+def test_float16(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
+    """vllm-ascend has int8 activations of bfloat16 models only."""
+    mocker.patch.object(vllm_config.model_config, "dtype", FP16)
+    layer, formula = load(scheme, vllm_config, FP16)
+    assert type(layer.quant_method.experts).__name__ == "AscendBaseWNA16Experts"
+    check(layer, formula, vllm_config, mocker)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8-channel", "w4a8-g256"])
+def test_with_its_own_operators(
+    scheme: str, vllm_config: Any, mocker: MockerFixture
+) -> None:
+    """Where they can be loaded, int4 per channel has a fused one."""
+    mocker.patch("vllm_ascend.utils.enable_custom_op", return_value=True)
+    mocker.patch("vllm_ascend.ops.fused_moe.moe_mlp.enable_custom_op", lambda: True)
+    spy = mocker.spy(torch.ops._C_ascend, "grouped_matmul_swiglu_quant_v2")
+    layer, formula = load(scheme, vllm_config)
+    check(layer, formula, vllm_config, mocker)
+    assert bool(spy.call_count) is (scheme == "w4a8-channel")
+
+
+def test_what_the_runner_asks_of_a_method(vllm_config: Any) -> None:
+    """See its `AscendFusedMoE`."""
+    from vllm_ascend.quantization.quant_type import QuantType
+
+    _, config, _ = compressed_experts(SIZES, "w4a8-channel", BF16)
+    layer = build(config, vllm_config, BF16)
+    assert layer.quant_type is QuantType.W4A8
+    assert not layer.quant_method.supports_eplb
+    layer.ensure_moe_quant_config_init()
+    layer.maybe_init_modular_kernel()
+    assert type(layer.quant_method).__name__ == "FusedMoEAscendMethod"
+    # Or the runner takes the weights of shared experts to be its own W8A8's.
+    shared = torch.nn.Linear(2, 2)
+    layer = build(config, vllm_config, BF16, shared_experts=shared)
+    assert layer.quant_type is QuantType.NONE
+    _, config, _ = compressed_experts(SIZES, "w4a16-g32", BF16)
+    assert build(config, vllm_config, BF16).quant_type is QuantType.NONE
+
+
+def test_routing_is_vllm_ascends(vllm_config: Any, mocker: MockerFixture) -> None:
+    select = mocker.patch(
+        "vllm_ascend.ops.fused_moe.experts_selector.select_experts",
+        return_value=routing(SIZES, 20),
+    )
+    table = torch.zeros(5, 3)
+    options = {
+        "use_grouped_topk": True,
+        "num_expert_group": 4,
+        "topk_group": 2,
+        "scoring_func": "sigmoid",
+        "renormalize": False,
+        "routed_scaling_factor": 2.5,
+        "e_score_correction_bias": torch.ones(SIZES.experts),
+    }
+    layer, _ = load("w4a16-g32", vllm_config, tid2eid=table, **options)
+    x = activations(20, SIZES.hidden, BF16)
+    run(layer, x, None, vllm_config, mocker)
+    given = select.call_args.kwargs
+    for name, value in options.items():
+        if name == "e_score_correction_bias":
+            assert given[name].eq(1).all()
+        else:
+            assert given[name] == value, name
+    assert given["tid2eid"] is table and given["top_k"] == SIZES.top_k
+    assert given["num_experts"] == given["num_logical_experts"] == SIZES.experts
+
+
+def test_profiling_spreads_tokens(vllm_config: Any, mocker: MockerFixture) -> None:
+    layer, _ = load("w4a16-g32", vllm_config)
+    compute = mocker.spy(torch.ops._C_ascend, "npu_moe_init_routing_custom")
+    x = activations(200, SIZES.hidden, BF16)
+    weights, ids = routing(SIZES, 200)
+    run(layer, x, (weights, ids), vllm_config, mocker, in_profile_run=True)
+    spread = compute.call_args.args[1]
+    assert spread.shape == ids.shape and spread.dtype == ids.dtype
+    # The fixed routing has no token for two of them.
+    assert len(spread.unique()) == SIZES.experts > len(ids.unique())
+    assert all(len(row.unique()) == SIZES.top_k for row in spread)
+
+
+def test_weights_of_the_router_on_the_input(
+    vllm_config: Any, mocker: MockerFixture
+) -> None:
+    layer, formula = load(
+        "w4a16-g32", vllm_config, top_k=1, apply_router_weight_on_input=True
+    )
+    x = activations(20, SIZES.hidden, BF16)
+    weights, ids = routing(SIZES, 20)
+    weights, ids = weights[:, :1].contiguous(), ids[:, :1].contiguous()
+    scaled = x * weights.bfloat16()
+    expected = formula(scaled, torch.ones_like(weights), ids)
+    # The runner weighs the sum as well.
+    expected *= weights.bfloat16()
+    output = run(layer, x, (weights, ids), vllm_config, mocker)
+    assert relative_error(output, expected) < ROUNDINGS[BF16] * 1.1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "reason"),
+    [
+        ("w4a16-g32", {"activation": "gelu"}, "activation gelu; vllm-ascend supports"),
+        ("w8a8-channel-dynamic", {"has_bias": True}, "biases of experts; vllm-ascend"),
+        ("w4a16-g32", {"swiglu_limit": 7.0}, "swiglu_limit=7.0; vllm-ascend ignores"),
+    ],
+)
+def test_what_it_would_not_compute_is_refused(
+    scheme: str, options: dict[str, Any], reason: str, vllm_config: Any
+) -> None:
+    _, config, _ = compressed_experts(SIZES, scheme, BF16)
+    with pytest.raises(UnsupportedCheckpointError, match=reason):
+        build(config, vllm_config, BF16, **options)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("enable_fused_mc2", 1, "enable_fused_mc2=1; vllm-ascend supports 0 and 2"),
+        ("eplb_config.config", {"dynamic_eplb": True}, "dynamic_eplb=True"),
+    ],
+)
+def test_settings_that_are_refused(
+    path: str, value: Any, reason: str, vllm_config: Any, mocker: MockerFixture
+) -> None:
+    from vllm_ascend.ascend_config import get_ascend_config
+
+    target: Any = get_ascend_config()
+    *parents, name = path.split(".")
+    for parent in parents:
+        target = getattr(target, parent)
+    mocker.patch.object(target, name, value)
+    _, config, _ = compressed_experts(SIZES, "w8a8-channel-dynamic", BF16)
+    with pytest.raises(UnsupportedCheckpointError, match=reason):
+        build(config, vllm_config, BF16)
+
+
+def test_unquantized_experts_are_vllm_ascends(vllm_config: Any) -> None:
+    _, config, _ = compressed_experts(SIZES, "w4a16-g32", BF16)
+    config["ignore"] = ["re:.*experts.*"]
+    layer = build(config, vllm_config, BF16)
+    assert type(layer.quant_method).__name__ == "AscendUnquantizedFusedMoEMethod"
+
+
+def test_swiglu_step(vllm_config: Any, mocker: MockerFixture) -> None:
+    layer, formula = load("w4a16-g32", vllm_config, activation="swiglustep")
+    x = activations(20, SIZES.hidden, BF16)
+    routed = routing(SIZES, 20)
+
+    def step(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return silu(gate).clamp(max=7) * up.clamp(-7, 7)
+
+    expected = formula(x, routed[0].bfloat16(), routed[1], activation=step)
+    output = run(layer, x, routed, vllm_config, mocker)
+    assert relative_error(output, expected) < ROUNDINGS[BF16] * 1.1
