@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Write the table of supported schemes into the README, by asking the code.
+"""Write the tables of supported schemes into the README, by asking the code.
 
 python -m tools.support_matrix
 """
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def _with_outputs(config: dict[str, Any]) -> dict[str, Any]:
 
 
 # (scheme, format as written, operators in one forward) -> a config of it
-ROWS: dict[tuple[str, str, str], dict[str, Any]] = {
+Rows = dict[tuple[str, str, str], dict[str, Any]]
+ROWS: Rows = {
     ("W2A16, W3A16, W4A16", "pack-quantized", "1"): _row(4, _GROUP),
     ("W5A16 to W8A16", "pack-quantized", "1"): _row(8, _GROUP),
     ("W8A8, dynamic, symmetric", "int-quantized", "2"): _row(
@@ -79,26 +81,44 @@ ROWS: dict[tuple[str, str, str], dict[str, Any]] = {
         type="float",
     ),
 }
+EXPERT_ROWS: Rows = {
+    ("W2A16, W3A16, W4A16", "pack-quantized", "5"): _row(4, _GROUP),
+    ("W5A16 to W8A16 per channel", "pack-quantized", "5"): _row(8, _CHANNEL),
+    ("W5A16 to W8A16 in groups", "pack-quantized", ""): _row(8, _GROUP),
+    ("W8A8, dynamic, symmetric", "int-quantized", "4"): _row(
+        8, _CHANNEL, _TOKEN, "int-quantized"
+    ),
+    ("W8A8, dynamic, asymmetric", "int-quantized", "5"): _row(
+        8, _CHANNEL, {**_TOKEN, "symmetric": False}, "int-quantized"
+    ),
+    ("W8A8, static", "int-quantized", ""): _row(8, _CHANNEL, _TENSOR, "int-quantized"),
+    ("W4A8 per channel or in groups of 256", "either", "4"): _row(
+        4, _GROUP_256, _TOKEN, "int-quantized"
+    ),
+    ("W4A8 in other groups", "either", "5"): _row(4, _GROUP, _TOKEN, "int-quantized"),
+    ("W2A8, W3A8 like W4A8", "pack-quantized", "4"): _row(3, _CHANNEL, _TOKEN),
+    ("W5A8 to W8A8 per channel", "pack-quantized", "4"): _row(8, _CHANNEL, _TOKEN),
+}
 
 
-def cell(config: dict[str, Any], dtype: Any) -> str:
+def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -> str:
     """Say what becomes of a config on the current chip."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     from tools.enumerate_configs import outcome
 
     made = get_quantization_config("compressed-tensors")
-    result = outcome(made, config, dtype)
+    result = outcome(made, config, dtype, build)
     if result == "refused":
         return "no"
     group = config["config_groups"]["group_0"]
     dynamic = (group["input_activations"] or {}).get("dynamic")
-    only_weights = result.endswith("AscendWNA16LinearKernel")
+    only_weights = "WNA16" in result.split()[-1]
     return "weights" if dynamic and only_weights else "yes"
 
 
-def table() -> str:
-    """Make the table; vLLM's parallel layers can be built here."""
+def table(rows: Rows, build: Callable[[Any, Any], str]) -> str:
+    """Make a table; vLLM's parallel layers can be built here."""
     import torch
 
     lines = [
@@ -106,22 +126,29 @@ def table() -> str:
         "| --- " * (3 + len(CHIPS)) + "|",
     ]
     before = os.environ.get("VLLM_ASCEND_CT_SOC")
-    rows: dict[tuple[str, str, str], list[str]] = {names: [] for names in ROWS}
+    made: dict[tuple[str, str, str], list[str]] = {names: [] for names in rows}
     try:
         for chip, dtype in CHIPS.items():
             os.environ["VLLM_ASCEND_CT_SOC"] = chip
-            for names, config in ROWS.items():
-                rows[names].append(cell(config, getattr(torch, dtype)))
+            for names, config in rows.items():
+                made[names].append(cell(config, getattr(torch, dtype), build))
     finally:
         os.environ.pop("VLLM_ASCEND_CT_SOC")
         if before is not None:
             os.environ["VLLM_ASCEND_CT_SOC"] = before
-    lines += [f"| {' | '.join((*names, *cells))} |" for names, cells in rows.items()]
+    lines += [f"| {' | '.join((*names, *cells))} |" for names, cells in made.items()]
     return "\n".join(lines) + "\n"
 
 
+def tables() -> str:
+    """Make the tables of linear layers and of experts."""
+    from tools.enumerate_configs import experts, linear
+
+    return f"{table(ROWS, linear)}\nRouted experts:\n\n{table(EXPERT_ROWS, experts)}"
+
+
 def with_table(readme: str, made: str) -> str:
-    """Put a table into the README's text."""
+    """Put tables into the README's text."""
     before, _, rest = readme.partition(START)
     return before + START + made + END + rest.partition(END)[2]
 
@@ -139,7 +166,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     load_general_plugins()
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
-        README.write_text(with_table(README.read_text(), table()))
+        README.write_text(with_table(README.read_text(), tables()))
 
 
 if __name__ == "__main__":

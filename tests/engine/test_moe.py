@@ -93,6 +93,7 @@ def test_unquantized_experts(make: MakeCheckpoint) -> None:
     assert mean_difference(served(path), reference(path)) < WEIGHT_ONLY_TOLERANCE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "recipe", "arguments"),
     [

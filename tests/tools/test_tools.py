@@ -80,4 +80,4 @@ def test_reference_is_the_libraries(checkpoint: Callable[..., Path]) -> None:
 def test_table_in_the_readme_is_what_the_code_does() -> None:
     """If it is not: python -m tools.support_matrix."""
     readme = support_matrix.README.read_text()
-    assert support_matrix.with_table(readme, support_matrix.table()) == readme
+    assert support_matrix.with_table(readme, support_matrix.tables()) == readme
