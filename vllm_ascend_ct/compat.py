@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What differs between the vLLM releases that are supported."""
+"""What differs between the vLLM releases that are supported, hooks among it."""
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
+
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+    MPLinearLayerConfig,
+)
 
 # What experts return who leave the sum over each token's rows to their caller. None in
 # releases whose modular kernel does not pass it on.
@@ -29,3 +34,21 @@ except ImportError:
     CompressedTensorsWNA16MoEMethod = _wna16.CompressedTensorsWNA16MoEMethod
 else:
     CompressedTensorsWNA16MoEMethod = _marlin.CompressedTensorsWNA16MarlinMoEMethod
+
+# Hooks that `upstream_patches` stages. Whether kernels are told how activations are
+# quantized:
+KERNELS_KNOW_ACTIVATIONS = "activation_quant_key" in {
+    field.name for field in fields(MPLinearLayerConfig)
+}
+# How to register experts, and for which oracles.
+register_moe_experts: Any = None
+MOE_EXPERTS_TYPES: tuple[str, ...] = ()
+try:
+    from vllm.model_executor.layers.fused_moe.oracle import (  # type: ignore[attr-defined]
+        registry as _registry,
+    )
+except ImportError:
+    pass
+else:
+    register_moe_experts = _registry.register_moe_experts
+    MOE_EXPERTS_TYPES = get_args(_registry.MoEExpertsType)

@@ -37,6 +37,7 @@ def register() -> None:
         ascend_base.prepare_process()
     register_quantization_config()
     register_linear_kernels()
+    register_moe_experts()
 
 
 @cache
@@ -68,12 +69,32 @@ def register_linear_kernels() -> None:
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 
+    from vllm_ascend_ct import compat
     from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
         AscendWNA16LinearKernel,
+    )
+    from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
+        AscendWNA8LinearKernel,
     )
     from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
         AscendInt8ScaledMMLinearKernel,
     )
 
+    if compat.KERNELS_KNOW_ACTIVATIONS:
+        register_linear_kernel(AscendWNA8LinearKernel, PlatformEnum.OOT, "mp")
     register_linear_kernel(AscendWNA16LinearKernel, PlatformEnum.OOT, "mp")
     register_linear_kernel(AscendInt8ScaledMMLinearKernel, PlatformEnum.OOT, "int8")
+
+
+def register_moe_experts() -> None:
+    """Offer the NPU experts to upstream's oracles, where vLLM has the hook."""
+    from vllm.platforms import PlatformEnum
+
+    from vllm_ascend_ct import compat
+    from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
+        EXPERTS,
+    )
+
+    for experts_type, experts_cls in EXPERTS.items():
+        if experts_type in compat.MOE_EXPERTS_TYPES:
+            compat.register_moe_experts(experts_cls, PlatformEnum.OOT, experts_type)

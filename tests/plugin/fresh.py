@@ -28,7 +28,8 @@ def run(
     }
     environment.update({k: v for k, v in variables.items() if v is not None})
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        others = filter(None, [environment.get("PYTHONPATH")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *others])
     return subprocess.run(
         [sys.executable, "-c", script],
         env=environment,

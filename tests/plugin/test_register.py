@@ -5,8 +5,10 @@
 import ast
 import pickle
 
+from vllm.model_executor.kernels import linear
 from vllm.platforms import current_platform
 
+from tests import hooks
 from tests.plugin.fresh import run_ok
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
     AscendCTConfig,
@@ -25,9 +27,13 @@ def state():
         [k.__name__ for k in linear._POSSIBLE_INT8_KERNELS.get(oot, [])],
     ]
 """
-OURS = (
-    "['AscendCTConfig', ['AscendWNA16LinearKernel'], "
-    "['AscendInt8ScaledMMLinearKernel']]"
+# With the hook, a kernel is chosen by whether it quantizes activations.
+OURS = str(
+    [
+        "AscendCTConfig",
+        [*["AscendWNA8LinearKernel"] * hooks.ACTIVATIONS, "AscendWNA16LinearKernel"],
+        ["AscendInt8ScaledMMLinearKernel"],
+    ]
 )
 # What vLLM and torch write themselves when plugins load and operators are defined.
 HOUSEKEEPING = {
@@ -35,6 +41,13 @@ HOUSEKEEPING = {
     "torch.library._defs",
     "torch.library._impls",
     "torch.ops._dir",
+}
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+WITH_THE_CONFIG = {
+    f"{_QUANTIZATION}._CUSTOMIZED_METHOD_TO_QUANT_CONFIG",
+    # One list, by register_weight_loader_v2_supported_method.
+    "vllm.model_executor.layers.linear.WEIGHT_LOADER_V2_SUPPORTED",
+    f"{_QUANTIZATION}.compressed_tensors.transform.linear.WEIGHT_LOADER_V2_SUPPORTED",
 }
 THEIRS = "['CompressedTensorsConfig', [], []]"
 
@@ -144,16 +157,16 @@ print({".".join(k) for k in before.keys() | after.keys()
         VLLM_PLUGINS="ascend_ct",
     )
     changed: set[str] = ast.literal_eval(out)
-    quantization = "vllm.model_executor.layers.quantization"
     kernels = "vllm.model_executor.kernels.linear"
-    assert changed - HOUSEKEEPING == {
-        f"{quantization}._CUSTOMIZED_METHOD_TO_QUANT_CONFIG",
-        f"{kernels}._POSSIBLE_KERNELS",
-        f"{kernels}._POSSIBLE_INT8_KERNELS",
-        # One list, by register_weight_loader_v2_supported_method.
-        "vllm.model_executor.layers.linear.WEIGHT_LOADER_V2_SUPPORTED",
-        f"{quantization}.compressed_tensors.transform.linear.WEIGHT_LOADER_V2_SUPPORTED",
-    }
+    expected = {f"{kernels}._POSSIBLE_KERNELS", f"{kernels}._POSSIBLE_INT8_KERNELS"}
+    if hasattr(linear, "_POSSIBLE_KERNELS_BY_TYPE"):
+        expected.add(f"{kernels}._POSSIBLE_KERNELS_BY_TYPE")
+    if hooks.EXPERTS:
+        oracles = "vllm.model_executor.layers.fused_moe.oracle"
+        expected.add(f"{oracles}.registry._REGISTERED_EXPERTS")
+    # The config is not imported yet where the platform supplies it.
+    assert changed - HOUSEKEEPING - WITH_THE_CONFIG == expected
+    assert (changed & WITH_THE_CONFIG == WITH_THE_CONFIG) != hooks.CONFIG
 
 
 def test_config_survives_the_way_to_a_worker() -> None:

@@ -37,6 +37,20 @@ def to_int8(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     return rows.unflatten(0, packed.shape[:2])
 
 
+def pack_int4(stacked: torch.Tensor) -> torch.Tensor:
+    """Pack int4 values, each in an int8 of `[E, N, K]`: int32 `[E, N, K / 8]`.
+
+    Raises:
+        ValueError: A value is no int4.
+
+    """
+    experts, n, k = stacked.shape
+    packed = stacked.new_empty((experts, n, k // 8), dtype=torch.int32)
+    for values, words in zip(stacked, packed):
+        words.copy_(pack_quantized.pack_int4(values))
+    return packed
+
+
 def transpose_(stacked: torch.Tensor) -> torch.Tensor:
     """Turn contiguous `[E, R, C]` into contiguous `[E, C, R]` in the same memory."""
     experts, rows, columns = stacked.shape

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 )
 
 from vllm_ascend_ct.compat import UnfinalizedMoEOutput
+from vllm_ascend_ct.errors import broken_checkpoint
 from vllm_ascend_ct.fused_moe.activation import activation_function, supports
 from vllm_ascend_ct.fused_moe.functional import (
     Activation,
@@ -85,6 +86,13 @@ class AscendExperts(mk.FusedMoEExpertsModular):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Lay out the weights of a layer, and serve it from then on."""
+        bias = getattr(layer, "w2_bias", None)
+        if bias is not None and self.moe_config.tp_rank > 0:
+            # What ranks compute is summed.
+            bias.data.zero_()
+        if self.quant_config.w1_scale is not None:
+            # From upstream's methods, which look at no values.
+            _check_scales(layer)
         for name, (k, n) in self.products(self.moe_config).items():
             self._lay_out(layer, name, k, n)
         self._layer = layer
@@ -228,3 +236,17 @@ def stored_weight(layer: Any, name: str) -> tuple[str, torch.Tensor]:
     if packed is not None:
         return f"{name}_weight_packed", packed
     return f"{name}_weight", getattr(layer, f"{name}_weight")
+
+
+def _check_scales(layer: Any) -> None:
+    """Refuse scales that are not finite and above 0."""
+    for name in ("w13", "w2"):
+        scale = getattr(layer, f"{name}_weight_scale").data
+        right = (scale > 0) & scale.isfinite()
+        if not right.all():
+            expert = int((~right).flatten(1).any(1).nonzero()[0])
+            raise broken_checkpoint(
+                f"{name}_weight_scale of expert {expert} of this rank has values that "
+                "are not finite and above 0",
+                f"layer {getattr(layer, 'layer_name', None)}",
+            )

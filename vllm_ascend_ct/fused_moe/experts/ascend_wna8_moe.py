@@ -137,3 +137,13 @@ class AscendWNA8Experts(AscendExperts):
             self._activation,
             self._fused,
         )
+
+
+class AscendW4A8Experts(AscendWNA8Experts):
+    """For int4 weights that were loaded as one value in each int8."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        for name in self.products(self.moe_config):
+            weight_name, parameter = stored_weight(layer, name)
+            replace_parameter(layer, weight_name, experts.pack_int4(parameter.data))
+        super().process_weights_after_loading(layer)

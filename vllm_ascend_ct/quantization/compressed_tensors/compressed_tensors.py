@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The compressed-tensors config on Ascend: upstream's, where it must differ."""
 
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,12 @@ from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
     get_moe_method,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
+    expert_shapes,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
+    is_upstreams,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
@@ -191,7 +198,28 @@ class AscendCTConfig(CompressedTensorsConfig):
         if scheme is None:
             method = fused_moe.unquantized_method(layer.moe_config, tid2eid)
             return method or UnquantizedFusedMoEMethod(layer.moe_config)
-        return get_moe_method(scheme, layer, prefix, tid2eid)
+        method = get_moe_method(scheme, layer, prefix, tid2eid)
+        if is_upstreams(method):
+            self._check_experts_of_upstream(layer, prefix, shards, scheme)
+        return method
+
+    def _check_experts_of_upstream(
+        self, layer: Any, prefix: str, shards: list[str], scheme: dict[str, Any]
+    ) -> None:
+        """Check before loading what upstream's methods do not check while they load."""
+        if self._headers is None:
+            return
+        moe = layer.moe_config
+        shapes = expert_shapes(scheme["weights"], moe)
+        intermediate = moe.intermediate_size_per_partition * moe.tp_size
+        for expert, shard in product(range(layer.global_num_experts), shards):
+            is_down = shard == shards[-1]
+            self._headers.check_tensors(
+                f"{prefix}.{expert}.{shard}",
+                scheme,
+                shapes["w2" if is_down else "w13"],
+                moe.hidden_dim if is_down else intermediate,
+            )
 
     def get_scheme(
         self, layer: torch.nn.Module, layer_name: str | None = None

@@ -12,10 +12,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from compressed_tensors import CompressionFormat
 
 from vllm_ascend_ct.errors import broken_checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.loading import (
+    OPTIONAL,
+    QuantizedShape,
+)
 
+_DTYPES = {
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 _QUANTIZED = {"weight_packed", "weight_scale"}
 _KNOWN = {
     "bias",
@@ -33,7 +45,10 @@ _KNOWN = {
 
 
 class CheckpointHeaders:
-    """The tensors of a checkpoint's quantized layers: kind to shape, by layer."""
+    """The tensors of a checkpoint's quantized layers: kind to shape, by layer.
+
+    And kind to dtype, which is one of safetensors' names.
+    """
 
     def __init__(self, headers: Mapping[str, dict[str, Any]]) -> None:
         """Sort tensors by layer.
@@ -43,10 +58,12 @@ class CheckpointHeaders:
 
         """
         layers: dict[str, dict[str, list[int]]] = defaultdict(dict)
+        self._dtypes: dict[str, str] = {}
         for name, header in headers.items():
             layer, _, kind = name.rpartition(".")
             if layer:
                 layers[layer][kind] = header["shape"]
+                self._dtypes[name] = header["dtype"]
         self._layers = {
             layer: shapes
             for layer, shapes in layers.items()
@@ -120,6 +137,43 @@ class CheckpointHeaders:
                 "Some experts of a layer are quantized, this one is missing or is not",
                 f"tensor {part}.weight",
             )
+
+    def check_tensors(
+        self,
+        part: str,
+        scheme: dict[str, Any],
+        shape: QuantizedShape,
+        rows: int,
+    ) -> None:
+        """Refuse a shard of which a tensor is missing or is not what it has to be.
+
+        For layers of which nothing looks at what is loaded. Values are not known here.
+
+        Args:
+            part: Name of the shard in the checkpoint.
+            scheme: As upstream's `get_scheme_dict` gives it.
+            shape: What its tensors have to look like.
+            rows: Its output features.
+
+        Raises:
+            UnsupportedCheckpointError: Names the tensor.
+
+        """
+        shapes = self._layers.get(part)
+        if shapes is None:
+            return
+        for kind in sorted(_places(scheme) - {"bias", *OPTIONAL}):
+            name = f"{part}.{kind}"
+            if kind not in shapes:
+                raise broken_checkpoint(
+                    "A tensor of the layer is missing", f"tensor {name}"
+                )
+            dtype = _DTYPES.get(self._dtypes[name], torch.bool)
+            tensor = torch.empty(shapes[kind], dtype=dtype, device="meta")
+            if reason := shape.fault(kind, tensor, rows):
+                raise broken_checkpoint(
+                    f"The checkpoint's tensor {reason}", f"tensor {name}"
+                )
 
     def check_bias(self, parts: Iterable[str]) -> None:
         """Refuse a layer with a bias that the checkpoint lacks.

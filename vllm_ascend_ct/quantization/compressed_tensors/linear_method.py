@@ -28,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.kernels.embedding import dequantized_rows
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
+    AscendWNA8LinearKernel,
     with_quantized_activations,
 )
 from vllm_ascend_ct.ops.limits import current_limits
@@ -210,7 +211,9 @@ class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
 def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
     """Have a scheme's activations quantized, if there is a kernel for it."""
     weights, inputs = args["weights"], args["input_activations"]
-    if not isinstance(scheme, _PACKED_A8_SCHEMES):
+    if not isinstance(scheme, _PACKED_A8_SCHEMES) or isinstance(
+        scheme.kernel, AscendWNA8LinearKernel
+    ):
         return
     chosen = type(scheme.kernel).__name__
     scheme.kernel, reason = with_quantized_activations(scheme.kernel, inputs.symmetric)

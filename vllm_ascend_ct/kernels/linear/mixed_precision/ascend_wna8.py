@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Linear kernel for packed weights and int8 activations."""
 
+from typing import Any
+
 import torch
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearKernel,
@@ -9,6 +11,7 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 )
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 
+from vllm_ascend_ct import compat
 from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_quant_int4_matmul,
     dynamic_quant_matmul,
@@ -27,8 +30,8 @@ from vllm_ascend_ct.weights import int4, pack_quantized
 class AscendWNA8LinearKernel(MPLinearKernel):
     """Activations quantized to int8 per token, by int4 or int8 weights.
 
-    Upstream's registry cannot offer it: the config by which a kernel is chosen does not
-    say that activations are quantized. `with_quantized_activations` chooses it.
+    Where the config by which upstream chooses a kernel does not say how activations are
+    quantized, `with_quantized_activations` chooses it.
 
     The layer gains a parameter `activation_assist` where the weights are int4.
     """
@@ -38,7 +41,18 @@ class AscendWNA8LinearKernel(MPLinearKernel):
         return -1
 
     @classmethod
+    def quantizes_activations(cls) -> bool:
+        """Whether activations are quantized as the checkpoint asks."""
+        return True
+
+    @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        if compat.KERNELS_KNOW_ACTIVATIONS:
+            key: Any = getattr(c, "activation_quant_key", None)
+            if key is None or key.dtype != torch.int8:
+                return False, f"activations {key}; supported: int8, dynamic per token"
+            if not key.symmetric:
+                return False, "asymmetric activations; supported: symmetric"
         if c.weight_type not in WEIGHT_TYPES or c.zero_points:
             return False, f"weight type {c.weight_type}; supported: symmetric integers"
         k, n = c.partition_weight_shape

@@ -28,9 +28,12 @@ from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
     ExpertsLoadRecord,
     Transform,
+    expert_shapes,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
+    registered_method,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import refused
-from vllm_ascend_ct.quantization.compressed_tensors.loading import QuantizedShape
 from vllm_ascend_ct.quantization.compressed_tensors.rules import EXPERT_RULES, refusal
 
 if TYPE_CHECKING:
@@ -81,8 +84,78 @@ def get_moe_method(
             else compressed_tensors_moe_w8a8_int8.AscendCTW8A8Int8MoEMethod
         )
     moe, inputs = layer.moe_config, scheme["input_activations"]
+    experts_cls = choose_experts(weights, inputs, moe, layer_name)
+    if registered := registered_method(scheme, experts_cls, layer, layer_name):
+        return registered
     method = method_cls(weights, inputs, moe, layer_name)
     return FusedMoEAscendMethod(method, layer, tid2eid) if serves() else method
+
+
+def choose_experts(
+    weights: QuantizationArgs,
+    inputs: QuantizationArgs | None,
+    moe: FusedMoEConfig,
+    layer_name: str | None,
+) -> type[AscendExperts]:
+    """Choose what computes a layer.
+
+    Raises:
+        UnsupportedCheckpointError: Nothing does.
+
+    """
+    name = f"W{weights.num_bits}A{8 if inputs else 16}"
+    if reason := _size_refusal(weights, moe):
+        raise refused(f"{name} experts: {reason}", layer_name)
+    group_size = max(weights.group_size or 0, 0)
+    scheme = moe, weights.num_bits, group_size, weights.symmetric
+    wna8, wna16 = experts_classes()
+    if inputs is not None:
+        reason = "asymmetric activations"
+        if inputs.symmetric:
+            reason = wna8.refusal(*scheme)
+        if reason is None:
+            logger.info_once("Using %s for %s experts.", wna8.__name__, name)
+            return wna8
+    if weight_reason := wna16.refusal(*scheme):
+        raise refused(f"{name} experts: {weight_reason}", layer_name)
+    logger.info_once("Using %s for %s experts.", wna16.__name__, name)
+    if inputs is not None:
+        logger.info_once(
+            "%s experts are served as W%dA16, their activations unquantized: %s.",
+            name,
+            weights.num_bits,
+            reason,
+        )
+    return wna16
+
+
+def _size_refusal(weights: QuantizationArgs, moe: FusedMoEConfig) -> str | None:
+    """Why a rank's share of the weights is not whole, or None."""
+    bits, group_size = weights.num_bits, weights.group_size or -1
+    shards = {
+        "K": (moe.hidden_dim, moe.hidden_dim),
+        "K of the second": (
+            moe.intermediate_size_per_partition * moe.tp_size,
+            moe.intermediate_size_per_partition,
+        ),
+    }
+    for name, (size, part) in shards.items():
+        if group_size > 0 and part % group_size:
+            return (
+                f"{name} product is {part} a rank, group_size={group_size}; "
+                "supported: whole groups"
+            )
+        if part != size and part * bits % _WORD:
+            return (
+                f"{name} product is {part} of {size} a rank, weights.num_bits={bits}; "
+                "supported: ranks that begin with a whole word"
+            )
+        if not weights.symmetric and part * bits % _WORD:
+            return (
+                f"N={part}, weights.num_bits={bits}, symmetric=False; "
+                "supported: shards whose zero points fill whole words"
+            )
+    return None
 
 
 class AscendCTMoEMixin(_Base):
@@ -110,67 +183,8 @@ class AscendCTMoEMixin(_Base):
         self.strategy = weight_quant.strategy
         # As upstream's methods have it: -1 for one scale per channel.
         self.group_size = weight_quant.group_size or -1
-        self.experts_cls = self._choose_experts()
+        self.experts_cls = choose_experts(weight_quant, input_quant, moe, layer_name)
         self._record: ExpertsLoadRecord | None = None
-
-    def _choose_experts(self) -> type[AscendExperts]:
-        """Choose what computes the layer.
-
-        Raises:
-            UnsupportedCheckpointError: Nothing does.
-
-        """
-        name = f"W{self.num_bits}A{8 if self.input_quant else 16}"
-        if reason := self._size_refusal():
-            raise refused(f"{name} experts: {reason}", self.layer_name)
-        scheme = self.moe, self.num_bits, max(self.group_size, 0), self.symmetric
-        wna8, wna16 = experts_classes()
-        if self.input_quant is not None:
-            reason = "asymmetric activations"
-            if self.input_quant.symmetric:
-                reason = wna8.refusal(*scheme)
-            if reason is None:
-                logger.info_once("Using %s for %s experts.", wna8.__name__, name)
-                return wna8
-        if weight_reason := wna16.refusal(*scheme):
-            raise refused(f"{name} experts: {weight_reason}", self.layer_name)
-        logger.info_once("Using %s for %s experts.", wna16.__name__, name)
-        if self.input_quant is not None:
-            logger.info_once(
-                "%s experts are served as W%dA16, their activations unquantized: %s.",
-                name,
-                self.num_bits,
-                reason,
-            )
-        return wna16
-
-    def _size_refusal(self) -> str | None:
-        """Why a rank's share of the weights is not whole, or None."""
-        moe = self.moe
-        shards = {
-            "K": (moe.hidden_dim, moe.hidden_dim),
-            "K of the second": (
-                moe.intermediate_size_per_partition * moe.tp_size,
-                moe.intermediate_size_per_partition,
-            ),
-        }
-        for name, (size, part) in shards.items():
-            if self.group_size > 0 and part % self.group_size:
-                return (
-                    f"{name} product is {part} a rank, group_size={self.group_size}; "
-                    "supported: whole groups"
-                )
-            if part != size and part * self.num_bits % _WORD:
-                return (
-                    f"{name} product is {part} of {size} a rank, weights.num_bits="
-                    f"{self.num_bits}; supported: ranks that begin with a whole word"
-                )
-            if not self.symmetric and part * self.num_bits % _WORD:
-                return (
-                    f"N={part}, weights.num_bits={self.num_bits}, symmetric=False; "
-                    "supported: shards whose zero points fill whole words"
-                )
-        return None
 
     def create_weights(
         self,
@@ -181,7 +195,9 @@ class AscendCTMoEMixin(_Base):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self._record = ExpertsLoadRecord(layer, self._shapes(), self.transform)
+        self._record = ExpertsLoadRecord(
+            layer, expert_shapes(self.weight_quant, self.moe), self.transform
+        )
         loader = self._record.record(extra_weight_attrs["weight_loader"])
         super().create_weights(  # type: ignore[safe-super]
             layer,
@@ -192,19 +208,6 @@ class AscendCTMoEMixin(_Base):
             **{**extra_weight_attrs, "weight_loader": loader},
         )
 
-    def _shapes(self) -> dict[str, QuantizedShape]:
-        """What the tensors of one expert have to look like on disk."""
-        intermediate = self.moe.intermediate_size_per_partition * self.moe.tp_size
-        sizes = {"w13": self.moe.hidden_dim, "w2": intermediate}
-        return {
-            name: QuantizedShape(
-                k=k,
-                bits=self.num_bits,
-                groups=k // self.group_size if self.group_size > 0 else 1,
-            )
-            for name, k in sizes.items()
-        }
-
     def lay_out_weights(self, layer: Any) -> AscendExperts:
         """Check what was loaded, and bring it to where experts compute with it.
 
@@ -214,10 +217,6 @@ class AscendCTMoEMixin(_Base):
         """
         if self._record is not None:
             self._record.check_complete()
-        bias = getattr(layer, "w2_bias", None)
-        if bias is not None and self.moe.tp_rank > 0:
-            # What ranks compute is summed.
-            bias.data.zero_()
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         experts: AscendExperts = self.experts_cls(self.moe, self.moe_quant_config)
         experts.process_weights_after_loading(layer)

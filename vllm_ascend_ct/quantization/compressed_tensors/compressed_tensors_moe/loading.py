@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError, broken_checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.loading import (
@@ -22,6 +24,25 @@ from vllm_ascend_ct.quantization.compressed_tensors.loading import (
 # The shards of each parameter, as vLLM calls gate, down and up.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def expert_shapes(
+    weights: QuantizationArgs, moe: FusedMoEConfig
+) -> dict[str, QuantizedShape]:
+    """What the tensors of one expert look like on disk, by prefix of a parameter."""
+    group_size = weights.group_size or 0
+    sizes = {
+        "w13": moe.hidden_dim,
+        "w2": moe.intermediate_size_per_partition * moe.tp_size,
+    }
+    return {
+        name: QuantizedShape(
+            k=k,
+            bits=weights.num_bits,
+            groups=k // group_size if group_size > 0 else 1,
+        )
+        for name, k in sizes.items()
+    }
 
 
 class ExpertsLoadRecord:

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The staged patches as files; `tools.upstream_patches verify` does the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from tools import patch_series, upstream_patches
+from tools.patch_series import Patch, Target, targets
+
+TARGETS = targets()
+PATCHES = [(target, patch) for target in TARGETS for patch in target.patches]
+
+MAIL = """From 0 Mon Sep 17 00:00:00 2001
+Subject: [PATCH] [Kernel] Do something
+
+Why.
+
+Upstream-Status: Pending
+Base: v1.0.0
+Duplicate-Check: 2026-01-02 "something" ->
+ none
+Needed-By: nothing
+Fails-Without: tests/a.py::test -> message
+Remove-When: it is there
+Last-Verified: 2026-01-02 v1.0.0
+---
+ vllm/a.py | 2 +-
+
+diff --git a/vllm/a.py b/vllm/a.py
+--- a/vllm/a.py
++++ b/vllm/a.py
+@@ -1 +1,2 @@
+-old
++new
++newer
+"""
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> tuple[Target, Patch]:
+    (tmp_path / "a.patch").write_text(MAIL)
+    (tmp_path / "series").write_text("# comment\na.patch\n")
+    target = Target(tmp_path, "vllm", "1.0.0", {}, [], [])
+    return target, target.patches[0]
+
+
+def test_there_are_some() -> None:
+    assert [target.project for target in TARGETS] == ["vllm"] and len(PATCHES) >= 6
+
+
+@pytest.mark.parametrize(
+    ("target", "patch"), PATCHES, ids=lambda v: getattr(v, "name", "")
+)
+def test_headers(target: Target, patch: Patch) -> None:
+    assert patch.faults(target) == []
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.project)
+def test_all_are_in_the_series(target: Target) -> None:
+    assert target.stray_files() == []
+    assert target.base in target.versions
+
+
+def test_table_is_of_now() -> None:
+    """If it is not: python -m tools.upstream_patches status --write."""
+    readme = upstream_patches.README.read_text()
+    assert upstream_patches.with_tables(readme) == readme
+
+
+def test_a_patch_is_read(staged: tuple[Target, Patch]) -> None:
+    target, patch = staged
+    assert patch.faults(target) == []
+    assert patch.subject == "[Kernel] Do something"
+    assert patch.values("Duplicate-Check") == ['2026-01-02 "something" -> none']
+    assert patch.files == ["vllm/a.py"]
+    assert patch.source_lines == (2, 1) and patch.removable_lines == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("[Kernel] Do", "do", "subject"),
+        ("Upstream-Status: Pending\n", "", "Upstream-Status is missing"),
+        ("Pending", "Sent", "Upstream-Status: Sent"),
+        ("Base: v1.0.0", "Base: v0.9.0", "Base is not v1.0.0"),
+        ("Needed-By: nothing", "Needed-By: README.md::f", "Needed-By"),
+        ("Needed-By: nothing", "Needed-By: tools/ranks.py::no", "KeyError"),
+        ("tests/a.py::test -> m", "tests/a.py::test m", "Fails-Without"),
+        ("Base", "Depends-On: b.patch\nBase", "b.patch is not in the series"),
+        ("Base", "Reviewed-By: nobody\nBase", "Reviewed-By is no trailer"),
+        ("+newer\n", "+newer\n" * 200, "lines of source"),
+    ],
+)
+def test_faults(staged: tuple[Target, Patch], old: str, new: str, fault: str) -> None:
+    target, patch = staged
+    patch.path.write_text(MAIL.replace(old, new, 1))
+    assert any(fault in found for found in patch.faults(target))
+
+
+def test_a_stray_file_is_found(staged: tuple[Target, Patch]) -> None:
+    target, _ = staged
+    (target.directory / "b.patch").write_text(MAIL)
+    assert target.stray_files() == ["b.patch"]
+
+
+def test_lines_are_counted() -> None:
+    place = "tools/patch_series.py::Patch.subject"
+    assert 2 < patch_series.lines_of(place) < 10
+    assert patch_series.lines_of("nothing") == 0

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Source trees that the staged patches are applied to, and upstream's tests over them.
+
+A tree is a release's source distribution with the compiled libraries of the vLLM that
+is installed here, which the Python code of neighbouring releases loads as well.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tools.patch_series import Patch, Target
+
+CACHE = Path("build/upstream-patches")
+_JSON = "application/vnd.pypi.simple.v1+json"
+_DUMMY_PLATFORM = Path("tests/plugins/vllm_add_dummy_platform")
+_KEPT = ("vllm", "tests", "docs", ".buildkite", "examples", "pyproject.toml")
+
+
+def pristine(target: Target, version: str) -> Path:
+    """A release's source tree, downloaded once; not to be changed."""
+    name = f"{target.project}-{version}"
+    tree = CACHE / name
+    stamp = CACHE / f"{name}.stamp"
+    if stamp.exists() and stamp.read_text() == target.versions[version]:
+        return tree
+    CACHE.mkdir(parents=True, exist_ok=True)
+    archive = CACHE / f"{name}.tar.gz"
+    if not archive.exists() or _sha256(archive) != target.versions[version]:
+        print(f"upstream_patches: downloading {archive.name}", flush=True)
+        download(target.project, archive)
+    if _sha256(archive) != target.versions[version]:
+        raise SystemExit(f"upstream_patches: {archive} is not what BASE says (sha256)")
+    shutil.rmtree(tree, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar if m.name.split("/")[1:2] in [[n] for n in _KEPT]]
+        tar.extractall(CACHE, members, filter="data")
+    link_libraries(tree)
+    stamp.write_text(target.versions[version])
+    return tree
+
+
+def download(project: str, archive: Path) -> None:
+    """Download a source distribution from the package index that pip is set to.
+
+    `pip download` would build its metadata first, for which it installs torch.
+    """
+    index = os.environ.get("PIP_INDEX_URL") or _pip_setting() or _default_index()
+    page = f"{index.rstrip('/')}/{project}/"
+    request = urllib.request.Request(page, headers={"Accept": f"{_JSON}, text/html"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        base, text = response.url, response.read().decode()
+        is_json = "json" in response.headers.get("Content-Type", "")
+    if is_json:
+        links = [file["url"] for file in json.loads(text)["files"]]
+    else:
+        links = re.findall(r'href="([^"#]+)', text)
+    for link in links:
+        if link.rpartition("/")[2] == archive.name:
+            url = urllib.parse.urljoin(base, link)
+            with urllib.request.urlopen(url, timeout=600) as response:
+                archive.write_bytes(response.read())
+            return
+    raise SystemExit(f"upstream_patches: the package index has no {archive.name}")
+
+
+def _pip_setting() -> str:
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _default_index() -> str:
+    from pip._internal.models.index import PyPI
+
+    return str(PyPI.simple_url)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def link_libraries(tree: Path) -> None:
+    """Give a tree the compiled libraries of the installed vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("upstream_patches: no vLLM is installed; run tools/setup.sh")
+    installed = Path(spec.submodule_search_locations[0])
+    for library in installed.rglob("*.so"):
+        link = tree / "vllm" / library.relative_to(installed)
+        if not link.exists():
+            link.symlink_to(library)
+    version = tree / "vllm" / "_version.py"
+    if not version.exists():
+        shutil.copyfile(installed / "_version.py", version)
+
+
+def scratch(
+    target: Target, version: str, patches: Iterable[Patch], name: str = "scratch"
+) -> Path:
+    """Make a tree with patches applied, to be overwritten by the next of the name.
+
+    Raises:
+        SystemExit: One does not apply.
+
+    """
+    out = CACHE / f"{target.project}-{version}-{name}"
+    shutil.rmtree(out, ignore_errors=True)
+    # git replaces the files that it patches.
+    tree = pristine(target, version)
+    shutil.copytree(tree, out, symlinks=True, copy_function=os.link)
+    _apply_all(target, version, patches, out)
+    return out
+
+
+def git_apply(tree: Path, files: Iterable[Path], *options: str) -> str | None:
+    """Apply patches, one after the other, without fuzz; return git's complaint."""
+    text = b"".join(file.read_bytes() for file in files)
+    # Or git would look at the repository around the tree.
+    variables = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
+    result = subprocess.run(
+        ["git", "apply", *options],
+        cwd=tree,
+        env=variables,
+        input=text,
+        capture_output=True,
+    )
+    return result.stderr.decode() if result.returncode else None
+
+
+def apply(target: Target, version: str, patches: Iterable[Patch], out: Path) -> None:
+    """Make a tree with patches applied, of its own.
+
+    Raises:
+        SystemExit: One does not apply, or the directory exists.
+
+    """
+    if out.exists():
+        raise SystemExit(f"upstream_patches: {out} exists")
+    shutil.copytree(pristine(target, version), out, symlinks=True)
+    _apply_all(target, version, patches, out)
+
+
+def _apply_all(
+    target: Target, version: str, patches: Iterable[Patch], out: Path
+) -> None:
+    for patch in patches:
+        if complaint := git_apply(out, [target.file(patch, version)]):
+            raise SystemExit(f"upstream_patches: {patch.name}: {complaint}")
+
+
+def requirements(target: Target) -> Path:
+    """Install what upstream's tests import and this environment has not."""
+    directory = CACHE / f"{target.project}-requirements"
+    stamp = CACHE / f"{target.project}-requirements.stamp"
+    wanted = "\n".join(target.requirements)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        shutil.rmtree(directory, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        command += ["--target", str(directory), *target.requirements]
+        subprocess.run(command, check=True)
+        stamp.write_text(wanted)
+    return directory.resolve()
+
+
+Outcomes = dict[str, tuple[str, str]]
+
+
+def run_tests(target: Target, tree: Path, tests: Sequence[str]) -> Outcomes:
+    """Run upstream's tests over a tree, on vLLM's CPU platform.
+
+    Those of platform plugins run on the platform that upstream keeps for them.
+
+    Args:
+        target: The project.
+        tree: With the patches or without.
+        tests: Files, directories or node IDs.
+
+    Returns:
+        `passed`, `failed` or `skipped`, and what was printed of it, by test.
+
+    """
+    outcomes: Outcomes = {}
+    # A process for each file: what one imports changes what others see.
+    for file in dict.fromkeys(test.partition("::")[0] for test in tests):
+        nodes = [test for test in tests if test.partition("::")[0] == file]
+        if "plugins_tests" not in file:
+            outcomes |= _pytest(target, tree, nodes, {"VLLM_TARGET_DEVICE": "cpu"})
+            continue
+        plugin = (tree.parent / f"{tree.name}-dummy-platform").resolve()
+        _install(tree / _DUMMY_PLATFORM, plugin)
+        # Upstream's fixtures clean an accelerator up.
+        options = ["--noconftest", "--deselect", _NEEDS_A_MODEL]
+        variables = {"VLLM_PLUGINS": "dummy_platform_plugin,dummy_custom_ops"}
+        outcomes |= _pytest(target, tree, [*nodes, *options], variables, plugin)
+    return outcomes
+
+
+_NEEDS_A_MODEL = "tests/plugins_tests/test_platform_plugins.py::test_platform_plugins"
+
+
+def _install(package: Path, directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    source = directory.with_name(directory.name + "-source")
+    shutil.rmtree(source, ignore_errors=True)
+    # pip builds where the source is.
+    shutil.copytree(package, source)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--target", str(directory), str(source)]
+    subprocess.run(command, check=True)
+    shutil.rmtree(source)
+
+
+def _pytest(
+    target: Target,
+    tree: Path,
+    arguments: Sequence[str],
+    variables: dict[str, str],
+    *paths: Path,
+) -> Outcomes:
+    report = (tree.parent / f"{tree.name}-report.xml").resolve()
+    report.unlink(missing_ok=True)
+    search = [requirements(target), *paths]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, search)),
+        "PYTHONPYCACHEPREFIX": str((tree.parent / f"{tree.name}-pycache").resolve()),
+        **variables,
+    }
+    for name in ("VLLM_PLUGINS", "VLLM_ASCEND_CT_EMULATE", "PYTEST_ADDOPTS"):
+        if name not in variables:
+            environment.pop(name, None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist", f"--junitxml={report}", *arguments]
+    result = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True
+    )
+    if not report.exists():
+        raise SystemExit(
+            f"upstream_patches: pytest did not run:\n{result.stdout[-4000:]}"
+        )
+    return _outcomes(report)
+
+
+def _outcomes(report: Path) -> Outcomes:
+    """Read a JUnit report; a file that cannot be collected is one failed test."""
+    outcomes: Outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = ".".join(filter(None, (case.get("classname"), case.get("name"))))
+        kind, text = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error"):
+                kind = "failed"
+                text += f"{child.get('message')}\n{child.text}\n"
+            elif child.tag == "skipped":
+                kind, text = "skipped", str(child.get("message"))
+        outcomes[name] = kind, text
+    return outcomes
+
+
+def junit_name(node: str) -> str:
+    """A node ID as JUnit reports call it: `a/b.py::C::t` is `a.b.C.t`."""
+    return node.replace(".py", "", 1).replace("::", ".").replace("/", ".")

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The pull requests that `upstream_patches/` stages.
+
+    python -m tools.upstream_patches verify [--version V] [--no-tests] [PATCH...]
+    python -m tools.upstream_patches test [pytest arguments]
+    python -m tools.upstream_patches apply OUT [--version V] [PATCH...]
+    python -m tools.upstream_patches edit OUT [--version V]
+    python -m tools.upstream_patches refresh OUT [--version V]
+    python -m tools.upstream_patches status [--write]
+    python -m tools.upstream_patches drop
+
+`verify` checks headers, that each patch and all of them apply, compile and pass ruff,
+that upstream's tests of each fail without it for the stated reason and pass with it,
+and that neighbouring tests give the same results. `test` runs this project's own
+suite on patched vLLM. `apply` makes a patched copy of the source tree. `edit` makes a
+git repository with a commit for each patch; change them there, then `refresh` writes
+them back. `status` prints the table of the README, which --write puts there. `drop`
+names patches that a release has already.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+from tools import patch_tree
+from tools.patch_series import PATCHES, Patch, Target, targets
+from tools.patch_tree import git_apply, pristine
+
+README = PATCHES / "README.md"
+_TABLE = "<!-- python -m tools.upstream_patches status --write -->\n"
+
+
+def verify_headers(target: Target, patches: Sequence[Patch]) -> Iterator[str]:
+    """Say what is wrong with the files themselves."""
+    for patch in patches:
+        for fault in patch.faults(target):
+            yield f"{patch.name}: {fault}"
+    for name in target.stray_files():
+        yield f"{name}: not in the series"
+
+
+def verify_applies(
+    target: Target, version: str, patches: Sequence[Patch]
+) -> Iterator[str]:
+    """Say what does not apply, alone or after the others, or is no valid code."""
+    base = pristine(target, version)
+    for patch in patches:
+        files = [target.file(p, version) for p in target.needed(patch)]
+        if git_apply(base, files[-1:], "--check", "--reverse") is None:
+            yield f"{patch.name}: v{version} has it; see `drop`"
+        elif complaint := git_apply(base, files, "--check"):
+            yield f"{patch.name}: does not apply to v{version} alone: {complaint}"
+    every = [target.file(patch, version) for patch in target.patches]
+    if complaint := git_apply(base, every, "--check"):
+        yield f"the series does not apply to v{version}: {complaint}"
+        return
+    tree = patch_tree.scratch(target, version, target.patches)
+    yield from verify_code(tree, sorted({f for p in patches for f in p.files}))
+
+
+def verify_code(tree: Path, files: Sequence[str]) -> Iterator[str]:
+    """Say what does not compile, or that ruff has complaints of by upstream's rules."""
+    python = [file for file in files if file.endswith(".py")]
+    for file in python:
+        try:
+            compile((tree / file).read_text(), file, "exec")
+        except SyntaxError as error:
+            yield f"{file}: {error}"
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, *python]
+        result = subprocess.run(ruff, cwd=tree, capture_output=True, text=True)
+        if result.returncode:
+            yield f"ruff {' '.join(command)}:\n{result.stdout}"
+
+
+def verify_tests(
+    target: Target, version: str, patches: Sequence[Patch]
+) -> Iterator[str]:
+    """Say which tests do not fail without their patch, or not pass with it."""
+    for patch in patches:
+        file = target.file(patch, version)
+        wanted = [value.split(" -> ", 1) for value in patch.values("Fails-Without")]
+        nodes = [node for node, _ in wanted]
+        tree = patch_tree.scratch(target, version, target.needed(patch)[:-1])
+        git_apply(tree, [file], "--include=tests/*")
+        before = patch_tree.run_tests(target, tree, nodes)
+        for node, reason in wanted:
+            texts = [t for kind, t in _of(before, node) if kind == "failed"]
+            if not texts:
+                yield f"{patch.name}: {node} does not fail on v{version} without it"
+            elif not all(re.search(reason, text) for text in texts):
+                yield f"{patch.name}: {node} fails without it, but not by {reason!r}"
+        git_apply(tree, [file], "--exclude=tests/*")
+        after = patch_tree.run_tests(target, tree, nodes)
+        for node in nodes:
+            kinds = {kind for kind, _ in _of(after, node)}
+            if kinds != {"passed"}:
+                yield f"{patch.name}: {node} with it on v{version}: {kinds or 'no'}"
+        print(
+            f"v{version} {patch.name}: {len(after)} tests pass with it only", flush=True
+        )
+
+
+def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
+    """The outcomes of a file, class or function, or of the collection of its file."""
+    name = patch_tree.junit_name(node)
+    found = [v for k, v in outcomes.items() if re.match(re.escape(name) + r"\b", k)]
+    file = patch_tree.junit_name(node.partition("::")[0])
+    return found or [v for k, v in outcomes.items() if k == file]
+
+
+def verify_neighbours(target: Target, version: str) -> Iterator[str]:
+    """Say which of upstream's neighbouring tests the series changes."""
+    before = patch_tree.run_tests(target, pristine(target, version), target.neighbours)
+    tree = patch_tree.scratch(target, version, target.patches)
+    after = patch_tree.run_tests(target, tree, target.neighbours)
+    for name, (kind, _) in before.items():
+        now = after.get(name, ("not run", ""))[0]
+        if now != kind:
+            yield f"{name} on v{version}: {kind} without the series, {now} with it"
+    counts = [sum(k == kind for k, _ in before.values()) for kind in _KINDS]
+    found = ", ".join(f"{count} {kind}" for count, kind in zip(counts, _KINDS))
+    print(f"v{version} neighbours: {found}, with the series too", flush=True)
+
+
+_KINDS = ("passed", "failed", "skipped")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Run all checks; print what is wrong."""
+    faults: list[str] = []
+    for target in targets():
+        patches = _chosen(target, arguments.patches)
+        faults += verify_headers(target, patches)
+        versions = [arguments.version] if arguments.version else [*target.versions]
+        for version in versions:
+            faults += verify_applies(target, version, patches)
+        if arguments.no_tests or faults:
+            continue
+
+        def tests(
+            version: str, target: Target = target, chosen: list[Patch] = patches
+        ) -> list[str]:
+            neighbours = verify_neighbours(target, version)
+            return [*verify_tests(target, version, chosen), *neighbours]
+
+        patch_tree.requirements(target)
+        with ThreadPoolExecutor(len(versions)) as pool:
+            faults += [fault for found in pool.map(tests, versions) for fault in found]
+    for fault in faults:
+        print(f"upstream_patches: {fault}")
+    return bool(faults)
+
+
+def _chosen(target: Target, names: Sequence[str]) -> list[Patch]:
+    return [patch for patch in target.patches if not names or patch.name in names]
+
+
+def apply(arguments: argparse.Namespace) -> int:
+    """Make a patched copy of the source tree."""
+    (target,) = (t for t in targets() if t.project == arguments.project)
+    patches = _chosen(target, arguments.patches)
+    wanted = {q.name for p in patches for q in target.needed(p)}
+    patches = [patch for patch in target.patches if patch.name in wanted]
+    version = arguments.version or target.base
+    patch_tree.apply(target, version, patches, arguments.out)
+    return 0
+
+
+def test(arguments: argparse.Namespace) -> int:
+    """Run this project's tests on the installed release with all patches applied."""
+    (target,) = (t for t in targets() if t.project == "vllm")
+    version = metadata.version("vllm").partition("+")[0]
+    tree = patch_tree.scratch(target, version, target.patches, "patched")
+    variables = {"PYTHONPATH": str(tree.resolve()), "VLLM_ASCEND_CT_TEST_HOOKS": "1"}
+    command = [sys.executable, "-m", "pytest", *arguments.rest]
+    return subprocess.run(command, env={**os.environ, **variables}).returncode
+
+
+_IDENTITY = {
+    f"GIT_{role}_{field}": value
+    for role in ("AUTHOR", "COMMITTER")
+    for field, value in (("NAME", "vllm-ascend-ct"), ("EMAIL", "noreply@localhost"))
+}
+
+
+def _git(directory: Path, *arguments: str, stdin: bytes | None = None) -> str:
+    result = subprocess.run(
+        ["git", *arguments],
+        cwd=directory,
+        env={**os.environ, **_IDENTITY},
+        input=stdin,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return result.stdout.decode()
+
+
+def edit(arguments: argparse.Namespace) -> int:
+    """Make a git repository with a commit for each patch."""
+    (target,) = (t for t in targets() if t.project == arguments.project)
+    version = arguments.version or target.base
+    out = arguments.out
+    patch_tree.apply(target, version, [], out)
+    _git(out, "init", "--quiet")
+    (out / ".git/info/exclude").write_text("*.so\n_version.py\n__pycache__\n")
+    _git(out, "add", "--all")
+    _git(out, "commit", "--quiet", "--message", f"v{version}")
+    _git(out, "tag", "base")
+    for patch in target.patches:
+        file = target.file(patch, version)
+        _git(out, "am", "--quiet", "--3way", stdin=file.read_bytes())
+    print(f"{out}: change commits since the tag `base`, then `refresh {out}`")
+    return 0
+
+
+def refresh(arguments: argparse.Namespace) -> int:
+    """Write the commits of a repository that `edit` made back to the patches.
+
+    Of another version than the base only those that the base's text does not apply to.
+    """
+    (target,) = (t for t in targets() if t.project == arguments.project)
+    version = arguments.version or target.base
+    known = {patch.subject: patch for patch in target.patches}
+    for commit in _git(arguments.out, "rev-list", "--reverse", "base..").split():
+        subject = _git(arguments.out, "show", "-s", "--format=%s", commit).strip()
+        text = _git(
+            arguments.out,
+            *("format-patch", "-1", "--stdout", "--zero-commit", "-N"),
+            *("--no-signature", "-U2", commit),
+        )
+        if subject not in known:
+            raise SystemExit(f"upstream_patches: add {subject!r} to the series first")
+        patch = known[subject]
+        path = patch.path
+        if version != target.base:
+            files = [target.file(p, version) for p in target.needed(patch)[:-1]]
+            if git_apply(pristine(target, version), [*files, path], "--check") is None:
+                continue
+            path = target.directory / "backports" / version / patch.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return 0
+
+
+def table(target: Target) -> str:
+    """The table of a project's patches."""
+    lines = [
+        "| patch | what | status | source | makes removable | verified on |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for patch in target.patches:
+        added, removed = patch.source_lines
+        status, *_ = patch.values("Upstream-Status")
+        date, *versions = patch.values("Last-Verified")[0].split()
+        link = f"[{patch.path.stem}]({target.directory.name}/{patch.name})"
+        count = f"{patch.removable_lines} lines"
+        lines.append(
+            f"| {link} | {patch.subject} | {status} | +{added} -{removed} "
+            f"| {count} | {date}: {', '.join(versions)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> str:
+    """The tables of all projects, and their sums."""
+    parts = []
+    for target in targets():
+        added = sum(patch.source_lines[0] for patch in target.patches)
+        removed = sum(patch.source_lines[1] for patch in target.patches)
+        pending = sum(
+            p.values("Upstream-Status") == ["Pending"] for p in target.patches
+        )
+        parts.append(
+            f"## {target.project} {target.base}\n\n{table(target)}\n"
+            f"{len(target.patches)} patches, {pending} pending; +{added} -{removed} "
+            "lines of source.\n"
+        )
+    return "\n".join(parts)
+
+
+def with_tables(readme: str) -> str:
+    """The README's text with the tables of now."""
+    return readme.partition(_TABLE)[0] + _TABLE + "\n" + tables()
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Print the tables; write them to the README."""
+    print(tables())
+    if arguments.write:
+        README.write_text(with_tables(README.read_text()))
+    return 0
+
+
+def drop(arguments: argparse.Namespace) -> int:
+    """Name the patches that a release has already."""
+    found = False
+    for target in targets():
+        for version in target.versions:
+            base = pristine(target, version)
+            for patch in target.patches:
+                file = target.file(patch, version)
+                if git_apply(base, [file], "--check", "--reverse") is None:
+                    found = True
+                    places = ", ".join(patch.values("Needed-By"))
+                    print(f"drop {patch.name}: v{version} has it. Needed by: {places}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    for command in (verify, test, apply, edit, refresh, status, drop):
+        sub = commands.add_parser(command.__name__, help=command.__doc__)
+        sub.set_defaults(command=command)
+        if command in (apply, edit, refresh):
+            sub.add_argument("out", type=Path)
+            sub.add_argument("--project", default="vllm")
+        if command not in (status, drop, test):
+            sub.add_argument("--version")
+        if command in (verify, apply):
+            sub.add_argument("patches", nargs="*", metavar="PATCH")
+        if command is verify:
+            sub.add_argument("--no-tests", action="store_true")
+        if command is status:
+            sub.add_argument("--write", action="store_true")
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.command is not test:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    return int(arguments.command(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

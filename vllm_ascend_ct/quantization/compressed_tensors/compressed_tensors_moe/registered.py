@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Upstream's own methods, where vLLM asks platforms for experts.
+
+Needs the hooks `register_moe_experts` that `upstream_patches` stages. What upstream's
+methods do not create weights for, or lose on the way to experts, stays with ours.
+"""
+
+from typing import Any
+
+import torch
+from compressed_tensors import CompressionFormat
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
+    CompressedTensorsW4A8Int8MoEMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
+    CompressedTensorsW8A8Int8MoEMethod,
+)
+
+from vllm_ascend_ct import ascend_base, compat
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import (
+    AscendW4A8Experts,
+    AscendWNA8Experts,
+)
+from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+
+# Oracle -> what is registered for it, and the method that asks it.
+EXPERTS: dict[str, type[AscendExperts]] = {
+    "int8": AscendWNA8Experts,
+    "w4a8_int8": AscendW4A8Experts,
+    "int_wna16": AscendWNA16Experts,
+}
+_METHODS: dict[str, Any] = {
+    "int8": CompressedTensorsW8A8Int8MoEMethod,
+    "w4a8_int8": CompressedTensorsW4A8Int8MoEMethod,
+    "int_wna16": compat.CompressedTensorsWNA16MoEMethod,
+}
+
+
+def registered_method(
+    scheme: dict[str, Any],
+    experts_cls: type[AscendExperts],
+    layer: Any,
+    layer_name: str,
+) -> FusedMoEMethodBase | None:
+    """Make upstream's method, if it serves a layer just as ours would.
+
+    Args:
+        scheme: As upstream's `get_scheme_dict` gives it.
+        experts_cls: What was chosen to compute the layer.
+        layer: The layer.
+        layer_name: Its name.
+
+    """
+    oracle = _oracle(scheme, experts_cls, layer)
+    if oracle not in compat.MOE_EXPERTS_TYPES or ascend_base.serves():
+        return None
+    method: FusedMoEMethodBase = _METHODS[oracle](
+        scheme["weights"], scheme["input_activations"], layer.moe_config, layer_name
+    )
+    return method
+
+
+def is_upstreams(method: FusedMoEMethodBase) -> bool:
+    """Whether a method is one that `registered_method` made."""
+    return type(method) in _METHODS.values()
+
+
+def _oracle(
+    scheme: dict[str, Any], experts_cls: type[AscendExperts], layer: Any
+) -> str | None:
+    weights, moe = scheme["weights"], layer.moe_config
+    if scheme["format"] == CompressionFormat.pack_quantized.value:
+        whole = all(
+            size * weights.num_bits % 32 == 0
+            for size in (moe.hidden_dim, moe.intermediate_size_per_partition)
+        )
+        weight_only = scheme["input_activations"] is None
+        served = weight_only and weights.num_bits in (4, 8) and whole
+        return "int_wna16" if served else None
+    if not experts_cls.quantizes_activations:
+        return None
+    if weights.num_bits == 8:
+        # It does not tell experts of the gate's limits.
+        return None if getattr(layer, "swiglu_limit", None) else "int8"
+    # Its scales of groups are bfloat16.
+    exact = moe.in_dtype == torch.bfloat16 or weights.group_size is None
+    return "w4a8_int8" if exact else None
