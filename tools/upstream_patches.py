@@ -26,7 +26,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 
 from tools import patch_tree
@@ -175,11 +174,10 @@ def apply(arguments: argparse.Namespace) -> int:
 
 
 def test(arguments: argparse.Namespace) -> int:
-    """Run this project's tests on the installed release with all patches applied."""
+    """Run this project's tests on a copy of the installed vLLM, patched."""
     (target,) = (t for t in targets() if t.project == "vllm")
-    version = metadata.version("vllm").partition("+")[0]
-    tree = patch_tree.scratch(target, version, target.patches, "patched")
-    variables = {"PYTHONPATH": str(tree.resolve()), "VLLM_ASCEND_CT_TEST_HOOKS": "1"}
+    tree = patch_tree.patched_vllm(target, "patched")
+    variables = {"PYTHONPATH": str(tree), "VLLM_ASCEND_CT_TEST_HOOKS": "1"}
     command = [sys.executable, "-m", "pytest", *arguments.rest]
     return subprocess.run(command, env={**os.environ, **variables}).returncode
 
