@@ -44,8 +44,11 @@ class Target:
         project: Name of the distribution.
         base: Version that patches are made against.
         versions: sha256 of the source distribution, by version.
+        package: Name of its Python package.
+        generated: Files of the package that its build makes.
         requirements: What its tests import that this environment has not.
         neighbours: Its tests whose results a patch may not change.
+        stack: Of `tools.real_stack`, which its tests run on; empty for vLLM on CPU.
 
     """
 
@@ -53,8 +56,11 @@ class Target:
     project: str
     base: str
     versions: dict[str, str]
+    package: str
+    generated: list[str]
     requirements: list[str]
     neighbours: list[str]
+    stack: str = ""
 
     @cached_property
     def patches(self) -> list["Patch"]:

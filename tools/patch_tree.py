@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Source trees that the staged patches are applied to, and upstream's tests over them.
 
-A tree is a release's source distribution with the compiled libraries of the vLLM that
-is installed here, which the Python code of neighbouring releases loads as well.
+A tree is a release's source distribution with what builds add, of the release that is
+installed here; the Python code of neighbouring releases works with it as well.
 """
 
 import hashlib
@@ -21,17 +21,18 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+from tools import real_stack
 from tools.patch_series import Patch, Target
 
 CACHE = Path("build/upstream-patches")
 _JSON = "application/vnd.pypi.simple.v1+json"
 _DUMMY_PLATFORM = Path("tests/plugins/vllm_add_dummy_platform")
-_KEPT = ("vllm", "tests", "docs", ".buildkite", "examples", "pyproject.toml")
+_KEPT = ("tests", "docs", ".buildkite", "examples", "pyproject.toml")
 
 
 def pristine(target: Target, version: str) -> Path:
     """A release's source tree, downloaded once; not to be changed."""
-    name = f"{target.project}-{version}"
+    name = f"{target.project.replace('-', '_')}-{version}"
     tree = CACHE / name
     stamp = CACHE / f"{name}.stamp"
     if stamp.exists() and stamp.read_text() == target.versions[version]:
@@ -45,9 +46,10 @@ def pristine(target: Target, version: str) -> Path:
         raise SystemExit(f"upstream_patches: {archive} is not what BASE says (sha256)")
     shutil.rmtree(tree, ignore_errors=True)
     with tarfile.open(archive) as tar:
-        members = [m for m in tar if m.name.split("/")[1:2] in [[n] for n in _KEPT]]
+        kept = (target.package, *_KEPT)
+        members = [m for m in tar if m.name.split("/")[1:2] in [[n] for n in kept]]
         tar.extractall(CACHE, members, filter="data")
-    link_libraries(tree)
+    link_built(target, tree)
     stamp.write_text(target.versions[version])
     return tree
 
@@ -97,26 +99,30 @@ def installed_vllm() -> Path:
     return found
 
 
-def link_libraries(tree: Path) -> None:
-    """Give a tree the compiled libraries of the installed vLLM."""
-    installed = installed_vllm()
-    for library in installed.rglob("*.so"):
-        link = tree / "vllm" / library.relative_to(installed)
+def link_built(target: Target, tree: Path) -> None:
+    """Give a tree what the installed package has beyond its source."""
+    if target.stack:
+        installed = real_stack.install(target.stack) / target.package
+    else:
+        installed = installed_vllm()
+    generated = [installed / name for name in target.generated]
+    for built in [*installed.rglob("*.so"), *generated]:
+        link = tree / target.package / built.relative_to(installed)
         if not link.exists():
-            link.symlink_to(library)
-    version = tree / "vllm" / "_version.py"
-    if not version.exists():
-        shutil.copyfile(installed / "_version.py", version)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(built)
 
 
-def scratch(target: Target, version: str, patches: Iterable[Patch]) -> Path:
-    """Make a tree with patches applied, to be overwritten by the next.
+def scratch(
+    target: Target, version: str, patches: Iterable[Patch], name: str = "scratch"
+) -> Path:
+    """Make a tree with patches applied, to be overwritten by the next of that name.
 
     Raises:
         SystemExit: One does not apply.
 
     """
-    out = CACHE / f"{target.project}-{version}-scratch"
+    out = CACHE / f"{target.project}-{version}-{name}"
     shutil.rmtree(out, ignore_errors=True)
     # git replaces the files that it patches.
     tree = pristine(target, version)
@@ -184,6 +190,8 @@ def requirements(target: Target) -> Path:
     directory = CACHE / f"{target.project}-requirements"
     stamp = CACHE / f"{target.project}-requirements.stamp"
     wanted = "\n".join(target.requirements)
+    if not wanted:
+        return directory.resolve()
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(directory, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
@@ -197,7 +205,7 @@ Outcomes = dict[str, tuple[str, str]]
 
 
 def run_tests(target: Target, tree: Path, tests: Sequence[str]) -> Outcomes:
-    """Run upstream's tests over a tree, on vLLM's CPU platform.
+    """Run upstream's tests over a tree, on vLLM's CPU platform or over a real stack.
 
     Those of platform plugins run on the platform that upstream keeps for them.
 
@@ -214,15 +222,19 @@ def run_tests(target: Target, tree: Path, tests: Sequence[str]) -> Outcomes:
     # A process for each file: what one imports changes what others see.
     for file in dict.fromkeys(test.partition("::")[0] for test in tests):
         nodes = [test for test in tests if test.partition("::")[0] == file]
-        if "plugins_tests" not in file:
+        if target.stack:
+            stack = real_stack.environment(target.stack)
+            nodes.append("--noconftest")
+            outcomes |= _pytest(target, tree, nodes, stack, Path(stack["PYTHONPATH"]))
+        elif "plugins_tests" in file:
+            plugin = (tree.parent / f"{tree.name}-dummy-platform").resolve()
+            _install(tree / _DUMMY_PLATFORM, plugin)
+            # Upstream's fixtures clean an accelerator up.
+            nodes += ["--noconftest", "--deselect", _NEEDS_A_MODEL]
+            variables = {"VLLM_PLUGINS": "dummy_platform_plugin,dummy_custom_ops"}
+            outcomes |= _pytest(target, tree, nodes, variables, plugin)
+        else:
             outcomes |= _pytest(target, tree, nodes, {"VLLM_TARGET_DEVICE": "cpu"})
-            continue
-        plugin = (tree.parent / f"{tree.name}-dummy-platform").resolve()
-        _install(tree / _DUMMY_PLATFORM, plugin)
-        # Upstream's fixtures clean an accelerator up.
-        options = ["--noconftest", "--deselect", _NEEDS_A_MODEL]
-        variables = {"VLLM_PLUGINS": "dummy_platform_plugin,dummy_custom_ops"}
-        outcomes |= _pytest(target, tree, [*nodes, *options], variables, plugin)
     return outcomes
 
 
@@ -250,12 +262,12 @@ def _pytest(
 ) -> Outcomes:
     report = (tree.parent / f"{tree.name}-report.xml").resolve()
     report.unlink(missing_ok=True)
-    search = [requirements(target), *paths]
+    search = [tree.resolve(), requirements(target), *paths]
     environment = {
         **os.environ,
+        **variables,
         "PYTHONPATH": os.pathsep.join(map(str, search)),
         "PYTHONPYCACHEPREFIX": str((tree.parent / f"{tree.name}-pycache").resolve()),
-        **variables,
     }
     for name in ("VLLM_PLUGINS", "VLLM_ASCEND_CT_EMULATE", "PYTEST_ADDOPTS"):
         if name not in variables:

@@ -3,13 +3,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 #
 # Lint, type-check and test; arguments go to pytest. With --long instead what takes
-# minutes, and what runs over the real torch_npu and vllm-ascend.
+# minutes: two ranks, the real torch_npu and vllm-ascend, and the staged patches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup.sh
 if [ "${1:-}" = --long ]; then
   .venv/bin/python -m pytest -m long
-  exec .venv/bin/python -m tools.real_stack test
+  .venv/bin/python -m tools.real_stack test
+  .venv/bin/python -m tools.upstream_patches verify --no-tests
+  .venv/bin/python -m tools.upstream_patches verify --base
+  exec .venv/bin/python -m tools.upstream_patches test \
+    -n logical --maxprocesses 4 --dist loadfile
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The pull requests that `upstream_patches/` stages.
 
-    python -m tools.upstream_patches verify [--version V] [--no-tests] [PATCH...]
+    python -m tools.upstream_patches verify [--base] [--no-tests] [PATCH...]
     python -m tools.upstream_patches test [pytest arguments]
     python -m tools.upstream_patches apply OUT [--version V] [PATCH...]
     python -m tools.upstream_patches edit OUT [--version V]
@@ -20,6 +20,7 @@ names patches that a release has already.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -118,7 +119,7 @@ def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
 def verify_neighbours(target: Target, version: str) -> Iterator[str]:
     """Say which of upstream's neighbouring tests the series changes."""
     before = patch_tree.run_tests(target, pristine(target, version), target.neighbours)
-    tree = patch_tree.scratch(target, version, target.patches)
+    tree = patch_tree.scratch(target, version, target.patches, "series")
     after = patch_tree.run_tests(target, tree, target.neighbours)
     for name, (kind, _) in before.items():
         now = after.get(name, ("not run", ""))[0]
@@ -137,25 +138,34 @@ def verify(arguments: argparse.Namespace) -> int:
     faults: list[str] = []
     for target in targets():
         patches = _chosen(target, arguments.patches)
+        if not patches:
+            continue
         faults += verify_headers(target, patches)
-        versions = [arguments.version] if arguments.version else [*target.versions]
+        versions = [target.base] if arguments.base else list(target.versions)
         for version in versions:
             faults += verify_applies(target, version, patches)
-        if arguments.no_tests or faults:
-            continue
-
-        def tests(
-            version: str, target: Target = target, chosen: list[Patch] = patches
-        ) -> list[str]:
-            neighbours = verify_neighbours(target, version)
-            return [*verify_tests(target, version, chosen), *neighbours]
-
-        patch_tree.requirements(target)
-        with ThreadPoolExecutor(len(versions)) as pool:
-            faults += [fault for found in pool.map(tests, versions) for fault in found]
+        if not arguments.no_tests and not faults:
+            faults += verify_by_tests(target, versions, patches)
     for fault in faults:
         print(f"upstream_patches: {fault}")
     return bool(faults)
+
+
+def verify_by_tests(
+    target: Target, versions: Sequence[str], patches: Sequence[Patch]
+) -> list[str]:
+    """Say what upstream's tests find, some of them at a time."""
+    patch_tree.requirements(target)
+
+    def check(version: str, neighbours: bool) -> list[str]:
+        if neighbours:
+            return list(verify_neighbours(target, version))
+        return list(verify_tests(target, version, patches))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = itertools.product(versions, (False, True))
+        found = pool.map(lambda version_and_kind: check(*version_and_kind), checks)
+        return [fault for faults in found for fault in faults]
 
 
 def _chosen(target: Target, names: Sequence[str]) -> list[Patch]:
@@ -323,12 +333,13 @@ def main() -> int:
         if command in (apply, edit, refresh):
             sub.add_argument("out", type=Path)
             sub.add_argument("--project", default="vllm")
-        if command not in (status, drop, test):
+        if command in (apply, edit, refresh):
             sub.add_argument("--version")
         if command in (verify, apply):
             sub.add_argument("patches", nargs="*", metavar="PATCH")
         if command is verify:
             sub.add_argument("--no-tests", action="store_true")
+            sub.add_argument("--base", action="store_true", help="not other versions")
         if command is status:
             sub.add_argument("--write", action="store_true")
     arguments, rest = parser.parse_known_args()
