@@ -272,8 +272,9 @@ def _pytest(
     for name in ("VLLM_PLUGINS", "VLLM_ASCEND_CT_EMULATE", "PYTEST_ADDOPTS"):
         if name not in variables:
             environment.pop(name, None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "no:xdist", f"--junitxml={report}", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "pyproject.toml"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"--junitxml={report}", *arguments]
     result = subprocess.run(
         command, cwd=tree, env=environment, capture_output=True, text=True
     )
