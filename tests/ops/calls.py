@@ -182,7 +182,8 @@ def swiglu_quant_call(
     """As `grouped_call`."""
     like = grouped_call(torch.int8, weight_dtype, torch.float16, group, spare=spare)
     scale = like.kwargs["scale"][0]
-    options: dict[str, Any] = {"group_list_type": 1}
+    # The default of torch_npu 2.10 is one that the operator refuses.
+    options: dict[str, Any] = {"group_list_type": 1, "dequant_dtype": torch.float32}
     if weight_dtype == torch.int32:
         options["weight_assist_matrix"] = like.kwargs["bias"]
         options["dequant_mode"] = int(group > 0)

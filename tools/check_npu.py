@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Run the operators on an NPU and emulated, and compare them.
+
+    python -m tools.check_npu [--out build/check-npu.json]
+
+For the first to have a chip: send the report back. Needs torch, torch_npu and pytest's
+`tests` directory, not vLLM. Where there is no NPU both sides are emulated, which checks
+this script.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from vllm_ascend_ct.ops import emulated
+from vllm_ascend_ct.ops.emulated.registry import is_nz
+from vllm_ascend_ct.ops.emulated.weights import FRACTAL_NZ
+from vllm_ascend_ct.ops.soc import current_soc
+
+REPEATS = 20
+# Norm of the difference by that of the emulation's result: some roundings to the dtype.
+TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-5}
+# Values of int8 that quantization may round the other way, by 1.
+ROUNDED_OTHERWISE = 1e-2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/check-npu.json"))
+    arguments = parser.parse_args()
+    emulated.install()
+    report = check(npu_device())
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=2))
+    print(table(report))
+    print(f"Report: {arguments.out}")
+    return any(call["verdict"] != "equal" for call in report["calls"])
+
+
+def npu_device() -> str:
+    """`npu`, or `cpu` where torch_npu or its device is missing."""
+    if find_spec("torch_npu") is None:
+        return "cpu"
+    import torch_npu
+
+    return "npu" if torch_npu.npu.is_available() else "cpu"
+
+
+def check(device: str) -> dict[str, Any]:
+    """Run all calls; say what was found and where."""
+    from tests.ops.calls import CALLS
+
+    calls = []
+    for name, make in CALLS.items():
+        torch.manual_seed(0)
+        calls.append({"call": name, **check_call(make(), device)})
+    return {"machine": machine(device), "calls": calls}
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the results depend on."""
+    versions = {}
+    for name in ("torch", "torch_npu", "vllm-ascend-ct"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "missing"
+    chip = "emulated" if device == "cpu" else getattr(torch, device).get_device_name()
+    return {
+        "device": device,
+        "chip": chip,
+        "emulated chip": current_soc().value,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def check_call(call: Any, device: str) -> dict[str, Any]:
+    """Run one call on both sides."""
+    function = getattr(torch.ops.npu, call.operator)
+    expected, emulated_seconds = timed(
+        lambda: function(*call.args, **call.kwargs), "cpu"
+    )
+    args, kwargs = to_device((call.args, call.kwargs), device)
+    try:
+        result, seconds = timed(lambda: function(*args, **kwargs), device)
+    except Exception as error:
+        return {"verdict": "raised", "difference": f"{type(error).__name__}: {error}"}
+    verdict, difference = compare(expected, tree_map_only(torch.Tensor, to_cpu, result))
+    return {
+        "verdict": verdict,
+        "difference": difference,
+        "microseconds": round(seconds * 1e6, 1),
+        "emulated microseconds": round(emulated_seconds * 1e6, 1),
+    }
+
+
+def to_device(values: Any, device: str) -> Any:
+    """The same arguments there, in the memory format that they are marked with."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = tensor.to(device)
+        if device != "cpu" and is_nz(tensor):
+            moved = torch.ops.npu.npu_format_cast(moved, FRACTAL_NZ)
+        return moved
+
+    return tree_map_only(torch.Tensor, move, values)
+
+
+def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu()
+
+
+def timed(run: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """The result, and the median time of some runs after the first."""
+
+    def synchronize() -> None:
+        if device != "cpu":
+            getattr(torch, device).synchronize()
+
+    result = run()
+    synchronize()
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return result, statistics.median(times)
+
+
+def compare(expected: Any, result: Any) -> tuple[str, str]:
+    """Say `equal`, `different` or `other form`, and by how much."""
+    pairs = list(zip(tree_leaves(expected), tree_leaves(result)))
+    forms = [(t.dtype, tuple(t.shape)) for t in tree_leaves(expected)]
+    others = [(t.dtype, tuple(t.shape)) for t in tree_leaves(result)]
+    if forms != others:
+        return "other form", f"emulated {forms}, here {others}"
+    differences = [difference(one, other) for one, other in pairs]
+    verdict = "equal" if all(equal for equal, _ in differences) else "different"
+    return verdict, ", ".join(text for _, text in differences)
+
+
+def difference(expected: torch.Tensor, result: torch.Tensor) -> tuple[bool, str]:
+    """Whether a result is within the tolerance of its dtype, and how far it is off."""
+    one, other = expected.double(), result.double()
+    # What an NPU leaves unwritten the emulation fills with NaN, or the lowest integer.
+    if expected.is_floating_point():
+        written = ~expected.isnan()
+    else:
+        written = expected != torch.iinfo(expected.dtype).min
+    one, other = one[written], other[written]
+    if expected.dtype == torch.int8:
+        off = (one - other).abs()
+        share = (off > 0).double().mean().item()
+        most = off.max().item() if off.numel() else 0.0
+        equal = most <= 1 and share <= ROUNDED_OTHERWISE
+        return equal, f"{share:.2%} of int8 off, by {most:.0f} at most"
+    if not expected.is_floating_point():
+        return bool(
+            torch.equal(one, other)
+        ), f"{(one != other).sum().item()} values off"
+    error = ((one - other).norm() / one.norm().clamp(min=1e-30)).item()
+    return error <= TOLERANCES[expected.dtype], f"{error:.1e}"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [", ".join(f"{k} {v}" for k, v in report["machine"].items()), ""]
+    lines += [
+        "| call | verdict | difference | us | emulated us |",
+        "|---|---|---|---|---|",
+    ]
+    for call in report["calls"]:
+        cells = (call.get(k, "") for k in ("microseconds", "emulated microseconds"))
+        texts = [call["call"], call["verdict"], call["difference"], *map(str, cells)]
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
