@@ -34,6 +34,12 @@ def platform() -> None:
     assert type(current_platform).__name__ == f"{base}AscendCTPlatform"
     load_general_plugins()
     emulated.install()
+    if base == "NPU":
+        # As vllm-ascend's platform does for an engine.
+        from vllm.config import VllmConfig
+        from vllm_ascend.ascend_config import init_ascend_config
+
+        init_ascend_config(VllmConfig())
 
 
 @pytest.fixture(scope="session")

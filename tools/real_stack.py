@@ -147,12 +147,19 @@ def _finish(directory: Path, contents: str) -> None:
     _stamp(directory).write_text(hashlib.sha256(contents.encode()).hexdigest())
 
 
-# What runs on the real definitions of the operators as well.
-KERNEL_TESTS = ("tests/ops", "tests/weights", "tests/kernels", "tests/fused_moe")
+# Of the usual tests what runs over each stack as well.
+OTHER_TESTS = {
+    "torch_npu": ("tests/ops", "tests/weights", "tests/kernels", "tests/fused_moe"),
+    "vllm_ascend": (
+        "tests/kernels",
+        "tests/layers/test_linear.py",
+        "tests/layers/test_vocabulary.py",
+    ),
+}
 
 
 def test(arguments: Sequence[str]) -> int:
-    """Run the tests of each stack, and those of kernels over the real torch_npu."""
+    """Run the tests of each stack, and some of the usual ones over it."""
     codes = []
     for stack in STACKS:
         print(f"real_stack: {stack}", flush=True)
@@ -160,9 +167,8 @@ def test(arguments: Sequence[str]) -> int:
         command += arguments
         variables = environment(stack)
         codes.append(subprocess.run(command, env=variables).returncode)
-        if stack == "torch_npu":
-            command = [sys.executable, "-m", "pytest", *KERNEL_TESTS, *arguments]
-            codes.append(subprocess.run(command, env=variables).returncode)
+        command = [sys.executable, "-m", "pytest", *OTHER_TESTS[stack], *arguments]
+        codes.append(subprocess.run(command, env=variables).returncode)
     return max(codes)
 
 

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """What the kernels accept, before any weight is read."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from vllm.model_executor.kernels.linear import (
@@ -27,6 +30,10 @@ from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     AscendInt8ScaledMMLinearKernel,
 )
 
+# Releases before 0.30 say whether activations are ordered.
+FIELDS = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
+HAS_G_IDX: dict[str, Any] = {"has_g_idx": False} if "has_g_idx" in FIELDS else {}
+
 
 def mp_config(
     weight_type: ScalarType = scalar_types.uint4b8,
@@ -41,6 +48,7 @@ def mp_config(
         act_type=act_type,
         group_size=group_size,
         zero_points=weight_type in (scalar_types.uint4, scalar_types.uint8),
+        **HAS_G_IDX,
     )
 
 

@@ -4,10 +4,10 @@
 
 import pytest
 import torch
+from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsW4A8Int,
     CompressedTensorsW8A8Int8,
-    CompressedTensorsWNA8Int,
     CompressedTensorsWNA16,
 )
 
@@ -58,7 +58,7 @@ def expected_classes(scheme: str, k: int) -> tuple[type, type]:
     if scheme.startswith("w8a8") and not scheme.endswith("packed"):
         return CompressedTensorsW8A8Int8, AscendInt8ScaledMMLinearKernel
     packed = scheme.endswith("packed")
-    upstream = CompressedTensorsWNA8Int if packed else CompressedTensorsW4A8Int
+    upstream = schemes.CompressedTensorsWNA8Int if packed else CompressedTensorsW4A8Int
     if is_weight_only(scheme, k):
         return upstream, AscendWNA16LinearKernel
     return upstream, AscendWNA8LinearKernel

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
+    CompressedTensorsWNA8O8Int,
     CompressedTensorsWNA16,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (  # noqa: E501
@@ -242,9 +243,18 @@ class AscendCTConfig(CompressedTensorsConfig):
                 quant_format=args["format"],
             )
         try:
-            return super().get_scheme(layer, layer_name)
+            scheme = super().get_scheme(layer, layer_name)
         except (ValueError, NotImplementedError, AssertionError) as error:
             raise refused(str(error), layer_name) from error
+        if type(scheme) is CompressedTensorsWNA8O8Int:
+            # Releases before 0.26, which then look for no zero points.
+            bits = args["weights"].num_bits
+            raise refused(
+                f"{bits}-bit weights have no weight-only scheme in this vLLM; "
+                "supported in releases before 0.26: 4 and 8 bits",
+                layer_name,
+            )
+        return scheme
 
     def get_scheme_dict(
         self, layer: torch.nn.Module, layer_name: str | None = None

@@ -105,7 +105,8 @@ class AscendWNA8LinearKernel(MPLinearKernel):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight, scale, _ = self._get_weight_params(layer)
+        weight = getattr(layer, self.w_q_name)
+        scale = getattr(layer, self.w_s_name)
         if weight.dtype == torch.int32:
             group_size = operator_group_size(self.config)
             assist = layer.get_parameter("activation_assist")
