@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""vllm-ascend's own layers with this package's config and kernels, against float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from tests.formula import relative_error
+from tests.layers.quantized_layers import (
+    TOLERANCES,
+    activations,
+    config_of,
+    load,
+    load_embedding,
+    load_head,
+)
+from tests.layers.test_linear import CASES, cases_of, tolerance
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
+    AscendCTLinearMethod,
+)
+
+pytestmark = [pytest.mark.vllm_ascend, pytest.mark.usefixtures("vllm_config")]
+
+BF16 = torch.bfloat16
+SCHEMES = (
+    "w4a16-g32",
+    "w4a16-g128-asym",
+    "w8a16-channel",
+    "w8a8-channel-dynamic",
+    "w8a8-channel-static-asym",
+    "w4a8-channel",
+    "w4a8-g256",
+)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    ("scheme", "case"), [(s, case) for s in SCHEMES for case in cases_of(s)]
+)
+def test_output_is_the_formula(scheme: str, case: str, bias: bool) -> None:
+    layer, formulas = load(CASES[case], scheme, BF16, bias)
+    assert type(layer).__module__ == "vllm_ascend.ops.linear", type(layer)
+    # vllm-ascend takes a layer to be unquantized if it is None.
+    assert type(layer.quant_method) is AscendCTLinearMethod
+    assert layer.quant_method.quant_method is layer.scheme
+    x = formulas[0].without_ties(activations(64, CASES[case].k, BF16))
+    y, _ = layer(x)
+    expected = torch.cat([formula(x) for formula in formulas], dim=-1)
+    assert relative_error(y, expected) < tolerance(scheme, BF16)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a16-channel"])
+def test_embedding_and_head(scheme: str) -> None:
+    embedding, formula = load_embedding(1024, 256, scheme, BF16)
+    assert type(embedding).__module__.startswith("vllm_ascend.")
+    tokens = torch.arange(1024)
+    # Its forward ends in an operator that only devices have.
+    rows = embedding.quant_method.embedding(embedding, tokens)
+    error = relative_error(rows, formula.weight)
+    assert error < TOLERANCES[BF16]
+    head, formula = load_head(1024, 256, scheme, BF16)
+    assert type(head).__module__.startswith("vllm_ascend.")
+    x = activations(7, 256, BF16)
+    y = head.quant_method.apply(head, x)
+    assert relative_error(y, formula(x)) < TOLERANCES[BF16]
+
+
+def test_norm_has_no_bias(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It iterates over the config's quant_description."""
+    monkeypatch.setattr(vllm_config, "quant_config", config_of("re:.*", "w4a16-g32"))
+    norm = RMSNorm(256)
+    assert type(norm).__name__ == "AscendRMSNorm" and norm.bias is None
+
+
+@pytest.mark.parametrize(
+    "layer_class", [ColumnParallelLinear, MergedColumnParallelLinear]
+)
+def test_layers_that_are_not_quantized(layer_class: Any) -> None:
+    """They get vllm-ascend's method, which its layers expect."""
+    config = config_of("re:none", "w4a16-g32")
+    sizes = 64 if layer_class is ColumnParallelLinear else [32, 32]
+    layer = layer_class(256, sizes, quant_config=config, prefix="model.layers.0.fc")
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod)
+    assert type(layer.quant_method).__module__ == "vllm_ascend.ops.linear"
