@@ -76,6 +76,8 @@ class Target:
 
     def needed(self, patch: "Patch") -> list["Patch"]:
         """A patch and, before it, what it depends on."""
+        if not patch.path.exists():
+            return [patch]
         others = [p for p in self.patches if p.name in patch.values("Depends-On")]
         return [q for p in others for q in self.needed(p)] + [patch]
 
@@ -143,6 +145,11 @@ class Patch:
         ]
         if self.values("Base") != [f"v{target.base}"]:
             faults.append(f"Base is not v{target.base}")
+        verified = self.values("Last-Verified")
+        if verified and set(verified[0].split()[1:]) != {
+            f"v{v}" for v in target.versions
+        }:
+            faults.append(f"Last-Verified is not of {', '.join(target.versions)}")
         known = {patch.name for patch in target.patches}
         faults += [
             f"Depends-On: {name} is not in the series"
@@ -151,7 +158,9 @@ class Patch:
         ]
         added, removed = self.source_lines
         if added + removed > MAX_SOURCE_LINES:
-            faults.append(f"{added + removed} lines of source; at most 150")
+            faults.append(
+                f"{added + removed} lines of source; at most {MAX_SOURCE_LINES}"
+            )
         return [*faults, *self._needed_by_faults()]
 
     def _needed_by_faults(self) -> Iterator[str]:

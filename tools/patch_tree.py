@@ -278,14 +278,15 @@ def _pytest(
     result = subprocess.run(
         command, cwd=tree, env=environment, capture_output=True, text=True
     )
-    if not report.exists():
+    # Passed, failed, or a file that cannot be collected.
+    if result.returncode not in (0, 1, 2) or not report.exists():
         raise SystemExit(
             f"upstream_patches: pytest did not run:\n{result.stdout[-4000:]}"
         )
-    return _outcomes(report)
+    return outcomes(report)
 
 
-def _outcomes(report: Path) -> Outcomes:
+def outcomes(report: Path) -> Outcomes:
     """Read a JUnit report; a file that cannot be collected is one failed test."""
     outcomes: Outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools import patch_tree
+from tools import patch_tree, real_stack
 from tools.patch_series import PATCHES, Patch, Target, targets
 from tools.patch_tree import git_apply, pristine
 
@@ -89,7 +89,7 @@ def verify_tests(
         wanted = [value.split(" -> ", 1) for value in patch.values("Fails-Without")]
         nodes = [node for node, _ in wanted]
         tree = patch_tree.scratch(target, version, target.needed(patch)[:-1])
-        git_apply(tree, [file], "--include=tests/*")
+        _apply_part(tree, file, "--include=tests/*")
         before = patch_tree.run_tests(target, tree, nodes)
         for node, reason in wanted:
             texts = [t for kind, t in _of(before, node) if kind == "failed"]
@@ -97,7 +97,7 @@ def verify_tests(
                 yield f"{patch.name}: {node} does not fail on v{version} without it"
             elif not all(re.search(reason, text) for text in texts):
                 yield f"{patch.name}: {node} fails without it, but not by {reason!r}"
-        git_apply(tree, [file], "--exclude=tests/*")
+        _apply_part(tree, file, "--exclude=tests/*")
         after = patch_tree.run_tests(target, tree, nodes)
         for node in nodes:
             kinds = {kind for kind, _ in _of(after, node)}
@@ -106,6 +106,11 @@ def verify_tests(
         print(
             f"v{version} {patch.name}: {len(after)} tests pass with it only", flush=True
         )
+
+
+def _apply_part(tree: Path, file: Path, option: str) -> None:
+    if complaint := git_apply(tree, [file], option):
+        raise SystemExit(f"upstream_patches: {file.name}, {option}: {complaint}")
 
 
 def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
@@ -119,6 +124,9 @@ def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
 def verify_neighbours(target: Target, version: str) -> Iterator[str]:
     """Say which of upstream's neighbouring tests the series changes."""
     before = patch_tree.run_tests(target, pristine(target, version), target.neighbours)
+    for file in target.neighbours:
+        if not any(kind == "passed" for kind, _ in _of(before, file)):
+            yield f"{file} on v{version}: nothing passes without the series"
     tree = patch_tree.scratch(target, version, target.patches, "series")
     after = patch_tree.run_tests(target, tree, target.neighbours)
     for name, (kind, _) in before.items():
@@ -135,27 +143,31 @@ _KINDS = ("passed", "failed", "skipped")
 
 def verify(arguments: argparse.Namespace) -> int:
     """Run all checks; print what is wrong."""
-    faults: list[str] = []
+    wrong = False
     for target in targets():
         patches = _chosen(target, arguments.patches)
         if not patches:
             continue
-        faults += verify_headers(target, patches)
+        faults = list(verify_headers(target, patches))
         versions = [target.base] if arguments.base else list(target.versions)
         for version in versions:
             faults += verify_applies(target, version, patches)
         if not arguments.no_tests and not faults:
             faults += verify_by_tests(target, versions, patches)
-    for fault in faults:
-        print(f"upstream_patches: {fault}")
-    return bool(faults)
+        for fault in faults:
+            print(f"upstream_patches: {fault}")
+        wrong = wrong or bool(faults)
+    return wrong
 
 
 def verify_by_tests(
     target: Target, versions: Sequence[str], patches: Sequence[Patch]
 ) -> list[str]:
     """Say what upstream's tests find, some of them at a time."""
+    # Once, before several ask for them.
     patch_tree.requirements(target)
+    if target.stack:
+        real_stack.environment(target.stack)
 
     def check(version: str, neighbours: bool) -> list[str]:
         if neighbours:
@@ -224,6 +236,8 @@ def edit(arguments: argparse.Namespace) -> int:
     _git(out, "tag", "base")
     for patch in target.patches:
         file = target.file(patch, version)
+        if not file.exists():
+            continue
         _git(out, "am", "--quiet", "--3way", stdin=file.read_bytes())
     print(f"{out}: change commits since the tag `base`, then `refresh {out}`")
     return 0
@@ -236,7 +250,8 @@ def refresh(arguments: argparse.Namespace) -> int:
     """
     (target,) = (t for t in targets() if t.project == arguments.project)
     version = arguments.version or target.base
-    known = {patch.subject: patch for patch in target.patches}
+    known = {p.subject: p for p in target.patches if p.path.exists()}
+    new = (patch for patch in target.patches if not patch.path.exists())
     for commit in _git(arguments.out, "rev-list", "--reverse", "base..").split():
         subject = _git(arguments.out, "show", "-s", "--format=%s", commit).strip()
         text = _git(
@@ -244,15 +259,17 @@ def refresh(arguments: argparse.Namespace) -> int:
             *("format-patch", "-1", "--stdout", "--zero-commit", "-N"),
             *("--no-signature", "-U2", commit),
         )
-        if subject not in known:
+        patch = known.get(subject) or next(new, None)
+        if patch is None:
             raise SystemExit(f"upstream_patches: add {subject!r} to the series first")
-        patch = known[subject]
         path = patch.path
         if version != target.base:
-            files = [target.file(p, version) for p in target.needed(patch)[:-1]]
-            if git_apply(pristine(target, version), [*files, path], "--check") is None:
-                continue
             path = target.directory / "backports" / version / patch.name
+            files = [target.file(p, version) for p in target.needed(patch)[:-1]]
+            files.append(patch.path)
+            if git_apply(pristine(target, version), files, "--check") is None:
+                path.unlink(missing_ok=True)
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return 0
@@ -346,6 +363,9 @@ def main() -> int:
     if rest and arguments.command is not test:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
+    known = {patch.name for target in targets() for patch in target.patches}
+    if unknown := set(getattr(arguments, "patches", ())) - known:
+        parser.error(f"not in a series: {', '.join(sorted(unknown))}")
     return int(arguments.command(arguments))
 
 

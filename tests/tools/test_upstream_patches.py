@@ -42,7 +42,7 @@ diff --git a/vllm/a.py b/vllm/a.py
 def staged(tmp_path: Path) -> tuple[Target, Patch]:
     (tmp_path / "a.patch").write_text(MAIL)
     (tmp_path / "series").write_text("# comment\na.patch\n")
-    target = Target(tmp_path, "vllm", "1.0.0", {}, "vllm", [], [], [])
+    target = Target(tmp_path, "vllm", "1.0.0", {"1.0.0": ""}, "vllm", [], [], [])
     return target, target.patches[0]
 
 
@@ -92,6 +92,7 @@ def test_a_patch_is_read(staged: tuple[Target, Patch]) -> None:
         ("Base", "Depends-On: b.patch\nBase", "b.patch is not in the series"),
         ("Base", "Reviewed-By: nobody\nBase", "Reviewed-By is no trailer"),
         ("+newer\n", "+newer\n" * 200, "lines of source"),
+        ("2026-01-02 v1.0.0\n---", "2026-01-02 v0.9.0\n---", "Last-Verified is not of"),
     ],
 )
 def test_faults(staged: tuple[Target, Patch], old: str, new: str, fault: str) -> None:

@@ -140,6 +140,8 @@ def _size_refusal(weights: QuantizationArgs, moe: FusedMoEConfig) -> str | None:
         ),
     }
     for name, (size, part) in shards.items():
+        if part < _WORD:
+            return f"{name} product is {part} a rank; supported: from {_WORD}"
         if group_size > 0 and part % group_size:
             return (
                 f"{name} product is {part} a rank, group_size={group_size}; "

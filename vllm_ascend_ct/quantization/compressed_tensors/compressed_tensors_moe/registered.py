@@ -57,6 +57,9 @@ def registered_method(
     oracle = _oracle(scheme, experts_cls, layer)
     if oracle not in compat.MOE_EXPERTS_TYPES or ascend_base.serves():
         return None
+    if getattr(layer.moe_config, "moe_backend", "auto") != "auto":
+        # Upstream then asks no registered experts; ours serve whatever is named.
+        return None
     method: FusedMoEMethodBase = _METHODS[oracle](
         scheme["weights"], scheme["input_activations"], layer.moe_config, layer_name
     )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""vllm-ascend's own quantization tests, on the emulated operators."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import patch_tree
+from tools.patch_series import targets
+
+pytestmark = pytest.mark.vllm_ascend
+
+# What is not emulated: nothing here serves it.
+EXPECTED = {
+    "test_w4a4_flatquant.TestW4A4FlatQuantDynamicWithNpu": "npu_kronecker_quant",
+    "test_w4a4_laos_dynamic.TestAscendW4A4LaosDynamicLinearMethodWithNpu": (
+        "dst_type=16; emulated: int8"
+    ),
+    # vllm-ascend registers it for devices only.
+    "test_w8a8_static.TestAscendW8A8LinearMethodWithNpu": "vllm::quantize",
+}
+
+
+def test_all_but_what_is_not_emulated(tmp_path: Path) -> None:
+    (target,) = (t for t in targets() if t.project == "vllm-ascend")
+    tree = patch_tree.pristine(target, target.base).resolve()
+    report = tmp_path / "report.xml"
+    path = os.pathsep.join([str(tree), os.environ["PYTHONPATH"], str(tmp_path)])
+    # The tree has a package `tests` of its own.
+    plugin = Path(__file__).with_name("without_npu.py")
+    (tmp_path / plugin.name).write_text(plugin.read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "pyproject.toml"]
+    command += ["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-p", plugin.stem, f"--junitxml={report}", "tests/ut/quantization"]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    result = subprocess.run(
+        command,
+        cwd=tree,
+        env={**variables, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert report.exists(), result.stdout[-3000:]
+    outcomes = patch_tree.outcomes(report)
+    failed = {name: text for name, (kind, text) in outcomes.items() if kind == "failed"}
+    for name, text in failed.items():
+        expected = [reason for known, reason in EXPECTED.items() if known in name]
+        assert expected and expected[0] in text, (name, text[-2000:])
+    assert len(failed) == len(EXPECTED)
+    assert sum(kind == "passed" for kind, _ in outcomes.values()) > 200
