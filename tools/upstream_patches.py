@@ -238,7 +238,9 @@ def edit(arguments: argparse.Namespace) -> int:
         file = target.file(patch, version)
         if not file.exists():
             continue
-        _git(out, "am", "--quiet", "--3way", stdin=file.read_bytes())
+        _git(
+            out, "am", "--quiet", "--3way", "--keep-non-patch", stdin=file.read_bytes()
+        )
     print(f"{out}: change commits since the tag `base`, then `refresh {out}`")
     return 0
 

@@ -122,6 +122,13 @@ class FusedMoEAscendMethod(FusedMoEMethodBase):
         if enable_force_load_balance:
             order = torch.rand(len(ids), logical, device=ids.device).argsort(dim=1)
             ids = order[:, : ids.shape[1]].to(ids.dtype)
+        if call.pop("apply_router_weight_on_input", False):
+            # vllm-ascend's dispatchers weigh the output, and some the input as well.
+            if call.get("pertoken_scale") is None:
+                x = x * weights.to(x.dtype)
+            else:
+                call["pertoken_scale"] = call["pertoken_scale"] * weights[:, 0]
+            weights = torch.ones_like(weights)
         result = fused_moe.fused_experts(
             hidden_states=x,
             topk_weights=weights.to(self.moe.in_dtype),

@@ -41,8 +41,8 @@ class AscendWNA8LinearKernel(MPLinearKernel):
         return -1
 
     @classmethod
-    def quantizes_activations(cls) -> bool:
-        """Whether activations are quantized as the checkpoint asks."""
+    def quantizes_activations(cls, c: MPLinearLayerConfig) -> bool:
+        """Whether activations are quantized as `c.activation_quant_key` asks."""
         return True
 
     @classmethod
