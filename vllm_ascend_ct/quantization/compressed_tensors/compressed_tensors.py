@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The compressed-tensors config on Ascend: upstream's, where it must differ."""
 
-from itertools import product
 from typing import Any, cast
 
 import torch
@@ -38,10 +37,8 @@ from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
     get_moe_method,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
-    expert_shapes,
-)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
+    check_tensors,
     is_upstreams,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
@@ -200,27 +197,9 @@ class AscendCTConfig(CompressedTensorsConfig):
             method = fused_moe.unquantized_method(layer.moe_config, tid2eid)
             return method or UnquantizedFusedMoEMethod(layer.moe_config)
         method = get_moe_method(scheme, layer, prefix, tid2eid)
-        if is_upstreams(method):
-            self._check_experts_of_upstream(layer, prefix, shards, scheme)
+        if self._headers is not None and is_upstreams(method):
+            check_tensors(self._headers, layer, prefix, shards, scheme)
         return method
-
-    def _check_experts_of_upstream(
-        self, layer: Any, prefix: str, shards: list[str], scheme: dict[str, Any]
-    ) -> None:
-        """Check before loading what upstream's methods do not check while they load."""
-        if self._headers is None:
-            return
-        moe = layer.moe_config
-        shapes = expert_shapes(scheme["weights"], moe)
-        intermediate = moe.intermediate_size_per_partition * moe.tp_size
-        for expert, shard in product(range(layer.global_num_experts), shards):
-            is_down = shard == shards[-1]
-            self._headers.check_tensors(
-                f"{prefix}.{expert}.{shard}",
-                scheme,
-                shapes["w2" if is_down else "w13"],
-                moe.hidden_dim if is_down else intermediate,
-            )
 
     def get_scheme(
         self, layer: torch.nn.Module, layer_name: str | None = None

@@ -6,6 +6,7 @@ Needs the hooks `register_moe_experts` that `upstream_patches` stages. What upst
 methods do not create weights for, or lose on the way to experts, stays with ours.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import (
     AscendWNA8Experts,
 )
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
+    expert_shapes,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 
 # Oracle -> what is registered for it, and the method that asks it.
 EXPERTS: dict[str, type[AscendExperts]] = {
@@ -69,6 +74,39 @@ def registered_method(
 def is_upstreams(method: FusedMoEMethodBase) -> bool:
     """Whether a method is one that `registered_method` made."""
     return type(method) in _METHODS.values()
+
+
+def check_tensors(
+    headers: CheckpointHeaders,
+    layer: Any,
+    prefix: str,
+    shards: list[str],
+    scheme: dict[str, Any],
+) -> None:
+    """Check before loading what upstream's methods do not check while they load.
+
+    Args:
+        headers: The checkpoint's.
+        layer: The layer.
+        prefix: Its name.
+        shards: Names of an expert's projections, the one to the hidden size last.
+        scheme: As upstream's `get_scheme_dict` gives it.
+
+    Raises:
+        UnsupportedCheckpointError: Names the tensor.
+
+    """
+    moe = layer.moe_config
+    shapes = expert_shapes(scheme["weights"], moe)
+    intermediate = moe.intermediate_size_per_partition * moe.tp_size
+    for expert, shard in product(range(layer.global_num_experts), shards):
+        is_down = shard == shards[-1]
+        headers.check_tensors(
+            f"{prefix}.{expert}.{shard}",
+            scheme,
+            shapes["w2" if is_down else "w13"],
+            moe.hidden_dim if is_down else intermediate,
+        )
 
 
 def _oracle(
