@@ -41,7 +41,13 @@ def pristine(target: Target, version: str) -> Path:
     archive = CACHE / f"{name}.tar.gz"
     if not archive.exists() or _sha256(archive) != target.versions[version]:
         print(f"upstream_patches: downloading {archive.name}", flush=True)
-        download(target.project, archive)
+        try:
+            download(target.project, archive)
+        except OSError as error:
+            if target.project != "vllm":
+                raise
+            print(f"upstream_patches: {error}; asking pip, a minute", flush=True)
+            pip_download(f"{target.project}=={version}", archive)
     if _sha256(archive) != target.versions[version]:
         raise SystemExit(f"upstream_patches: {archive} is not what BASE says (sha256)")
     shutil.rmtree(tree, ignore_errors=True)
@@ -76,6 +82,19 @@ def download(project: str, archive: Path) -> None:
                 archive.write_bytes(response.read())
             return
     raise SystemExit(f"upstream_patches: the package index has no {archive.name}")
+
+
+def pip_download(requirement: str, archive: Path) -> None:
+    """Have pip download vLLM, which builds metadata: of no device."""
+    variables = {
+        **os.environ,
+        "VLLM_VERSION_OVERRIDE": requirement.rpartition("=")[2],
+        "VLLM_TARGET_DEVICE": "empty",
+    }
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", requirement.partition("=")[0], requirement]
+    command += ["--dest", str(archive.parent)]
+    subprocess.run(command, env=variables, check=True)
 
 
 def _pip_setting() -> str:
