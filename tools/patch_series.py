@@ -218,3 +218,9 @@ def targets() -> list[Target]:
         Target(path.parent, **tomllib.loads(path.read_text()))
         for path in sorted(PATCHES.glob("*/BASE"))
     ]
+
+
+def target_of(project: str) -> Target:
+    """The one of a project."""
+    (target,) = (target for target in targets() if target.project == project)
+    return target

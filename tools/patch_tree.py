@@ -204,20 +204,12 @@ def _apply_all(
             raise SystemExit(f"upstream_patches: {patch.name}: {complaint}")
 
 
-def requirements(target: Target) -> Path:
+def requirements(target: Target) -> list[Path]:
     """Install what upstream's tests import and this environment has not."""
+    if not target.requirements:
+        return []
     directory = CACHE / f"{target.project}-requirements"
-    stamp = CACHE / f"{target.project}-requirements.stamp"
-    wanted = "\n".join(target.requirements)
-    if not wanted:
-        return directory.resolve()
-    if not stamp.exists() or stamp.read_text() != wanted:
-        shutil.rmtree(directory, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        command += ["--target", str(directory), *target.requirements]
-        subprocess.run(command, check=True)
-        stamp.write_text(wanted)
-    return directory.resolve()
+    return [real_stack.install_into(directory, target.requirements)]
 
 
 Outcomes = dict[str, tuple[str, str]]
@@ -281,7 +273,7 @@ def _pytest(
 ) -> Outcomes:
     report = (tree.parent / f"{tree.name}-report.xml").resolve()
     report.unlink(missing_ok=True)
-    search = [tree.resolve(), requirements(target), *paths]
+    search = [tree.resolve(), *requirements(target), *paths]
     environment = {
         **os.environ,
         **variables,

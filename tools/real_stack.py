@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 ROOT = Path("build/real-stack")
@@ -45,6 +46,7 @@ LIBRARIES = [
 ]
 
 
+@cache
 def environment(stack: str) -> dict[str, str]:
     """The variables with which a stack is imported; it is made if missing."""
     paths = [install(name) for name in STACKS[stack]]
@@ -67,9 +69,13 @@ def environment(stack: str) -> dict[str, str]:
 
 
 def install(name: str) -> Path:
-    """Download wheels into a directory of their own."""
-    requirements = REQUIREMENTS[name]
-    directory = (ROOT / name).resolve()
+    """Download the wheels of one of `REQUIREMENTS`."""
+    return install_into(ROOT / name, REQUIREMENTS[name])
+
+
+def install_into(directory: Path, requirements: Sequence[str]) -> Path:
+    """Download wheels, and not what they require, into a directory of their own."""
+    directory = directory.resolve()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--target", str(directory), *requirements]
     if _begin(directory, "\n".join(requirements)):

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools import patch_tree, real_stack
-from tools.patch_series import PATCHES, Patch, Target, targets
+from tools.patch_series import PATCHES, Patch, Target, target_of, targets
 from tools.patch_tree import git_apply, pristine
 
 README = PATCHES / "README.md"
@@ -53,7 +53,7 @@ def verify_applies(
     base = pristine(target, version)
     for patch in patches:
         files = [target.file(p, version) for p in target.needed(patch)]
-        if git_apply(base, files[-1:], "--check", "--reverse") is None:
+        if _is_in(base, files[-1]):
             yield f"{patch.name}: v{version} has it; see `drop`"
         elif complaint := git_apply(base, files, "--check"):
             yield f"{patch.name}: does not apply to v{version} alone: {complaint}"
@@ -63,6 +63,11 @@ def verify_applies(
         return
     tree = patch_tree.scratch(target, version, target.patches)
     yield from verify_code(tree, sorted({f for p in patches for f in p.files}))
+
+
+def _is_in(tree: Path, file: Path) -> bool:
+    """Whether a tree has what a patch would change."""
+    return git_apply(tree, [file], "--check", "--reverse") is None
 
 
 def verify_code(tree: Path, files: Sequence[str]) -> Iterator[str]:
@@ -186,7 +191,7 @@ def _chosen(target: Target, names: Sequence[str]) -> list[Patch]:
 
 def apply(arguments: argparse.Namespace) -> int:
     """Make a patched copy of the source tree."""
-    (target,) = (t for t in targets() if t.project == arguments.project)
+    target = target_of(arguments.project)
     patches = _chosen(target, arguments.patches)
     wanted = {q.name for p in patches for q in target.needed(p)}
     patches = [patch for patch in target.patches if patch.name in wanted]
@@ -197,7 +202,7 @@ def apply(arguments: argparse.Namespace) -> int:
 
 def test(arguments: argparse.Namespace) -> int:
     """Run this project's tests on a copy of the installed vLLM, patched."""
-    (target,) = (t for t in targets() if t.project == "vllm")
+    target = target_of("vllm")
     tree = patch_tree.patched_vllm(target, "patched")
     variables = {"PYTHONPATH": str(tree), "VLLM_ASCEND_CT_TEST_HOOKS": "1"}
     command = [sys.executable, "-m", "pytest", *arguments.rest]
@@ -225,7 +230,7 @@ def _git(directory: Path, *arguments: str, stdin: bytes | None = None) -> str:
 
 def edit(arguments: argparse.Namespace) -> int:
     """Make a git repository with a commit for each patch."""
-    (target,) = (t for t in targets() if t.project == arguments.project)
+    target = target_of(arguments.project)
     version = arguments.version or target.base
     out = arguments.out
     patch_tree.apply(target, version, [], out)
@@ -250,7 +255,7 @@ def refresh(arguments: argparse.Namespace) -> int:
 
     Of another version than the base only those that the base's text does not apply to.
     """
-    (target,) = (t for t in targets() if t.project == arguments.project)
+    target = target_of(arguments.project)
     version = arguments.version or target.base
     known = {p.subject: p for p in target.patches if p.path.exists()}
     new = (patch for patch in target.patches if not patch.path.exists())
@@ -333,8 +338,7 @@ def drop(arguments: argparse.Namespace) -> int:
         for version in target.versions:
             base = pristine(target, version)
             for patch in target.patches:
-                file = target.file(patch, version)
-                if git_apply(base, [file], "--check", "--reverse") is None:
+                if _is_in(base, target.file(patch, version)):
                     found = True
                     places = ", ".join(patch.values("Needed-By"))
                     print(f"drop {patch.name}: v{version} has it. Needed by: {places}")
@@ -352,7 +356,6 @@ def main() -> int:
         if command in (apply, edit, refresh):
             sub.add_argument("out", type=Path)
             sub.add_argument("--project", default="vllm")
-        if command in (apply, edit, refresh):
             sub.add_argument("--version")
         if command in (verify, apply):
             sub.add_argument("patches", nargs="*", metavar="PATCH")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools import patch_tree, tiny_moe
-from tools.patch_series import targets
+from tools.patch_series import target_of
 
 MOE = {"base": "qwen3-moe", "ignore": tiny_moe.IGNORE}
 RECIPES = {
@@ -42,8 +42,7 @@ def test_same_log_probabilities(
     checkpoint: Callable[..., Path],
     moe_model: Callable[[str], Path],
 ) -> None:
-    (target,) = (target for target in targets() if target.project == "vllm")
-    tree = patch_tree.patched_vllm(target, "compared")
+    tree = patch_tree.patched_vllm(target_of("vllm"), "compared")
     made = []
     for recipe, options in RECIPES.values():
         base = {"base": moe_model(str(options["base"]))} if options else {}

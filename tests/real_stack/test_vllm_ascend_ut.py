@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import patch_tree
-from tools.patch_series import targets
+from tools.patch_series import target_of
 
 pytestmark = pytest.mark.vllm_ascend
 
@@ -26,7 +26,7 @@ EXPECTED = {
 
 
 def test_all_but_what_is_not_emulated(tmp_path: Path) -> None:
-    (target,) = (t for t in targets() if t.project == "vllm-ascend")
+    target = target_of("vllm-ascend")
     tree = patch_tree.pristine(target, target.base).resolve()
     report = tmp_path / "report.xml"
     path = os.pathsep.join([str(tree), os.environ["PYTHONPATH"], str(tmp_path)])

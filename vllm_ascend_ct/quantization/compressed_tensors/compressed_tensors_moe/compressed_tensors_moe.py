@@ -87,7 +87,7 @@ def get_moe_method(
     experts_cls = choose_experts(weights, inputs, moe, layer_name)
     if registered := registered_method(scheme, experts_cls, layer, layer_name):
         return registered
-    method = method_cls(weights, inputs, moe, layer_name)
+    method = method_cls(weights, inputs, moe, experts_cls)
     return FusedMoEAscendMethod(method, layer, tid2eid) if serves() else method
 
 
@@ -174,18 +174,17 @@ class AscendCTMoEMixin(_Base):
         weight_quant: QuantizationArgs,
         input_quant: QuantizationArgs | None,
         moe: FusedMoEConfig,
-        layer_name: str | None = None,
+        experts_cls: type[AscendExperts],
     ) -> None:
         FusedMoEMethodBase.__init__(self, moe)
         self.weight_quant = weight_quant
         self.input_quant = input_quant
-        self.layer_name = layer_name
         self.num_bits = weight_quant.num_bits
         self.symmetric = weight_quant.symmetric
         self.strategy = weight_quant.strategy
         # As upstream's methods have it: -1 for one scale per channel.
         self.group_size = weight_quant.group_size or -1
-        self.experts_cls = choose_experts(weight_quant, input_quant, moe, layer_name)
+        self.experts_cls = experts_cls
         self._record: ExpertsLoadRecord | None = None
 
     def create_weights(

@@ -26,15 +26,20 @@ _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
 
 
+def expert_rows(moe: FusedMoEConfig) -> dict[str, int]:
+    """Output features of one shard of an expert on disk, by prefix of a parameter."""
+    intermediate = moe.intermediate_size_per_partition * moe.tp_size
+    return {"w13": intermediate, "w2": moe.hidden_dim}
+
+
 def expert_shapes(
     weights: QuantizationArgs, moe: FusedMoEConfig
 ) -> dict[str, QuantizedShape]:
     """What the tensors of one expert look like on disk, by prefix of a parameter."""
     group_size = weights.group_size or 0
-    sizes = {
-        "w13": moe.hidden_dim,
-        "w2": moe.intermediate_size_per_partition * moe.tp_size,
-    }
+    rows = expert_rows(moe)
+    # What one product puts out the other takes in.
+    sizes = {"w13": rows["w2"], "w2": rows["w13"]}
     return {
         name: QuantizedShape(
             k=k,
@@ -136,11 +141,8 @@ class ExpertsLoadRecord:
         return "parameter"
 
     def _fault(self, kind: str, shard: str, tensor: torch.Tensor) -> str | None:
-        moe = self.layer.moe_config
         prefix = "w2" if shard == "w2" else "w13"
-        rows = moe.hidden_dim
-        if shard != "w2":
-            rows = moe.intermediate_size_per_partition * moe.tp_size
+        rows = expert_rows(self.layer.moe_config)[prefix]
         return self._shapes[prefix].fault(kind, tensor, rows)
 
     def _transformed(

@@ -27,6 +27,7 @@ from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import (
 )
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
+    expert_rows,
     expert_shapes,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
@@ -97,16 +98,11 @@ def check_tensors(
 
     """
     moe = layer.moe_config
-    shapes = expert_shapes(scheme["weights"], moe)
-    intermediate = moe.intermediate_size_per_partition * moe.tp_size
+    shapes, rows = expert_shapes(scheme["weights"], moe), expert_rows(moe)
     for expert, shard in product(range(layer.global_num_experts), shards):
-        is_down = shard == shards[-1]
-        headers.check_tensors(
-            f"{prefix}.{expert}.{shard}",
-            scheme,
-            shapes["w2" if is_down else "w13"],
-            moe.hidden_dim if is_down else intermediate,
-        )
+        name = "w2" if shard == shards[-1] else "w13"
+        part = f"{prefix}.{expert}.{shard}"
+        headers.check_tensors(part, scheme, shapes[name], rows[name])
 
 
 def _oracle(
