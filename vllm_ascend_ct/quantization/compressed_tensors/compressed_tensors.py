@@ -41,6 +41,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.regis
     check_tensors,
     is_upstreams,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method import (
+    AscendCTDequantizedLinearMethod,
+    is_absorbed,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTEmbeddingMethod,
@@ -136,7 +140,10 @@ class AscendCTConfig(CompressedTensorsConfig):
         except ValueError as error:
             raise refused(str(error), prefix) from error
         if type(method) is CompressedTensorsLinearMethod:
-            return AscendCTLinearMethod(self, self.get_scheme_dict(layer, prefix) or {})
+            args = self.get_scheme_dict(layer, prefix) or {}
+            if is_absorbed(prefix):
+                return AscendCTDequantizedLinearMethod(self, args)
+            return AscendCTLinearMethod(self, args)
         if isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod:
             return ascend_base.unquantized_linear_method() or method
         return method

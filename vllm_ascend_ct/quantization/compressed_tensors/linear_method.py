@@ -104,12 +104,21 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         if isinstance(layer, LinearBase) and hasattr(layer, "tp_rank"):
             layer.update_param_tp_status()
 
-    def process_weights_after_loading(self, layer: Any) -> None:
+    def check_loaded(self, layer: Any) -> None:
+        """Refuse a layer that the checkpoint did not fill.
+
+        Raises:
+            UnsupportedCheckpointError: Names the tensor.
+
+        """
         prefix = getattr(layer, "prefix", None)
         if self._record is not None:
             self._record.check_complete()
             if prefix is not None and getattr(layer, "bias", None) is not None:
                 self._check_bias(prefix)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.check_loaded(layer)
         kernel = layer.scheme.kernel
         if isinstance(kernel, MPLinearKernel) and not hasattr(layer, kernel.w_q_name):
             # Kernels know one name; int8 files have another.
@@ -117,7 +126,7 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         try:
             super().process_weights_after_loading(layer)
         except ValueError as error:
-            raise refused(str(error), prefix) from error
+            raise refused(str(error), getattr(layer, "prefix", None)) from error
 
     def _size_refusal(
         self,
@@ -211,8 +220,10 @@ class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
 def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
     """Have a scheme's activations quantized, if there is a kernel for it."""
     weights, inputs = args["weights"], args["input_activations"]
-    if not isinstance(scheme, _PACKED_A8_SCHEMES) or isinstance(
-        scheme.kernel, AscendWNA8LinearKernel
+    if (
+        inputs is None
+        or not isinstance(scheme, _PACKED_A8_SCHEMES)
+        or isinstance(scheme.kernel, AscendWNA8LinearKernel)
     ):
         return
     chosen = type(scheme.kernel).__name__

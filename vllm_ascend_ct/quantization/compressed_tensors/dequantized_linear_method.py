@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Layers whose weight something else reads, and so are served in 16 bits."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+
+from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.kernels.embedding import dequantized_rows
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
+    AscendCTLinearMethod,
+    refused,
+)
+from vllm_ascend_ct.weights import pack_quantized
+
+logger = init_logger("vllm.ascend_ct.quantization")
+
+_ROWS_AT_ONCE = 1024
+
+
+def is_absorbed(prefix: str) -> bool:
+    """Whether latent attention multiplies a layer's weight into others."""
+    vllm_config = get_current_vllm_config_or_none()
+    return (
+        prefix.rpartition(".")[2] == "kv_b_proj"
+        and vllm_config is not None
+        and vllm_config.model_config is not None
+        and vllm_config.model_config.use_mla
+    )
+
+
+@register_weight_loader_v2_supported_method
+class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
+    """Loads a quantized layer, dequantizes it and serves it without quantization.
+
+    vllm-ascend's latent attention asserts that the layer's method is an unquantized
+    one. Upstream's would multiply the identity by the layer, which static scales of
+    activations round or clip.
+    """
+
+    def __init__(self, quantization_config: Any, args: dict[str, Any]) -> None:
+        super().__init__()
+        self._has_grid = args.get("output_activations") is not None
+        self._bits = args["weights"].num_bits
+        self._quantized = AscendCTLinearMethod(
+            quantization_config, {**args, "input_activations": None}
+        )
+        self._unquantized = (
+            ascend_base.unquantized_linear_method() or UnquantizedLinearMethod()
+        )
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        if self._has_grid:
+            raise refused(
+                "output_activations of a layer whose weight latent attention absorbs, "
+                "so that it has no outputs; supported: none",
+                layer.prefix,
+            )
+        self._quantized.create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self._quantized.check_loaded(layer)
+        logger.info_once("kv_b_proj is dequantized: latent attention reads its weight.")
+        weight = dequantized(layer, self._bits)
+        for name in [name for name in layer._parameters if name != "bias"]:
+            delattr(layer, name)
+        layer.register_parameter(
+            "weight", torch.nn.Parameter(weight, requires_grad=False)
+        )
+        self._unquantized.process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y: torch.Tensor = self._unquantized.apply(layer, x, bias)
+        return y
+
+
+def dequantized(layer: Any, bits: int) -> torch.Tensor:
+    """Dequantize the weight that a layer was loaded with, which is overwritten.
+
+    Args:
+        layer: With the parameters of upstream's schemes, not yet processed.
+        bits: Of a weight.
+
+    Returns:
+        `[N, K]`, dtype of the layer's parameters.
+
+    """
+    n, k = layer.output_size_per_partition, layer.input_size_per_partition
+    scale = layer.weight_scale.data
+    scale = scale.expand(n, 1) if scale.numel() == 1 else scale
+    offset = None
+    if "weight_packed" in layer._parameters:
+        weight = pack_quantized.to_npu_weight(layer.weight_packed.data, bits, k)
+        if (zero_point := getattr(layer, "weight_zero_point", None)) is not None:
+            offset = pack_quantized.to_npu_offset(zero_point.data, scale, bits)
+    else:
+        weight = layer.weight.data.t()
+    dense = torch.empty((n, k), dtype=layer.params_dtype, device=scale.device)
+    ids = torch.arange(n, device=scale.device)
+    for rows, part in zip(dense.split(_ROWS_AT_ONCE), ids.split(_ROWS_AT_ONCE)):
+        rows.copy_(dequantized_rows(part, weight, scale.t(), offset))
+    return dense
