@@ -146,12 +146,16 @@ def load_tensors(case: Case, layer: Any, modules: torch.nn.ModuleDict) -> None:
             loader(parameters[name], tensor.data.clone(), *shard)
 
 
-def require_scheme(name: str) -> None:
-    """Skip what this vLLM has no scheme for, and this package refuses there."""
+def has_scheme(name: str) -> bool:
+    """Whether this vLLM has a scheme for it; if not, this package refuses it."""
     args = SCHEMES[name]
     odd = args.weights.num_bits not in (4, 8)
     packed = args.input_activations is not None and name.endswith("packed")
-    if not hasattr(upstream, "CompressedTensorsWNA8Int") and (odd or packed):
+    return hasattr(upstream, "CompressedTensorsWNA8Int") or not (odd or packed)
+
+
+def require_scheme(name: str) -> None:
+    if not has_scheme(name):
         pytest.skip("releases of vLLM before 0.26 have no scheme for it")
 
 

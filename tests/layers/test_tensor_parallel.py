@@ -3,6 +3,7 @@
 """Every scheme over two ranks, through upstream's layers and loaders."""
 
 import math
+from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -45,6 +46,13 @@ def _column_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> flo
     return relative_error(layer(x)[0], torch.cat(shares, dim=-1))
 
 
+def _undivided_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> float:
+    layer, formulas = load(case, scheme, dtype, bias=True, disable_tp=True)
+    x = formulas[0].without_ties(activations(5, case.k, dtype))
+    expected = torch.cat([formula(x) for formula in formulas], dim=-1)
+    return relative_error(layer(x)[0], expected)
+
+
 def _row_inputs(
     case: Case, formula: FormulaLinear, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -70,7 +78,7 @@ def _reduced_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> fl
 
 
 def _is_served(scheme: str, check: Any, k: int) -> bool:
-    if check is _column_error:
+    if check in (_column_error, _undivided_error):
         share = k
     elif SCHEMES[scheme].output_activations is not None:
         return False
@@ -82,6 +90,7 @@ def _is_served(scheme: str, check: Any, k: int) -> bool:
 # What is checked, over which layers, with how much of the tolerance.
 CHECKS = (
     (_column_error, COLUMN_CASES, 1),
+    (_undivided_error, (*COLUMN_CASES, ROW_CASES[0]), 1),
     (_row_error, ROW_CASES, 1),
     (_reduced_error, ROW_CASES, REDUCED),
 )
@@ -91,23 +100,29 @@ def _run(rank: int, port: int) -> None:
     # Spawned processes have not seen the fixtures.
     load_general_plugins()
     torch.set_num_threads(1)
-    failures = []
     with tensor_parallel(rank, WORLD_SIZE, port):
-        for scheme, dtype in product(SCHEMES, (torch.bfloat16, torch.float16)):
-            for check, cases, roundings in CHECKS:
-                for case in cases:
-                    if not _is_served(scheme, check, case.k):
-                        continue
-                    torch.manual_seed(0)
-                    error = check(rank, case, scheme, dtype)
-                    if not error < tolerance(scheme, dtype) * roundings:
-                        failures.append((scheme, dtype, check.__name__, error))
-        _check_vocabulary(rank)
+        found = failures(rank, SCHEMES)
+        check_vocabulary(rank)
         _check_refusals()
-    assert not failures, failures
+    assert not found, found
 
 
-def _check_vocabulary(rank: int) -> None:
+def failures(rank: int, schemes: Iterable[str]) -> list[tuple[Any, ...]]:
+    """Check all layers of a rank, and say which are too far from the formula."""
+    found = []
+    for scheme, dtype in product(schemes, (torch.bfloat16, torch.float16)):
+        for check, cases, roundings in CHECKS:
+            for case in cases:
+                if not _is_served(scheme, check, case.k):
+                    continue
+                torch.manual_seed(0)
+                error = check(rank, case, scheme, dtype)
+                if not error < tolerance(scheme, dtype) * roundings:
+                    found.append((scheme, dtype, check.__name__, error))
+    return found
+
+
+def check_vocabulary(rank: int) -> None:
     torch.manual_seed(0)
     embedding, formula = load_embedding(1000, 256, "w4a16-g32-asym", torch.bfloat16)
     ids = torch.tensor([0, 999, 512, 511])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""vllm-ascend's own operators, as the emulated ones that they extend.
+"""Operators that vllm-ascend brings, on CPU.
 
-Schemas are those of its `csrc/torch_binding.cpp`, release 0.23.0.
+Its own as the emulated ones that they extend, with the schemas of its
+`csrc/torch_binding.cpp`, release 0.23.0. And vLLM's, which get its platform's device.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("_C_ascend", "FRAGMENT")
+VLLM = torch.library.Library("vllm", "FRAGMENT")
 
 SCHEMAS = {
     "npu_moe_init_routing_custom": """(Tensor x, Tensor expert_idx, *,
@@ -70,6 +72,13 @@ def grouped_matmul_swiglu_quant_v2(*arguments: Any) -> Any:
 
 
 def install() -> None:
+    from vllm.distributed import parallel_state
+    from vllm_ascend.ops import linear, register_custom_ops
+
+    VLLM.impl("all_reduce", parallel_state.all_reduce, "CPU")
+    VLLM.impl("unquantized_gemm", linear.unquantized_gemm, "CPU")
+    reduce = register_custom_ops._maybe_pad_and_reduce_impl
+    VLLM.impl("maybe_pad_and_reduce", reduce, "CPU")
     for name, schema in SCHEMAS.items():
         LIBRARY.define(name + " ".join(schema.split()))
         LIBRARY.impl(name, globals()[name], "CPU")

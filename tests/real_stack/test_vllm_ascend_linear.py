@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """vllm-ascend's own layers with this package's config and kernels, against float64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +13,23 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.plugins import load_general_plugins
+from vllm.utils.network_utils import get_open_port
 
 from tests.formula import relative_error
+from tests.layers import test_tensor_parallel as tensor_parallel
 from tests.layers.quantized_layers import (
     TOLERANCES,
     activations,
     config_of,
+    has_scheme,
     load,
     load_embedding,
     load_head,
 )
 from tests.layers.test_linear import CASES, cases_of, tolerance
+from tools.make_checkpoint import SCHEMES
+from vllm_ascend_ct.ops import emulated
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
@@ -30,42 +37,53 @@ from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
 pytestmark = [pytest.mark.vllm_ascend, pytest.mark.usefixtures("vllm_config")]
 
 BF16 = torch.bfloat16
-SCHEMES = (
-    "w4a16-g32",
-    "w4a16-g128-asym",
-    "w8a16-channel",
-    "w8a8-channel-dynamic",
-    "w8a8-channel-static-asym",
-    "w4a8-channel",
-    "w4a8-g256",
-)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("scheme", "case"), [(s, case) for s in SCHEMES for case in cases_of(s)]
+    ("scheme", "case"),
+    [(s, case) for s in SCHEMES if has_scheme(s) for case in cases_of(s)],
 )
-def test_output_is_the_formula(scheme: str, case: str, bias: bool) -> None:
-    layer, formulas = load(CASES[case], scheme, BF16, bias)
+def test_output_is_the_formula(
+    scheme: str, case: str, dtype: torch.dtype, bias: bool
+) -> None:
+    layer, formulas = load(CASES[case], scheme, dtype, bias)
     assert type(layer).__module__ == "vllm_ascend.ops.linear", type(layer)
     # vllm-ascend takes a layer to be unquantized if it is None.
     assert type(layer.quant_method) is AscendCTLinearMethod
     assert layer.quant_method.quant_method is layer.scheme
-    x = formulas[0].without_ties(activations(64, CASES[case].k, BF16))
+    x = formulas[0].without_ties(activations(64, CASES[case].k, dtype))
     y, _ = layer(x)
     expected = torch.cat([formula(x) for formula in formulas], dim=-1)
-    assert relative_error(y, expected) < tolerance(scheme, BF16)
+    assert relative_error(y, expected) < tolerance(scheme, dtype)
+
+
+def _run(rank: int, port: int, model: Path) -> None:
+    from tests.real_stack.ascend_layers import ascend_layers
+
+    load_general_plugins()
+    emulated.install()
+    torch.set_num_threads(1)
+    with ascend_layers(model, rank, tensor_parallel.WORLD_SIZE, port):
+        layer, _ = load(CASES["row"], "w4a16-g32", BF16, bias=False)
+        assert type(layer).__module__ == "vllm_ascend.ops.linear", type(layer)
+        found = tensor_parallel.failures(rank, filter(has_scheme, SCHEMES))
+        tensor_parallel.check_vocabulary(rank)
+    assert not found, found
+
+
+def test_two_ranks(model: Path) -> None:
+    ranks = tensor_parallel.WORLD_SIZE
+    torch.multiprocessing.spawn(_run, args=(get_open_port(), model), nprocs=ranks)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a16-channel"])
 def test_embedding_and_head(scheme: str) -> None:
     embedding, formula = load_embedding(1024, 256, scheme, BF16)
     assert type(embedding).__module__.startswith("vllm_ascend.")
-    tokens = torch.arange(1024)
-    # Its forward ends in an operator that only devices have.
-    rows = embedding.quant_method.embedding(embedding, tokens)
-    error = relative_error(rows, formula.weight)
-    assert error < TOLERANCES[BF16]
+    rows = embedding(torch.arange(1024))
+    assert relative_error(rows, formula.weight) < TOLERANCES[BF16]
     head, formula = load_head(1024, 256, scheme, BF16)
     assert type(head).__module__.startswith("vllm_ascend.")
     x = activations(7, 256, BF16)

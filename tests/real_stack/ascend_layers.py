@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""vllm-ascend's layers, on CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm_ascend.utils import register_ascend_customop
+
+from tests.real_stack import custom_ops
+
+
+@contextmanager
+def ascend_layers(model: Path, rank: int, world_size: int, port: int) -> Iterator[Any]:
+    """Have vllm-ascend's layers in vLLM's places, and its config of an engine."""
+    custom_ops.install()
+    arguments = EngineArgs(
+        str(model),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=512,
+        tensor_parallel_size=world_size,
+    )
+    config = arguments.create_engine_config()
+    with (
+        set_current_vllm_config(config),
+        # Its communicator asks, and there is none.
+        patch("torch.npu.current_device", return_value=torch.device("cpu")),
+    ):
+        method = f"tcp://127.0.0.1:{port}"
+        init_distributed_environment(world_size, rank, method, rank, "gloo")
+        initialize_model_parallel(world_size, backend="gloo")
+        register_ascend_customop(config)
+        yield config
