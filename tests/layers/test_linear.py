@@ -83,6 +83,8 @@ def test_output_is_the_formula(
     upstream, kernel = expected_classes(scheme, CASES[case].k)
     assert type(layer.scheme) is upstream
     assert type(layer.scheme.kernel) is kernel
+    # The one weight that is held, under the name that others read.
+    assert layer.weight.dim() == 2 and not hasattr(layer, "weight_packed")
     for batch in BATCHES:
         # Over so many rows that the error is not one row's luck.
         x = activations(max(ROWS, batch), CASES[case].k, dtype)

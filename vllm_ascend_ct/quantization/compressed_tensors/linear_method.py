@@ -188,7 +188,7 @@ class AscendCTEmbeddingMethod(AscendCTLinearMethod):
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         offset = getattr(layer, "weight_zero_point", None)
-        return dequantized_rows(input_, layer.weight_packed, layer.weight_scale, offset)
+        return dequantized_rows(input_, layer.weight, layer.weight_scale, offset)
 
 
 class AscendCTHeadMethod(AscendCTLinearMethod):

@@ -70,9 +70,8 @@ class AscendWNA16LinearKernel(MPLinearKernel):
             npu_weight = weight.t()
         else:
             npu_weight = pack_quantized.to_npu_weight(weight, bits, k)
-        replace_parameter(layer, self.w_q_name, npu_weight)
+        replace_weight(layer, self.w_q_name, npu_weight)
         replace_parameter(layer, self.w_s_name, pack_quantized.to_npu_scale(scale))
-        drop_alias(layer, self.w_q_name)
         _convert_bias(layer, c.act_type)
 
     def apply_weights(
@@ -87,7 +86,7 @@ class AscendWNA16LinearKernel(MPLinearKernel):
             offset = getattr(layer, self.w_zp_name)
         return weight_quant_matmul(
             x,
-            getattr(layer, self.w_q_name),
+            layer.get_parameter("weight"),
             getattr(layer, self.w_s_name),
             offset,
             bias,
@@ -110,10 +109,18 @@ def int4_rows(c: MPLinearLayerConfig, weight: torch.Tensor) -> Iterator[torch.Te
     return pack_quantized.rows(weight, c.weight_type.size_bits, k)
 
 
-def drop_alias(layer: torch.nn.Module, name: str) -> None:
-    """Drop the `weight` of int8 files, which is `weight_packed` as well by now."""
-    if name != "weight" and getattr(layer, "weight", None) is not None:
-        del layer.weight
+def replace_weight(layer: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
+    """Hold a processed weight as `weight`, which vllm-ascend prefetches by its name.
+
+    Args:
+        layer: Has the weight that was loaded, of int8 files under both names.
+        name: Of the weight that was loaded.
+        weight: The one that an operator reads.
+
+    """
+    for loaded in {name, "weight"} & layer._parameters.keys():
+        delattr(layer, loaded)
+    layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _convert_bias(layer: torch.nn.Module, act_type: torch.dtype) -> None:

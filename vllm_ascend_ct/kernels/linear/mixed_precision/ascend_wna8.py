@@ -18,9 +18,9 @@ from vllm_ascend_ct.kernels.linear.functional import (
 )
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     WEIGHT_TYPES,
-    drop_alias,
     int4_rows,
     operator_group_size,
+    replace_weight,
 )
 from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import npu_int8_weight
 from vllm_ascend_ct.ops.limits import current_limits
@@ -75,13 +75,12 @@ class AscendWNA8LinearKernel(MPLinearKernel):
             self._process_int4(layer, scale)
         else:
             self._process_int8(layer, scale)
-        drop_alias(layer, self.w_q_name)
 
     def _process_int8(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
         k, _ = self.config.partition_weight_shape
         bits = self.config.weight_type.size_bits
         weight = pack_quantized.to_int8(getattr(layer, self.w_q_name).data, bits, k)
-        replace_parameter(layer, self.w_q_name, npu_int8_weight(weight))
+        replace_weight(layer, self.w_q_name, npu_int8_weight(weight))
         replace_parameter(layer, self.w_s_name, scale.reshape(-1).float())
 
     def _process_int4(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
@@ -93,7 +92,7 @@ class AscendWNA8LinearKernel(MPLinearKernel):
         scale = scale.t().contiguous().float()
         packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
         groups = (len(scale), n) if operator_group_size(self.config) else (n,)
-        replace_parameter(layer, self.w_q_name, npu_weight)
+        replace_weight(layer, self.w_q_name, npu_weight)
         replace_parameter(layer, self.w_s_name, packed.reshape(groups))
         layer.register_parameter(
             "activation_assist", torch.nn.Parameter(assist, requires_grad=False)
@@ -105,7 +104,7 @@ class AscendWNA8LinearKernel(MPLinearKernel):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight = getattr(layer, self.w_q_name)
+        weight = layer.get_parameter("weight")
         scale = getattr(layer, self.w_s_name)
         if weight.dtype == torch.int32:
             group_size = operator_group_size(self.config)
