@@ -36,6 +36,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "diskcache==5.6.3",
         "gguf==0.19.0",
         "openai-harmony==0.0.8",
+        "scipy==1.17.1",
     ),
 }
 STACKS = {"torch_npu": ("torch_npu",), "vllm_ascend": ("torch_npu", "vllm_ascend")}

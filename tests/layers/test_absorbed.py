@@ -116,7 +116,9 @@ def test_incomplete_checkpoints_are_refused() -> None:
 
 def test_quantized_outputs_are_refused() -> None:
     (scheme,) = [name for name in SCHEMES if "o8" in name][:1]
-    with pytest.raises(UnsupportedCheckpointError, match="latent attention absorbs"):
+    with pytest.raises(
+        UnsupportedCheckpointError, match="whose weight attention reads"
+    ):
         build(scheme)
 
 

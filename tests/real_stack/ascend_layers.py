@@ -10,7 +10,11 @@ from unittest.mock import patch
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm_ascend.utils import register_ascend_customop
 
@@ -40,3 +44,4 @@ def ascend_layers(model: Path, rank: int, world_size: int, port: int) -> Iterato
         initialize_model_parallel(world_size, backend="gloo")
         register_ascend_customop(config)
         yield config
+    cleanup_dist_env_and_memory()

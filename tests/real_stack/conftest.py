@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm_config(model: Path) -> Iterator[Any]:
     """An engine's config, current, and vllm-ascend's layers in vLLM's places."""
     from vllm.utils.network_utils import get_open_port

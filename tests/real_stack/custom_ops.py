@@ -6,6 +6,7 @@ Its own as the emulated ones that they extend, with the schemas of its
 `csrc/torch_binding.cpp`, release 0.23.0. And vLLM's, which get its platform's device.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def grouped_matmul_swiglu_quant_v2(*arguments: Any) -> Any:
     return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(**options)
 
 
+@cache
 def install() -> None:
     from vllm.distributed import parallel_state
     from vllm_ascend.ops import linear, register_custom_ops

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""A pytest plugin that lets vllm-ascend's own tests run on CPU, emulated.
+"""Lets vllm-ascend's own code run on CPU, emulated; also as a plugin of pytest.
 
-Tensors stay where they are when they are sent to an NPU, and torchvision, whose CPU
-build not every machine can get and which those tests only import, is a stand-in.
+Tensors stay where they are when they are sent to an NPU. What is imported only is a
+stand-in: CANN's acl, and torchvision, whose CPU build not every machine can get.
 """
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import types
 from typing import Any
@@ -32,11 +31,14 @@ class _Module(types.ModuleType):
         return _AnyAttribute(name, (), {})
 
 
+STAND_INS = {"acl", "torchvision"}
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Any = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] != "torchvision":
+        if name.partition(".")[0] not in STAND_INS:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -51,8 +53,8 @@ def _stay(self: Any, *_: Any, **__: Any) -> Any:
     return self
 
 
-if importlib.util.find_spec("torchvision") is None:
-    sys.meta_path.append(_Finder())
+# The last to be asked.
+sys.meta_path.append(_Finder())
 emulated.install()
 torch.Tensor.npu = _stay  # type: ignore[attr-defined]
 torch.nn.Module.npu = _stay  # type: ignore[assignment]

@@ -8,13 +8,9 @@ It is installed on NPU hosts only, so everything is imported where it is used.
 import importlib
 import importlib.util
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.ops.soc import Soc, set_default_soc
-
-if TYPE_CHECKING:
-    from vllm.model_executor.layers.linear import LinearMethodBase
 
 
 def is_installed() -> bool:
@@ -54,16 +50,6 @@ def prefers_nz() -> bool:
     from vllm_ascend.ascend_config import get_ascend_config
 
     return bool(get_ascend_config().weight_nz_mode)
-
-
-def unquantized_linear_method() -> "LinearMethodBase | None":
-    """vllm-ascend's method for layers that are not quantized; None off the NPU."""
-    if not serves():
-        return None
-    from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
-
-    method: LinearMethodBase = AscendUnquantizedLinearMethod()
-    return method
 
 
 def serves() -> bool:

@@ -30,8 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vllm_ascend_ct import ascend_base
-from vllm_ascend_ct.ascend_base import fused_moe
+from vllm_ascend_ct.ascend_base import fused_moe, linear
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
@@ -43,7 +42,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.regis
 )
 from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method import (
     AscendCTDequantizedLinearMethod,
-    is_absorbed,
+    is_read_elsewhere,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
@@ -141,11 +140,13 @@ class AscendCTConfig(CompressedTensorsConfig):
             raise refused(str(error), prefix) from error
         if type(method) is CompressedTensorsLinearMethod:
             args = self.get_scheme_dict(layer, prefix) or {}
-            if is_absorbed(prefix):
+            if reason := linear.refusal(prefix):
+                raise refused(reason, prefix)
+            if is_read_elsewhere(prefix):
                 return AscendCTDequantizedLinearMethod(self, args)
             return AscendCTLinearMethod(self, args)
         if isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod:
-            return ascend_base.unquantized_linear_method() or method
+            return linear.unquantized_method() or method
         return method
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.ascend_base import linear
 from vllm_ascend_ct.kernels.embedding import dequantized_rows
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
@@ -25,8 +25,10 @@ logger = init_logger("vllm.ascend_ct.quantization")
 _ROWS_AT_ONCE = 1024
 
 
-def is_absorbed(prefix: str) -> bool:
-    """Whether latent attention multiplies a layer's weight into others."""
+def is_read_elsewhere(prefix: str) -> bool:
+    """Whether attention reads a layer's weight, which then has to be in 16 bits."""
+    if linear.reads_weight(prefix):
+        return True
     vllm_config = get_current_vllm_config_or_none()
     return (
         prefix.rpartition(".")[2] == "kv_b_proj"
@@ -52,23 +54,42 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
         self._quantized = AscendCTLinearMethod(
             quantization_config, {**args, "input_activations": None}
         )
-        self._unquantized = (
-            ascend_base.unquantized_linear_method() or UnquantizedLinearMethod()
-        )
+        self._unquantized = linear.unquantized_method() or UnquantizedLinearMethod()
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
         if self._has_grid:
             raise refused(
-                "output_activations of a layer whose weight latent attention absorbs, "
-                "so that it has no outputs; supported: none",
+                "output_activations of a layer whose weight attention reads, so that "
+                "it has no outputs; supported: none",
                 layer.prefix,
             )
-        self._quantized.create_weights(layer, *args, **kwargs)
+        self._shape = sum(output_partition_sizes), input_size_per_partition
+        self._quantized.create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self._quantized.check_loaded(layer)
-        logger.info_once("kv_b_proj is dequantized: latent attention reads its weight.")
-        weight = dequantized(layer, self._bits)
+        logger.info_once(
+            "%s is dequantized: attention reads its weight.",
+            layer.prefix.rpartition(".")[2],
+        )
+        weight = dequantized(layer, self._shape, self._bits)
         for name in [name for name in layer._parameters if name != "bias"]:
             delattr(layer, name)
         layer.register_parameter(
@@ -83,18 +104,19 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
         return y
 
 
-def dequantized(layer: Any, bits: int) -> torch.Tensor:
+def dequantized(layer: Any, shape: tuple[int, int], bits: int) -> torch.Tensor:
     """Dequantize the weight that a layer was loaded with, which is overwritten.
 
     Args:
         layer: With the parameters of upstream's schemes, not yet processed.
-        bits: Of a weight.
+        shape: Of the weight, `[N, K]`.
+        bits: Of a value of it.
 
     Returns:
         `[N, K]`, dtype of the layer's parameters.
 
     """
-    n, k = layer.output_size_per_partition, layer.input_size_per_partition
+    n, k = shape
     scale = layer.weight_scale.data
     scale = scale.expand(n, 1) if scale.numel() == 1 else scale
     offset = None
@@ -104,7 +126,7 @@ def dequantized(layer: Any, bits: int) -> torch.Tensor:
             offset = pack_quantized.to_npu_offset(zero_point.data, scale, bits)
     else:
         weight = layer.weight.data.t()
-    dense = torch.empty((n, k), dtype=layer.params_dtype, device=scale.device)
+    dense = torch.empty(shape, dtype=layer.params_dtype, device=scale.device)
     ids = torch.arange(n, device=scale.device)
     for rows, part in zip(dense.split(_ROWS_AT_ONCE), ids.split(_ROWS_AT_ONCE)):
         rows.copy_(dequantized_rows(part, weight, scale.t(), offset))
