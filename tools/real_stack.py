@@ -158,7 +158,9 @@ def _finish(directory: Path, contents: str) -> None:
 OTHER_TESTS = {
     "torch_npu": ("tests/ops", "tests/weights", "tests/kernels", "tests/fused_moe"),
     "vllm_ascend": (
+        "tests/weights",
         "tests/kernels",
+        "tests/fused_moe",
         "tests/layers/test_linear.py",
         "tests/layers/test_vocabulary.py",
     ),

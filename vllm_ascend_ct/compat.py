@@ -8,6 +8,7 @@ from typing import Any, get_args
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearLayerConfig,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 
 # What experts return who leave the sum over each token's rows to their caller. None in
 # releases whose modular kernel does not pass it on.
@@ -18,6 +19,10 @@ except ImportError:
     pass
 else:
     UnfinalizedMoEOutput = moe_output.UnfinalizedMoEOutput
+
+# Packed weights with quantized activations. The releases that lack it have a scheme for
+# weights of 4 and 8 bits only.
+CompressedTensorsWNA8Int: Any = getattr(schemes, "CompressedTensorsWNA8Int", None)
 
 # The parameters of packed experts: of vLLM 0.23's two classes for them the one that has
 # scales per channel and zero points.

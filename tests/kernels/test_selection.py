@@ -76,7 +76,7 @@ def test_accepted(config: MPLinearLayerConfig) -> None:
     [
         (
             mp_config(scalar_types.float8_e4m3fn),
-            "weight type float8_e4m3fn; supported: uint2b2",
+            "weight type float8_e4m3fn; supported: int4",
         ),
         (mp_config(group_size=16), "group_size=16; supported: per channel, or a mul"),
         (mp_config(group_size=48), "group_size=48"),

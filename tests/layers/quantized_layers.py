@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from vllm.config import get_current_vllm_config
@@ -17,9 +16,6 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
-from vllm.model_executor.layers.quantization.compressed_tensors import (
-    schemes as upstream,
-)
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -146,19 +142,6 @@ def load_tensors(case: Case, layer: Any, modules: torch.nn.ModuleDict) -> None:
             loader(parameters[name], tensor.data.clone(), *shard)
 
 
-def has_scheme(name: str) -> bool:
-    """Whether this vLLM has a scheme for it; if not, this package refuses it."""
-    args = SCHEMES[name]
-    odd = args.weights.num_bits not in (4, 8)
-    packed = args.input_activations is not None and name.endswith("packed")
-    return hasattr(upstream, "CompressedTensorsWNA8Int") or not (odd or packed)
-
-
-def require_scheme(name: str) -> None:
-    if not has_scheme(name):
-        pytest.skip("releases of vLLM before 0.26 have no scheme for it")
-
-
 def load(
     case: Case, scheme: str, dtype: torch.dtype, bias: bool, **kwargs: Any
 ) -> tuple[Any, list[FormulaLinear]]:
@@ -168,7 +151,6 @@ def load(
         The layer, ready to run, and the formula of each of its shards.
 
     """
-    require_scheme(scheme)
     modules = compressed_modules(case, scheme, dtype, bias)
     schemes = {name: module.quantization_scheme for name, module in modules.items()}
     compress(modules)
@@ -210,7 +192,6 @@ def config_of(target: str, scheme: str, **fields: Any) -> Any:
 def _load_vocabulary(
     layer_class: Any, module: Any, hidden: int, scheme: str, dtype: torch.dtype
 ) -> tuple[Any, FormulaLinear]:
-    require_scheme(scheme)
     modules = torch.nn.ModuleDict({"layer": module}).to(dtype)
     name = type(module).__name__
     prepare(modules, {name: scheme})

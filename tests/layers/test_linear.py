@@ -4,7 +4,6 @@
 
 import pytest
 import torch
-from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsW4A8Int,
     CompressedTensorsW8A8Int8,
@@ -23,6 +22,7 @@ from tests.layers.quantized_layers import (
     tolerance,
 )
 from tools.make_checkpoint import SCHEMES
+from vllm_ascend_ct import compat
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
@@ -34,6 +34,9 @@ from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
 )
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
     AscendCTWNA8O8Int,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
+    AscendCTWNA16,
 )
 
 CASES = {
@@ -51,14 +54,18 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 
 def expected_classes(scheme: str, k: int) -> tuple[type, type]:
     """Upstream's scheme, and our kernel in it."""
+    older = compat.CompressedTensorsWNA8Int is None
     if "a16" in scheme:
-        return CompressedTensorsWNA16, AscendWNA16LinearKernel
+        odd = SCHEMES[scheme].weights.num_bits not in (4, 8)
+        upstream = AscendCTWNA16 if older and odd else CompressedTensorsWNA16
+        return upstream, AscendWNA16LinearKernel
     if "o8" in scheme:
         return AscendCTWNA8O8Int, AscendWNA16LinearKernel
     if scheme.startswith("w8a8") and not scheme.endswith("packed"):
         return CompressedTensorsW8A8Int8, AscendInt8ScaledMMLinearKernel
-    packed = scheme.endswith("packed")
-    upstream = schemes.CompressedTensorsWNA8Int if packed else CompressedTensorsW4A8Int
+    upstream = CompressedTensorsW4A8Int
+    if scheme.endswith("packed"):
+        upstream = AscendCTWNA16 if older else compat.CompressedTensorsWNA8Int
     if is_weight_only(scheme, k):
         return upstream, AscendWNA16LinearKernel
     return upstream, AscendWNA8LinearKernel

@@ -20,7 +20,6 @@ from tests.layers.quantized_layers import (
     Case,
     activations,
     config_of,
-    has_scheme,
     load,
 )
 from tests.layers.test_linear import CASES
@@ -72,9 +71,7 @@ def attention(kv_b_proj: Any) -> Any:
 
 
 @pytest.mark.parametrize("backend", ["mla", "sfa"])
-@pytest.mark.parametrize(
-    "scheme", [s for s in SCHEMES if has_scheme(s) and "o8" not in s]
-)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if "o8" not in s])
 @pytest.mark.usefixtures("latent_attention")
 def test_latent_attention(scheme: str, backend: str) -> None:
     """It asserts that the method is an unquantized one."""

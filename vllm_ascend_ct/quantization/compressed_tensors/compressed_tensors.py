@@ -18,7 +18,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
-    CompressedTensorsWNA8O8Int,
     CompressedTensorsWNA16,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (  # noqa: E501
@@ -55,6 +54,9 @@ from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
 from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
     AscendCTWNA8O8Int,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
+    AscendCTWNA16,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.utils import difference, essence
 
@@ -218,8 +220,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         if reason := refusal(args):
             # Upstream would look for kernels while it constructs the scheme.
             raise refused(reason, layer_name)
+        weights = args["weights"]
         if args.get("output_activations") is not None:
-            weights = args["weights"]
             return AscendCTWNA8O8Int(
                 num_bits=weights.num_bits,
                 strategy=weights.strategy,
@@ -229,19 +231,18 @@ class AscendCTConfig(CompressedTensorsConfig):
                 layer_name=layer_name,
                 quant_format=args["format"],
             )
+        if AscendCTWNA16.is_needed(args):
+            return AscendCTWNA16(
+                num_bits=weights.num_bits,
+                symmetric=weights.symmetric,
+                strategy=weights.strategy,
+                group_size=weights.group_size,
+                layer_name=layer_name,
+            )
         try:
-            scheme = super().get_scheme(layer, layer_name)
+            return super().get_scheme(layer, layer_name)
         except (ValueError, NotImplementedError, AssertionError) as error:
             raise refused(str(error), layer_name) from error
-        if type(scheme) is CompressedTensorsWNA8O8Int:
-            # Releases before 0.26, which then look for no zero points.
-            bits = args["weights"].num_bits
-            raise refused(
-                f"{bits}-bit weights have no weight-only scheme in this vLLM; "
-                "supported in releases before 0.26: 4 and 8 bits",
-                layer_name,
-            )
-        return scheme
 
     def get_scheme_dict(
         self, layer: torch.nn.Module, layer_name: str | None = None

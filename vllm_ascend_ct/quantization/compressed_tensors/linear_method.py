@@ -13,18 +13,19 @@ from vllm.model_executor.layers.linear import (
     LinearBase,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsLinearMethod,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsScheme,
+    CompressedTensorsW4A8Int,
     CompressedTensorsW8A8Int8,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
+from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.kernels.embedding import dequantized_rows
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
@@ -37,16 +38,22 @@ from vllm_ascend_ct.quantization.compressed_tensors.loading import (
     LoadRecord,
     QuantizedShape,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
+    AscendCTWNA16,
+)
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
 _WORD = 32
 # Weight-only to upstream's kernel selection, whose config does not name activations.
-# (CompressedTensorsWNA8Int came with vLLM 0.26.)
 _PACKED_A8_SCHEMES = tuple(
-    getattr(schemes, name)
-    for name in ("CompressedTensorsW4A8Int", "CompressedTensorsWNA8Int")
-    if hasattr(schemes, name)
+    scheme
+    for scheme in (
+        CompressedTensorsW4A8Int,
+        AscendCTWNA16,
+        compat.CompressedTensorsWNA8Int,
+    )
+    if scheme is not None
 )
 
 

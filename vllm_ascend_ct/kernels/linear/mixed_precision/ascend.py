@@ -10,20 +10,23 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearLayerConfig,
 )
 from vllm.model_executor.layers.quantization.utils import replace_parameter
-from vllm.scalar_type import scalar_types
+from vllm.scalar_type import ScalarType, scalar_types
 
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
-# compressed-tensors' integers that vLLM knows; 0.23 lacks some. `int4` and `int8`
-# have one value in each int8 of `[N, K]`; the others are packed.
-_NAMES = (
-    *("uint2b2", "uint2", "uint3b4", "uint3", "int4", "uint4b8", "uint4", "uint5b16"),
-    *("uint5", "uint6b32", "uint6", "uint7b64", "uint7", "int8", "uint8b128", "uint8"),
-)
-WEIGHT_TYPES = tuple(
-    getattr(scalar_types, name) for name in _NAMES if hasattr(scalar_types, name)
+
+def packed_type(bits: int, symmetric: bool) -> ScalarType:
+    """The type of packed integers, of which not all releases of vLLM name each."""
+    return ScalarType.uint(bits, 1 << (bits - 1) if symmetric else None)
+
+
+# `int4` and `int8` have one value in each int8 of `[N, K]`; the others are packed.
+WEIGHT_TYPES = (
+    scalar_types.int4,
+    scalar_types.int8,
+    *(packed_type(bits, sym) for bits in range(2, 9) for sym in (True, False)),
 )
 
 

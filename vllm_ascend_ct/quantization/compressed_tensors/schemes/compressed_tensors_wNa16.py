@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Packed weights, for releases of vLLM that have no scheme for theirs."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from compressed_tensors import CompressionFormat
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsWNA16,
+)
+
+from vllm_ascend_ct import compat
+from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import packed_type
+
+_WORD = 32
+
+
+class AscendCTWNA16(CompressedTensorsWNA16):
+    """Upstream's before 0.26, which knows 4 and 8 bits, with the widths of later ones.
+
+    Like those it serves quantized activations too, by the kernel that it is given.
+    """
+
+    def __init__(self, num_bits: int, symmetric: bool, **kwargs: Any) -> None:
+        # A width that it knows.
+        super().__init__(num_bits=4, symmetric=symmetric, **kwargs)
+        self.quant_type = packed_type(num_bits, symmetric)
+        self.pack_factor = Fraction(_WORD, num_bits)
+
+    @classmethod
+    def is_needed(cls, args: dict[str, Any]) -> bool:
+        """Whether this vLLM has no scheme for a config group that is served."""
+        return (
+            compat.CompressedTensorsWNA8Int is None
+            and args["format"] == CompressionFormat.pack_quantized.value
+            and (
+                args["weights"].num_bits not in (4, 8)
+                or args["input_activations"] is not None
+            )
+        )
+
+    def create_weights(
+        self,
+        layer: Any,
+        output_size: int,
+        input_size: int,
+        output_partition_sizes: list[int],
+        input_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., Any],
+        **kwargs: Any,
+    ) -> None:
+        bits = self.quant_type.size_bits
+        if input_size_per_partition * bits % _WORD:
+            raise ValueError(
+                f"K={input_size_per_partition}, weights.num_bits={bits}; supported in "
+                "releases of vLLM before 0.26: rows of whole words"
+            )
+        super().create_weights(
+            layer,
+            output_size,
+            input_size,
+            output_partition_sizes,
+            input_size_per_partition,
+            params_dtype,
+            weight_loader,
+            **kwargs,
+        )
