@@ -162,6 +162,7 @@ OTHER_TESTS = {
         "tests/kernels",
         "tests/fused_moe",
         "tests/layers/test_linear.py",
+        "tests/layers/test_reload.py",
         "tests/layers/test_vocabulary.py",
     ),
 }

@@ -13,15 +13,6 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
-from tests.layers.quantized_experts import (
-    SERVED,
-    Sizes,
-    build,
-    compressed_experts,
-    routing,
-    run,
-    tensors_of,
-)
 from tests.layers.quantized_layers import (
     activations,
     compressed_modules,
@@ -67,29 +58,4 @@ def test_output_is_that_of_the_new_weights(scheme: str) -> None:
     assert not torch.equal(*outputs)
     assert torch.equal(layer(x)[0], outputs[0])
     # A captured graph reads the same memory.
-    assert {name: p.data_ptr() for name, p in layer.named_parameters()} == before
-
-
-@pytest.mark.parametrize("scheme", SERVED)
-def test_experts_are_those_of_the_new_weights(scheme: str) -> None:
-    sizes = Sizes(4, hidden=256, intermediate=256, top_k=2)
-    x, routed = activations(5, 256, BF16), routing(sizes, 5)
-    (first, config, _), (second, _, _) = (
-        compressed_experts(sizes, scheme, BF16) for _ in range(2)
-    )
-    outputs = []
-    for tensors in (first, second):
-        runner = build(sizes, config, BF16)
-        model = torch.nn.Sequential(runner)
-        record_metadata_for_reloading(model)
-        list(runner.load_weights(tensors_of(tensors)))
-        layer = runner.routed_experts
-        layer.quant_method.process_weights_after_loading(layer)
-        outputs.append(run(runner, x, routed))
-    before = {name: p.data_ptr() for name, p in layer.named_parameters()}
-    initialize_layerwise_reload(model)
-    list(runner.load_weights(tensors_of(first)))
-    finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
-    assert not torch.equal(*outputs)
-    assert torch.equal(run(runner, x, routed), outputs[0])
     assert {name: p.data_ptr() for name, p in layer.named_parameters()} == before

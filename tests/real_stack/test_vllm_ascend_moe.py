@@ -2,12 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Experts in vllm-ascend's layer, through its communication methods."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pytest_mock import MockerFixture
 from torch.nn.functional import silu
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 
 from tests.formula import relative_error
 from tests.layers.quantized_experts import (
@@ -55,18 +61,23 @@ def build(config: Any, vllm_config: Any, dtype: torch.dtype, **options: Any) -> 
     return layer
 
 
-def load(
-    scheme: str, vllm_config: Any, dtype: torch.dtype = BF16, **options: Any
-) -> tuple[Any, FormulaExperts]:
-    """Build and load vllm-ascend's layer."""
-    modules, config, formulas = compressed_experts(SIZES, scheme, dtype)
-    layer = build(config, vllm_config, dtype, **options)
+def load_tensors(layer: Any, modules: Any) -> None:
+    """Give the layer a checkpoint's tensors, as a model's loader does."""
     shards = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     for name, tensor in tensors_of(modules):
         expert, projection, kind = name.split(".")
         shard = shards[projection]
         param = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{kind}")
         param.weight_loader(param, tensor, name, shard, int(expert))
+
+
+def load(
+    scheme: str, vllm_config: Any, dtype: torch.dtype = BF16, **options: Any
+) -> tuple[Any, FormulaExperts]:
+    """Build and load vllm-ascend's layer."""
+    modules, config, formulas = compressed_experts(SIZES, scheme, dtype)
+    layer = build(config, vllm_config, dtype, **options)
+    load_tensors(layer, modules)
     layer.quant_method.process_weights_after_loading(layer)
     if not layer.quant_method.method.experts_cls.quantizes_activations:
         for expert in formulas:
@@ -286,3 +297,27 @@ def test_swiglu_step(vllm_config: Any, mocker: MockerFixture) -> None:
     expected = formula(x, routed[0].bfloat16(), routed[1], activation=step)
     output = run(layer, x, routed, vllm_config, mocker)
     assert relative_error(output, expected) < ROUNDINGS[BF16] * 1.1
+
+
+@pytest.mark.parametrize("scheme", SERVED)
+def test_reload(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
+    """The output is that of the new weights, which are where the old ones were."""
+    (first, config, _), (second, _, _) = (
+        compressed_experts(SIZES, scheme, BF16) for _ in range(2)
+    )
+    layer = build(config, vllm_config, BF16)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    load_tensors(layer, first)
+    layer.quant_method.process_weights_after_loading(layer)
+    x, routed = activations(20, SIZES.hidden, BF16), routing(SIZES, 20)
+    addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    outputs = [run(layer, x.clone(), routed, vllm_config, mocker)]
+    for modules in (second, first):
+        initialize_layerwise_reload(model)
+        load_tensors(layer, modules)
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
+        outputs.append(run(layer, x.clone(), routed, vllm_config, mocker))
+    assert torch.equal(outputs[2], outputs[0])
+    assert not torch.equal(outputs[1], outputs[0])
+    assert {n: p.data_ptr() for n, p in layer.named_parameters()} == addresses
