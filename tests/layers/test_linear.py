@@ -23,6 +23,7 @@ from tests.layers.quantized_layers import (
 )
 from tools.make_checkpoint import SCHEMES
 from vllm_ascend_ct import compat
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
@@ -48,6 +49,8 @@ CASES = {
 }
 BATCHES = (1, 5, 64)
 ROWS = 20
+# 310P multiplies by a float16 reciprocal, so some integers are their neighbours.
+QUANTIZED_IN_FLOAT16 = 5e-3
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -102,6 +105,29 @@ def test_output_is_the_formula(
         assert y.dtype == dtype
         expected = torch.cat([formula(x) for formula in formulas], dim=-1)
         assert relative_error(y, expected) < tolerance(scheme, dtype)
+
+
+@pytest.mark.parametrize("soc", ["310P", "A5"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_other_chips(
+    scheme: str, dtype: torch.dtype, soc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheme is computed rightly or refused, and no operator's limit is passed."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    try:
+        layer, (formula,) = load(CASES["replicated"], scheme, dtype, bias=True)
+    except UnsupportedCheckpointError as refusal:
+        assert soc == "310P" or "dynamic-asym" in scheme, refusal
+        return
+    x = formula.without_ties(activations(ROWS, CASES["replicated"].k, dtype))
+    kernel = type(layer.scheme.kernel)
+    if kernel is AscendWNA16LinearKernel and formula.output_scale is None:
+        formula.input_args = None
+    limit = tolerance(scheme, dtype)
+    if soc == "310P" and "static" not in scheme:
+        limit = max(limit, QUANTIZED_IN_FLOAT16)
+    assert relative_error(layer(x)[0], formula(x)) < limit
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a8-channel-dynamic"])

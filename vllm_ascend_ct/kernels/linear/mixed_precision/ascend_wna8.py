@@ -12,17 +12,17 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 
 from vllm_ascend_ct import compat
-from vllm_ascend_ct.kernels.linear.functional import (
-    dynamic_quant_int4_matmul,
-    dynamic_quant_matmul,
-)
+from vllm_ascend_ct.kernels.linear.functional import dynamic_quant_int4_matmul
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     WEIGHT_TYPES,
     int4_rows,
     operator_group_size,
     replace_weight,
 )
-from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import npu_int8_weight
+from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
+    biased_quant_matmul,
+    npu_int8_weight,
+)
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, pack_quantized
 
@@ -110,7 +110,7 @@ class AscendWNA8LinearKernel(MPLinearKernel):
             group_size = operator_group_size(self.config)
             assist = layer.get_parameter("activation_assist")
             return dynamic_quant_int4_matmul(x, weight, scale, assist, bias, group_size)
-        return dynamic_quant_matmul(x, weight, scale, bias)
+        return biased_quant_matmul(x, weight, scale, bias)
 
 
 def with_quantized_activations(

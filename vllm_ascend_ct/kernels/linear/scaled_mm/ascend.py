@@ -109,10 +109,20 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         if not self.config.input_symmetric:
             assert azp_adj is not None
             return dynamic_asymmetric_quant_matmul(x, weight, scale, azp_adj, bias)
-        operands = current_limits().quant_matmul.operands[x.dtype, True]
-        if bias is None or bias.dtype in operands.bias:
-            return dynamic_quant_matmul(x, weight, scale, bias)
-        return dynamic_quant_matmul(x, weight, scale) + bias
+        return biased_quant_matmul(x, weight, scale, bias)
+
+
+def biased_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Take `dynamic_quant_matmul`, with the bias where the chip's operator takes it."""
+    operands = current_limits().quant_matmul.operands[x.dtype, True]
+    if bias is None or bias.dtype in operands.bias:
+        return dynamic_quant_matmul(x, weight, scale, bias)
+    return dynamic_quant_matmul(x, weight, scale) + bias
 
 
 def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:
