@@ -9,6 +9,9 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearLayerConfig,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors import schemes
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+)
 
 # What experts return who leave the sum over each token's rows to their caller. None in
 # releases whose modular kernel does not pass it on.
@@ -23,6 +26,10 @@ else:
 # Packed weights with quantized activations. The releases that lack it have a scheme for
 # weights of 4 and 8 bits only.
 CompressedTensorsWNA8Int: Any = getattr(schemes, "CompressedTensorsWNA8Int", None)
+
+# Whether a head asks its method what it becomes when tied to an embedding. If not,
+# it takes over the embedding's parameter `weight`.
+METHODS_TIE_WEIGHTS = hasattr(UnquantizedEmbeddingMethod, "tie_weights")
 
 # The parameters of packed experts: of vLLM 0.23's two classes for them the one that has
 # scales per channel and zero points.

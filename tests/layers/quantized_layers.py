@@ -190,7 +190,12 @@ def config_of(target: str, scheme: str, **fields: Any) -> Any:
 
 
 def _load_vocabulary(
-    layer_class: Any, module: Any, hidden: int, scheme: str, dtype: torch.dtype
+    layer_class: Any,
+    module: Any,
+    hidden: int,
+    scheme: str,
+    dtype: torch.dtype,
+    built: Callable[[Any], None] = lambda layer: None,
 ) -> tuple[Any, FormulaLinear]:
     modules = torch.nn.ModuleDict({"layer": module}).to(dtype)
     name = type(module).__name__
@@ -200,6 +205,7 @@ def _load_vocabulary(
     config = config_of("re:vocabulary", scheme)
     with set_default_torch_dtype(dtype):
         layer = layer_class(size, hidden, quant_config=config, prefix="vocabulary")
+        built(layer)
         parameters = dict(layer.named_parameters())
         for name, tensor in module.named_parameters():
             parameters[name].weight_loader(parameters[name], tensor.data.clone())
@@ -208,11 +214,13 @@ def _load_vocabulary(
 
 
 def load_embedding(
-    size: int, hidden: int, scheme: str, dtype: torch.dtype
+    size: int, hidden: int, scheme: str, dtype: torch.dtype, **options: Any
 ) -> tuple[Any, FormulaLinear]:
     """Build and load one of upstream's embeddings."""
     module = torch.nn.Embedding(size, hidden)
-    return _load_vocabulary(VocabParallelEmbedding, module, hidden, scheme, dtype)
+    return _load_vocabulary(
+        VocabParallelEmbedding, module, hidden, scheme, dtype, **options
+    )
 
 
 def load_head(

@@ -45,10 +45,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method im
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
-    AscendCTEmbeddingMethod,
-    AscendCTHeadMethod,
     AscendCTLinearMethod,
-    AscendCTUnquantizedHeadMethod,
     refused,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
@@ -59,6 +56,11 @@ from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w
     AscendCTWNA16,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.utils import difference, essence
+from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding import (
+    AscendCTEmbeddingMethod,
+    AscendCTHeadMethod,
+    AscendCTUnquantizedHeadMethod,
+)
 
 logger = init_logger("vllm.ascend_ct.quantization")
 

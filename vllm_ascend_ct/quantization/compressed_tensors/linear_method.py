@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Upstream's linear method on Ascend, also for embeddings and output heads."""
+"""Upstream's linear method on Ascend."""
 
 from typing import Any
 
@@ -21,13 +21,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsW4A8Int,
     CompressedTensorsW8A8Int8,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    UnquantizedEmbeddingMethod,
-)
 
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
-from vllm_ascend_ct.kernels.embedding import dequantized_rows
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
     AscendWNA8LinearKernel,
     with_quantized_activations,
@@ -185,43 +181,6 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
             groups=groups if per_row else 0,
             zero_is_none=self._args.get("output_activations") is not None,
         )
-
-
-class AscendCTEmbeddingMethod(AscendCTLinearMethod):
-    """A weight-only embedding, which an output head may be tied to.
-
-    Upstream's is a Triton kernel, symmetric only, and cannot be an output head.
-    """
-
-    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
-        offset = getattr(layer, "weight_zero_point", None)
-        return dequantized_rows(input_, layer.weight, layer.weight_scale, offset)
-
-
-class AscendCTHeadMethod(AscendCTLinearMethod):
-    """A quantized output head."""
-
-    def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
-        method = embed_tokens.quant_method
-        if not isinstance(method, AscendCTLinearMethod) or method._args != self._args:
-            raise refused(
-                "The output head is tied to an embedding that is not quantized in the "
-                "same way, so its own weights would not be used",
-                layer.prefix,
-            )
-        tied: torch.nn.Module = embed_tokens
-        return tied
-
-
-class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
-    """An output head that is quantized only if it is tied to what is."""
-
-    def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
-        if isinstance(embed_tokens.quant_method, AscendCTEmbeddingMethod):
-            tied: torch.nn.Module = embed_tokens
-            return tied
-        tied = super().tie_weights(layer, embed_tokens)
-        return tied
 
 
 def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Embeddings and output heads, by upstream's linear method."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+)
+
+from vllm_ascend_ct import compat
+from vllm_ascend_ct.kernels.embedding import dequantized_rows
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
+    AscendCTLinearMethod,
+    refused,
+)
+
+
+class AscendCTEmbeddingMethod(AscendCTLinearMethod):
+    """A weight-only embedding, which an output head may be tied to.
+
+    Upstream's is a Triton kernel, symmetric only, and cannot be an output head.
+    """
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        if not compat.METHODS_TIE_WEIGHTS:
+            # What a head then takes for its own weight, until this layer has one.
+            weight: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            weight.embedding = layer
+            layer.register_parameter("weight", weight)
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        offset = getattr(layer, "weight_zero_point", None)
+        return dequantized_rows(input_, layer.weight, layer.weight_scale, offset)
+
+
+class AscendCTHeadMethod(AscendCTLinearMethod):
+    """A quantized output head."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
+        method = embed_tokens.quant_method
+        if not isinstance(method, AscendCTLinearMethod) or method._args != self._args:
+            raise refused(
+                "The output head is tied to an embedding that is not quantized in the "
+                "same way, so its own weights would not be used",
+                layer.prefix,
+            )
+        tied: torch.nn.Module = embed_tokens
+        return tied
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if (embedding := _tied_embedding(layer)) is None:
+            super().process_weights_after_loading(layer)
+        else:
+            self.tie_weights(layer, embedding)
+
+    def apply(
+        self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if (embedding := _tied_embedding(layer)) is not None:
+            layer = embedding
+        y: torch.Tensor = super().apply(layer, x, bias)
+        return y
+
+
+class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
+    """An output head that is quantized only if it is tied to what is."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
+        if isinstance(embed_tokens.quant_method, AscendCTEmbeddingMethod):
+            tied: torch.nn.Module = embed_tokens
+            return tied
+        tied = super().tie_weights(layer, embed_tokens)
+        return tied
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if _tied_embedding(layer) is None:
+            super().process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y: torch.Tensor
+        if (embedding := _tied_embedding(layer)) is not None:
+            y = embedding.quant_method.apply(embedding, x, bias)
+        else:
+            y = super().apply(layer, x, bias)
+        return y
+
+
+def _tied_embedding(layer: Any) -> Any | None:
+    """The embedding that a release before `METHODS_TIE_WEIGHTS` tied a head to."""
+    return getattr(getattr(layer, "weight", None), "embedding", None)
