@@ -161,6 +161,8 @@ OTHER_TESTS = {
         "tests/weights",
         "tests/kernels",
         "tests/fused_moe",
+        "tests/quantization",
+        "tests/loading",
         "tests/layers/test_linear.py",
         "tests/layers/test_reload.py",
         "tests/layers/test_vocabulary.py",

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 tools/setup.sh
 if [ "${1:-}" = --long ]; then
   .venv/bin/python -m pytest -m long
-  .venv/bin/python -m tools.real_stack test
+  .venv/bin/python -m tools.real_stack test -n logical --maxprocesses 4 --dist loadfile
   .venv/bin/python -m tools.upstream_patches verify --no-tests
   .venv/bin/python -m tools.upstream_patches verify --base
   exec .venv/bin/python -m tools.upstream_patches test \

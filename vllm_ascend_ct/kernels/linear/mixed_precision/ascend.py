@@ -18,8 +18,11 @@ from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
 
 def packed_type(bits: int, symmetric: bool) -> ScalarType:
-    """The type of packed integers, of which not all releases of vLLM name each."""
-    return ScalarType.uint(bits, 1 << (bits - 1) if symmetric else None)
+    """The type of packed integers, of which releases before 0.26 lack some."""
+    bias = 1 << (bits - 1) if symmetric else None
+    name = f"uint{bits}b{bias}" if bias else f"uint{bits}"
+    known: ScalarType | None = getattr(scalar_types, name, None)
+    return ScalarType.uint(bits, bias) if known is None else known
 
 
 # `int4` and `int8` have one value in each int8 of `[N, K]`; the others are packed.
