@@ -207,5 +207,5 @@ def test_settings_that_read_its_own_layouts(
 
 def test_layers_of_which_it_reads_the_weight() -> None:
     build("wo_b")
-    with pytest.raises(UnsupportedCheckpointError, match="16-bit operator"):
+    with pytest.raises(UnsupportedCheckpointError, match="hands to an operator; supp"):
         build("wo_a")

@@ -41,11 +41,11 @@ def refusal(prefix: str) -> str | None:
 
     config, name = get_ascend_config(), prefix.rpartition(".")[2]
     if config.xlite_graph_config.enabled:
-        return "xlite_graph_config.enabled=True; xlite knows vllm-ascend's layouts only"
+        return "xlite_graph_config.enabled=True; vllm-ascend supports its own layouts"
     if config.enable_matmul_allreduce:
         return "enable_matmul_allreduce=True; vllm-ascend supports 16-bit weights"
     if name in (config.layer_sharding or ()):
-        return f"layer_sharding={config.layer_sharding}; vllm-ascend moves one tensor"
+        return f"layer_sharding={config.layer_sharding}; supported: other layers"
     if name == "wo_a":
-        return "quantized, and vllm-ascend hands its weight to a 16-bit operator"
+        return "a weight that vllm-ascend hands to an operator; supported: 16 bits"
     return None
