@@ -4,14 +4,14 @@
 
     python -m tools.record_npu_calls [--out build/npu-calls.pt]
 
-Runs a linear layer and experts of every scheme, emulated, and writes each call that is
-not like another. `VLLM_ASCEND_CT_SOC` names the chip to emulate.
+Runs a linear layer and experts of every scheme on the emulated platform, and writes
+each call that is not like another. (On vllm-ascend experts go through its communication
+methods, which also call operators of its own.) `VLLM_ASCEND_CT_SOC` names the chip.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.emulated.registry import is_nz
+from vllm_ascend_ct.ops.soc import current_soc
 
 OUT = Path("build/npu-calls.pt")
 TOKENS = (1, 7)
@@ -48,9 +49,11 @@ class CallRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace != "npu":
+            return func(*args, **kwargs)
         operator = func.overloadpacket.__name__
         form = str((operator, tree_map_only(torch.Tensor, _form, (args, kwargs))))
-        if func.namespace == "npu" and form not in self._forms:
+        if form not in self._forms:
             self._forms.add(form)
             name = f"{operator}, {self.source}, {len(self._forms)}"
             copies = tree_map_only(torch.Tensor, _copy, (list(args), kwargs))
@@ -95,9 +98,10 @@ def record(
         for scheme, dtype, (kind, run) in product(schemes, dtypes, kinds.items()):
             torch.manual_seed(0)
             recorder.source = f"{kind} {scheme} {str(dtype).removeprefix('torch.')}"
-            # What the chip does not serve.
-            with suppress(UnsupportedCheckpointError):
+            try:
                 run(scheme, dtype)
+            except UnsupportedCheckpointError:
+                print(f"{current_soc().value} does not serve {recorder.source}")
     return recorder.calls
 
 
@@ -120,9 +124,13 @@ def main() -> None:
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
         calls = record(list(SCHEMES))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(calls, arguments.out)
+    save(calls, arguments.out)
     size = arguments.out.stat().st_size / 2**20
     print(f"{len(calls)} calls, {size:.0f} MiB: {arguments.out}")
+
+
+def save(calls: dict[str, tuple[str, Any, Any]], path: Path) -> None:
+    torch.save({"soc": current_soc().value, "calls": calls}, path)
 
 
 if __name__ == "__main__":

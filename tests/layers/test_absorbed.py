@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pytest_mock import MockerFixture
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     UnquantizedLinearMethod,
@@ -55,13 +53,7 @@ CASE = Case("kv_b_proj", K, {"kv_b_proj": N}, projection)
 SERVED = [scheme for scheme in SCHEMES if "o8" not in scheme]
 BF16 = torch.bfloat16
 
-pytestmark = pytest.mark.usefixtures("single_rank", "latent_attention")
-
-
-@pytest.fixture
-def latent_attention(mocker: MockerFixture) -> None:
-    model = SimpleNamespace(use_mla=True, dtype=BF16)
-    mocker.patch.object(get_current_vllm_config(), "model_config", model)
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
@@ -122,8 +114,12 @@ def test_quantized_outputs_are_refused() -> None:
         build(scheme)
 
 
-def test_other_layers_stay_quantized(mocker: MockerFixture) -> None:
+def test_other_layers_stay_quantized() -> None:
     layer = build("w4a16-g32", "model.layers.0.self_attn.q_b_proj")
     assert type(layer.quant_method) is AscendCTLinearMethod
-    mocker.patch.object(get_current_vllm_config().model_config, "use_mla", False)
-    assert type(build("w4a16-g32").quant_method) is AscendCTLinearMethod
+
+
+def test_a_weight_that_an_operator_reads_is_refused() -> None:
+    """Of DeepSeek-V4, by vLLM's attention and by vllm-ascend's."""
+    with pytest.raises(UnsupportedCheckpointError, match="hands to an operator; supp"):
+        build("w4a16-g32", "model.layers.0.attn.wo_a")

@@ -120,6 +120,8 @@ def test_head_tied_to_a_quantized_embedding(target: str) -> None:
     assert (head is embedding) is compat.METHODS_TIE_WEIGHTS
     if head is not embedding:
         head.quant_method.process_weights_after_loading(head)
+        # Nothing of its own, which would not be used.
+        assert [p.numel() for p in head.parameters()] == [0]
     x = activations(7, 256, BF16)
     y = head.quant_method.apply(head, x)[:, :VOCABULARY]
     assert relative_error(y, formula(x)) < TOLERANCES[BF16]
@@ -139,9 +141,10 @@ def test_head_tied_to_an_embedding_that_is_not_quantized() -> None:
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_embedding_with_quantized_activations_is_refused() -> None:
+@pytest.mark.parametrize("scheme", ["w8a8-channel-dynamic", "w4a8-channel-packed"])
+def test_embedding_with_quantized_activations_is_refused(scheme: str) -> None:
     with pytest.raises(UnsupportedCheckpointError, match="of an embedding; supp"):
-        load_embedding(VOCABULARY, 256, "w8a8-channel-dynamic", BF16)
+        load_embedding(VOCABULARY, 256, scheme, BF16)
 
 
 def test_vocabulary_whose_zero_points_end_within_a_word_is_refused() -> None:

@@ -46,11 +46,6 @@ KV_B_PROJ = Case("kv_b_proj", RANK, {"kv_b_proj": HEADS * (NOPE + VALUE)}, proje
 COMPRESSOR = Case("wkv", RANK, {"wkv": 96}, compressor)
 
 
-@pytest.fixture
-def latent_attention(vllm_config: Any, mocker: MockerFixture) -> None:
-    mocker.patch.object(type(vllm_config.model_config), "use_mla", True)
-
-
 def attention(kv_b_proj: Any) -> Any:
     """As much of an attention backend as its weights need."""
     return SimpleNamespace(
@@ -72,7 +67,6 @@ def attention(kv_b_proj: Any) -> Any:
 
 @pytest.mark.parametrize("backend", ["mla", "sfa"])
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if "o8" not in s])
-@pytest.mark.usefixtures("latent_attention")
 def test_latent_attention(scheme: str, backend: str) -> None:
     """It asserts that the method is an unquantized one."""
     from vllm_ascend.attention.mla_v1 import AscendMLAImpl
@@ -205,7 +199,10 @@ def test_settings_that_read_its_own_layouts(
         build("o_proj")
 
 
-def test_layers_of_which_it_reads_the_weight() -> None:
-    build("wo_b")
-    with pytest.raises(UnsupportedCheckpointError, match="hands to an operator; supp"):
-        build("wo_a")
+def test_layers_that_are_put_together_of_ranks(mocker: MockerFixture) -> None:
+    build("o_proj")
+    mocker.patch("vllm_ascend.utils.enable_dsa_cp_with_o_proj_tp", return_value=True)
+    build("q_b_proj")
+    for name in ("o_proj", "wo_b"):
+        with pytest.raises(UnsupportedCheckpointError, match="enable_dsa_cp=True"):
+            build(name)

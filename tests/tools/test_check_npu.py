@@ -19,7 +19,7 @@ def test_both_sides_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out, path = tmp_path / "report.json", tmp_path / "calls.pt"
     schemes = ["w4a16-g32-asym", "w4a8-channel", "w8a8-channel-dynamic"]
     calls = record_npu_calls.record(schemes, [torch.bfloat16])
-    torch.save(calls, path)
+    record_npu_calls.save(calls, path)
     arguments = ["check_npu", "--calls", str(path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(check_npu, "REPEATS", 1)
@@ -41,6 +41,18 @@ def test_both_sides_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "npu_weight_quant_batchmatmul",
     }
     assert {call["verdict"] for call in report["calls"]} == {"equal"}
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_calls_for_another_chip_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "calls.pt"
+    record_npu_calls.save({}, path)
+    assert check_npu.recorded(path) == {}
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    with pytest.raises(SystemExit, match="calls for A2, and this is 310P"):
+        check_npu.recorded(path)
 
 
 X = torch.randn(8, 64)

@@ -163,7 +163,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         args = self.get_scheme_dict(layer, prefix) or {}
         if is_head:
             return AscendCTHeadMethod(self, args)
-        if not isinstance(scheme, CompressedTensorsWNA16):
+        weight_only = args.get("input_activations") is None
+        if not weight_only or not isinstance(scheme, CompressedTensorsWNA16):
             raise refused(
                 f"{type(scheme).__name__} of an embedding; supported: weight-only",
                 prefix,

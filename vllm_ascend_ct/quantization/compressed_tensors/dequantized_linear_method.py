@@ -5,7 +5,6 @@
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
@@ -13,29 +12,22 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_ascend_ct.ascend_base import linear
-from vllm_ascend_ct.kernels.embedding import dequantized_rows
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
     refused,
 )
-from vllm_ascend_ct.weights import pack_quantized
+from vllm_ascend_ct.weights import int4, pack_quantized
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
-_ROWS_AT_ONCE = 1024
-
 
 def is_read_elsewhere(prefix: str) -> bool:
-    """Whether attention reads a layer's weight, which then has to be in 16 bits."""
-    if linear.reads_weight(prefix):
-        return True
-    vllm_config = get_current_vllm_config_or_none()
-    return (
-        prefix.rpartition(".")[2] == "kv_b_proj"
-        and vllm_config is not None
-        and vllm_config.model_config is not None
-        and vllm_config.model_config.use_mla
-    )
+    """Whether attention reads a layer's weight, which then has to be in 16 bits.
+
+    Not all models with latent attention are among vLLM's `use_mla`, so it is the name
+    that counts; where the layer is only called, it is right as well.
+    """
+    return prefix.rpartition(".")[2] == "kv_b_proj" or linear.reads_weight(prefix)
 
 
 @register_weight_loader_v2_supported_method
@@ -85,10 +77,8 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self._quantized.check_loaded(layer)
-        logger.info_once(
-            "%s is dequantized: attention reads its weight.",
-            layer.prefix.rpartition(".")[2],
-        )
+        name = ".".join(layer.prefix.split(".")[-2:])
+        logger.info_once("%s is dequantized: attention reads its weight.", name)
         weight = dequantized(layer, self._shape, self._bits)
         for name in [name for name in layer._parameters if name != "bias"]:
             delattr(layer, name)
@@ -105,7 +95,7 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
 
 
 def dequantized(layer: Any, shape: tuple[int, int], bits: int) -> torch.Tensor:
-    """Dequantize the weight that a layer was loaded with, which is overwritten.
+    """Dequantize the weight that a layer was loaded with, some rows at a time.
 
     Args:
         layer: With the parameters of upstream's schemes, not yet processed.
@@ -119,15 +109,17 @@ def dequantized(layer: Any, shape: tuple[int, int], bits: int) -> torch.Tensor:
     n, k = shape
     scale = layer.weight_scale.data
     scale = scale.expand(n, 1) if scale.numel() == 1 else scale
-    offset = None
+    zero_point = torch.zeros_like(scale)
     if "weight_packed" in layer._parameters:
-        weight = pack_quantized.to_npu_weight(layer.weight_packed.data, bits, k)
-        if (zero_point := getattr(layer, "weight_zero_point", None)) is not None:
-            offset = pack_quantized.to_npu_offset(zero_point.data, scale, bits)
+        values = pack_quantized.rows(layer.weight_packed.data, bits, k)
+        if (packed := getattr(layer, "weight_zero_point", None)) is not None:
+            zero_point = pack_quantized.unpack(packed.data.t(), bits, n).t()
     else:
-        weight = layer.weight.data.t()
+        values = iter(layer.weight.data.split(int4.ROWS_AT_ONCE))
     dense = torch.empty(shape, dtype=layer.params_dtype, device=scale.device)
-    ids = torch.arange(n, device=scale.device)
-    for rows, part in zip(dense.split(_ROWS_AT_ONCE), ids.split(_ROWS_AT_ONCE)):
-        rows.copy_(dequantized_rows(part, weight, scale.t(), offset))
+    parts = (t.split(int4.ROWS_AT_ONCE) for t in (zero_point, scale, dense))
+    for value, zero, factor, out in zip(values, *parts):
+        groups = value.float().unflatten(1, (factor.shape[1], -1))
+        groups = (groups - zero.unsqueeze(-1)) * factor.float().unsqueeze(-1)
+        out.copy_(groups.flatten(1))
     return dense

@@ -53,8 +53,11 @@ class AscendCTHeadMethod(AscendCTLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         if (embedding := _tied_embedding(layer)) is None:
             super().process_weights_after_loading(layer)
-        else:
-            self.tie_weights(layer, embedding)
+            return
+        # Refuses another scheme.
+        self.tie_weights(layer, embedding)
+        for name in layer._parameters.keys() - {"weight", "bias"}:
+            delattr(layer, name)
 
     def apply(
         self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
