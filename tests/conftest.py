@@ -19,12 +19,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.real_stack.chip import set_chip
 from tools import make_checkpoint, tiny_moe
 
 
 @pytest.fixture(scope="session", autouse=True)
 def platform() -> None:
     """Without this, stock CPU kernels could make everything below pass."""
+    if chip := os.environ.get("REAL_STACK_CHIP"):
+        set_chip(chip)
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 

@@ -2,12 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Run the operators on an NPU and emulated, and compare them.
 
-    python -m tools.check_npu [--calls build/npu-calls.pt] [--out build/check-npu.json]
+    python -m tools.check_npu [--calls FILE...] [--out build/check-npu.json]
 
 For the first to have a chip: send the report back. One call of each operator, and those
 that layers of every scheme make, which `tools.record_npu_calls` wrote, there or on
 another machine. `VLLM_ASCEND_CT_SOC` names the chip. Needs torch, torch_npu and this
-clone, not vLLM. Where there is no NPU both sides are emulated, to check this script.
+clone, not vLLM; calls of vllm-ascend's own operators need vllm-ascend. Where there is
+no NPU both sides are emulated, to check this script.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from tests.ops.calls import CALLS, Call
-from tools.record_npu_calls import OUT
+from tools.record_npu_calls import ASCEND_OUT, OUT
 from vllm_ascend_ct.errors import OperatorLimitError
 from vllm_ascend_ct.ops import emulated
 from vllm_ascend_ct.ops.emulated.registry import is_nz
@@ -44,17 +45,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--calls", type=Path, default=OUT)
+    files = [OUT, ASCEND_OUT] if find_spec("vllm_ascend") else [OUT]
+    parser.add_argument("--calls", type=Path, nargs="*", default=files)
     parser.add_argument("--out", type=Path, default=Path("build/check-npu.json"))
     arguments = parser.parse_args()
     emulated.install()
     torch.manual_seed(0)
     calls = {name: make() for name, make in CALLS.items()}
-    if arguments.calls.exists():
-        calls |= recorded(arguments.calls)
-    else:
-        print(f"No {arguments.calls}: write it with python -m tools.record_npu_calls")
-    report = check(calls, npu_device())
+    for path in arguments.calls:
+        if path.exists():
+            calls |= recorded(path)
+        else:
+            print(f"No {path}: see python -m tools.record_npu_calls --help")
+    device = npu_device()
+    if any("." in call.operator for call in calls.values()):
+        load_vllm_ascend(device)
+    report = check(calls, device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2))
     print(table(report))
@@ -74,6 +80,21 @@ def npu_device() -> str:
     import torch_npu
 
     return "npu" if torch_npu.npu.is_available() else "cpu"
+
+
+def load_vllm_ascend(device: str) -> None:
+    """Have vllm-ascend's own operators, and emulate them."""
+    if find_spec("vllm_ascend") is None:
+        raise SystemExit(
+            "There are calls of vllm-ascend's own operators, and it is not installed."
+        )
+    if device != "cpu":
+        from vllm_ascend.utils import enable_custom_op
+
+        enable_custom_op()
+    from tests.real_stack import custom_ops
+
+    custom_ops.install_own()
 
 
 def recorded(path: Path) -> dict[str, Call]:
@@ -126,17 +147,16 @@ def machine(device: str) -> dict[str, str]:
 
 def check_call(call: Call, device: str) -> dict[str, Any]:
     """Run one call on both sides."""
-    function = getattr(torch.ops.npu, call.operator)
     # Before either side could change them.
     args, kwargs = to_device((call.args, call.kwargs), device)
     try:
         expected, emulated_seconds = timed(
-            lambda: function(*call.args, **call.kwargs), "cpu"
+            lambda: call.function(*call.args, **call.kwargs), "cpu"
         )
     except OperatorLimitError as error:
         return {"verdict": "not on this chip", "difference": error.args[0]}
     try:
-        result, seconds = timed(lambda: function(*args, **kwargs), device)
+        result, seconds = timed(lambda: call.function(*args, **kwargs), device)
     except Exception as error:
         return {"verdict": "raised", "difference": f"{type(error).__name__}: {error}"}
     verdict, difference = compare(expected, tree_map_only(torch.Tensor, to_cpu, result))

@@ -170,16 +170,23 @@ OTHER_TESTS = {
 }
 
 
+# vllm-ascend is installed for one chip, by default A2.
+OTHER_CHIPS = ("A5", "310P")
+CHIP_TESTS = "tests/real_stack/test_vllm_ascend_chips.py"
+
+
 def test(arguments: Sequence[str]) -> int:
     """Run the tests of each stack, and some of the usual ones over it."""
-    codes = []
+    runs = []
     for stack in STACKS:
-        print(f"real_stack: {stack}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-m", stack, "tests/real_stack"]
-        command += arguments
-        variables = environment(stack)
-        codes.append(subprocess.run(command, env=variables).returncode)
-        command = [sys.executable, "-m", "pytest", *OTHER_TESTS[stack], *arguments]
+        runs.append((stack, "", ["-m", stack, "tests/real_stack"]))
+        runs.append((stack, "", list(OTHER_TESTS[stack])))
+    runs += [("vllm_ascend", c, ["-m", "vllm_ascend", CHIP_TESTS]) for c in OTHER_CHIPS]
+    codes = []
+    for stack, chip, options in runs:
+        print(f"real_stack: {stack} {chip}", flush=True)
+        command = [sys.executable, "-m", "pytest", *options, *arguments]
+        variables = environment(stack) | {"REAL_STACK_CHIP": chip}
         codes.append(subprocess.run(command, env=variables).returncode)
     # A crash has a negative one.
     return int(any(codes))

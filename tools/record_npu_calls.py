@@ -5,15 +5,19 @@
     python -m tools.record_npu_calls [--out build/npu-calls.pt]
 
 Runs a linear layer and experts of every scheme on the emulated platform, and writes
-each call that is not like another. (On vllm-ascend experts go through its communication
-methods, which also call operators of its own.) `VLLM_ASCEND_CT_SOC` names the chip.
+each call that is not like another. `VLLM_ASCEND_CT_SOC` names the chip.
+
+    python -m tools.real_stack run python -m tools.record_npu_calls
+
+writes what vllm-ascend asks for such experts: of the same operators, and of its own.
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,10 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.ops import emulated
 from vllm_ascend_ct.ops.emulated.registry import is_nz
 from vllm_ascend_ct.ops.soc import current_soc
 
 OUT = Path("build/npu-calls.pt")
+ASCEND_OUT = Path("build/npu-calls-vllm-ascend.pt")
 TOKENS = (1, 7)
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -49,9 +55,11 @@ class CallRecorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "npu":
+        if func.namespace not in ("npu", "_C_ascend"):
             return func(*args, **kwargs)
         operator = func.overloadpacket.__name__
+        if func.namespace != "npu":
+            operator = f"{func.namespace}.{operator}"
         form = str((operator, tree_map_only(torch.Tensor, _form, (args, kwargs))))
         if form not in self._forms:
             self._forms.add(form)
@@ -72,10 +80,12 @@ def _copy(tensor: torch.Tensor) -> Any:
     return {"nz": copied} if is_nz(tensor) else copied
 
 
-def record(
-    schemes: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES
-) -> dict[str, tuple[str, Any, Any]]:
-    """Run layers of some schemes, where vLLM's parallel layers can be built."""
+# Builds and runs what a scheme says, of one dtype.
+Run = Callable[[str, torch.dtype], None]
+
+
+def layers() -> dict[str, Run]:
+    """Upstream's layers, where they can be built."""
     from tests.layers import quantized_experts as experts
     from tests.layers.quantized_layers import activations, load, row_case
 
@@ -93,7 +103,38 @@ def record(
             x = activations(tokens, sizes.hidden, dtype)
             experts.run(runner, x, experts.routing(sizes, tokens))
 
-    kinds = {"linear": run_linear, "experts": run_experts}
+    return {"linear": run_linear, "experts": run_experts}
+
+
+def vllm_ascend_layers(vllm_config: Any) -> dict[str, Run]:
+    """vllm-ascend's experts, without its own operators and with them."""
+    from tests.layers.quantized_experts import routing
+    from tests.layers.quantized_layers import activations
+    from tests.real_stack import ascend_experts as experts
+
+    def run_experts(scheme: str, dtype: torch.dtype) -> None:
+        vllm_config.model_config.dtype = dtype
+        layer, _ = experts.load(scheme, vllm_config, dtype)
+        for tokens in TOKENS:
+            x = activations(tokens, experts.SIZES.hidden, dtype)
+            experts.run(layer, x, routing(experts.SIZES, tokens), vllm_config)
+
+    def run_with_own_operators(scheme: str, dtype: torch.dtype) -> None:
+        with experts.own_operators():
+            run_experts(scheme, dtype)
+
+    return {
+        "vllm-ascend's experts": run_experts,
+        "vllm-ascend's experts and operators": run_with_own_operators,
+    }
+
+
+def record(
+    kinds: Mapping[str, Run],
+    schemes: Sequence[str],
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> dict[str, tuple[str, Any, Any]]:
+    """Run layers of some schemes."""
     with CallRecorder() as recorder:
         for scheme, dtype, (kind, run) in product(schemes, dtypes, kinds.items()):
             torch.manual_seed(0)
@@ -109,11 +150,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     # Before anything imports vLLM.
+    emulate = os.environ.get("REAL_STACK_EMULATE", "1")
     os.environ["VLLM_PLUGINS"] = "ascend_ct"
-    os.environ["VLLM_ASCEND_CT_EMULATE"] = "1"
+    os.environ["VLLM_ASCEND_CT_EMULATE"] = emulate
+    usual, vllm_ascend = (record_emulated, OUT), (record_vllm_ascend, ASCEND_OUT)
+    record_calls, path = usual if emulate == "1" else vllm_ascend
+    calls, out = record_calls(), arguments.out or path
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(calls, out)
+    print(f"{len(calls)} calls, {out.stat().st_size / 2**20:.0f} MiB: {out}")
+
+
+def record_emulated() -> dict[str, tuple[str, Any, Any]]:
     from vllm.plugins import load_general_plugins
     from vllm.utils.network_utils import get_open_port
 
@@ -122,11 +173,26 @@ def main() -> None:
 
     load_general_plugins()
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
-        calls = record(list(SCHEMES))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save(calls, arguments.out)
-    size = arguments.out.stat().st_size / 2**20
-    print(f"{len(calls)} calls, {size:.0f} MiB: {arguments.out}")
+        return record(layers(), list(SCHEMES))
+
+
+def record_vllm_ascend() -> dict[str, tuple[str, Any, Any]]:
+    from tests.real_stack.chip import set_chip
+
+    set_chip(current_soc().value)
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.network_utils import get_open_port
+
+    from tests.layers.quantized_experts import SERVED
+    from tests.real_stack.ascend_layers import ascend_layers
+    from tools.tiny_moe import configs
+
+    load_general_plugins()
+    emulated.install()
+    with TemporaryDirectory() as model:
+        configs()["qwen3-moe"].save_pretrained(model)
+        with ascend_layers(Path(model), 0, 1, get_open_port()) as vllm_config:
+            return record(vllm_ascend_layers(vllm_config), SERVED)
 
 
 def save(calls: dict[str, tuple[str, Any, Any]], path: Path) -> None:

@@ -116,6 +116,22 @@ class FormulaExperts:
         return self.experts[0]["gate_proj"].without_ties(x)
 
 
+def experts_of(
+    sizes: Sizes, dtype: torch.dtype, bias: bool = False
+) -> torch.nn.ModuleDict:
+    """A checkpoint's experts before they are quantized."""
+    h, i = sizes.hidden, sizes.intermediate
+    shapes = {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+    return torch.nn.ModuleDict(
+        {
+            str(number): torch.nn.ModuleDict(
+                {name: torch.nn.Linear(k, n, bias) for name, (k, n) in shapes.items()}
+            )
+            for number in range(sizes.experts)
+        }
+    ).to(dtype)
+
+
 def compressed_experts(
     sizes: Sizes, scheme: str, dtype: torch.dtype, bias: bool = False
 ) -> tuple[torch.nn.ModuleDict, Any, list[dict[str, FormulaLinear]]]:
@@ -125,16 +141,7 @@ def compressed_experts(
         The modules, the quantization config, and formulas by expert and projection.
 
     """
-    h, i = sizes.hidden, sizes.intermediate
-    shapes = {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
-    modules = torch.nn.ModuleDict(
-        {
-            str(number): torch.nn.ModuleDict(
-                {name: torch.nn.Linear(k, n, bias) for name, (k, n) in shapes.items()}
-            )
-            for number in range(sizes.experts)
-        }
-    ).to(dtype)
+    modules = experts_of(sizes, dtype, bias)
     prepare(modules, {"Linear": scheme})
     schemes = {
         name: module.quantization_scheme

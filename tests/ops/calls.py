@@ -15,12 +15,21 @@ M, K, N, GROUP = 5, 128, 48, 32
 
 @dataclass
 class Call:
+    """A call of an operator of `torch.ops.npu`, or of `namespace.name`."""
+
     operator: str
     args: list[Any]
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        namespace, _, name = self.operator.rpartition(".")
+        function: Callable[..., Any]
+        function = getattr(getattr(torch.ops, namespace or "npu"), name)
+        return function
+
     def run(self) -> Any:
-        return getattr(torch.ops.npu, self.operator)(*self.args, **self.kwargs)
+        return self.function(*self.args, **self.kwargs)
 
 
 def int8(*shape: int) -> torch.Tensor:

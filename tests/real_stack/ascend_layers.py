@@ -16,7 +16,7 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
-from vllm_ascend.utils import register_ascend_customop
+from vllm_ascend.utils import is_310p, register_ascend_customop
 
 from tests.real_stack import custom_ops
 
@@ -28,7 +28,7 @@ def ascend_layers(model: Path, rank: int, world_size: int, port: int) -> Iterato
     arguments = EngineArgs(
         str(model),
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype="float16" if is_310p() else "bfloat16",
         enforce_eager=True,
         max_model_len=512,
         tensor_parallel_size=world_size,

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Experts in vllm-ascend's layer, through its communication methods."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,103 +19,38 @@ from vllm.model_executor.model_loader.reload import (
 from tests.formula import relative_error
 from tests.layers.quantized_experts import (
     INT8_TOLERANCE,
-    PREFIX,
     ROUNDINGS,
     SERVED,
     FormulaExperts,
-    Sizes,
     compressed_experts,
     is_weight_only,
     routing,
-    tensors_of,
 )
 from tests.layers.quantized_layers import activations
+from tests.real_stack.ascend_experts import (
+    SIZES,
+    build,
+    load,
+    load_tensors,
+    own_operators,
+    run,
+)
+from tests.real_stack.meta import MetaChecked
+from tools import check_npu, record_npu_calls
 from tools.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 pytestmark = pytest.mark.vllm_ascend
 BF16, FP16 = torch.bfloat16, torch.float16
-SIZES = Sizes(8, hidden=512, intermediate=256, top_k=3)
 # Without vllm-ascend's own operators, products and gate are rounded to bfloat16 before
 # what they give is rounded to int8.
 INT4_TOLERANCE = 1.5e-2
-
-
-def build(config: Any, vllm_config: Any, dtype: torch.dtype, **options: Any) -> Any:
-    """Build vllm-ascend's layer."""
-    from vllm.model_executor.layers.fused_moe import FusedMoE
-    from vllm.model_executor.layers.quantization import get_quantization_config
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    made = get_quantization_config("compressed-tensors").from_config(config)
-    vllm_config.compilation_config.static_forward_context.clear()
-    with set_default_torch_dtype(dtype):
-        layer = FusedMoE(
-            num_experts=SIZES.experts,
-            hidden_size=SIZES.hidden,
-            intermediate_size=SIZES.intermediate,
-            quant_config=made,
-            prefix=PREFIX,
-            **{"top_k": SIZES.top_k, **options},
-        )
-    assert type(layer).__name__ == "AscendFusedMoE"
-    return layer
-
-
-def load_tensors(layer: Any, modules: Any) -> None:
-    """Give the layer a checkpoint's tensors, as a model's loader does."""
-    shards = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    for name, tensor in tensors_of(modules):
-        expert, projection, kind = name.split(".")
-        shard = shards[projection]
-        param = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{kind}")
-        param.weight_loader(param, tensor, name, shard, int(expert))
-
-
-def load(
-    scheme: str, vllm_config: Any, dtype: torch.dtype = BF16, **options: Any
-) -> tuple[Any, FormulaExperts]:
-    """Build and load vllm-ascend's layer."""
-    modules, config, formulas = compressed_experts(SIZES, scheme, dtype)
-    layer = build(config, vllm_config, dtype, **options)
-    load_tensors(layer, modules)
-    layer.quant_method.process_weights_after_loading(layer)
-    if not layer.quant_method.method.experts_cls.quantizes_activations:
-        for expert in formulas:
-            for formula in expert.values():
-                formula.input_args = None
-    return layer, FormulaExperts(formulas)
-
-
-def run(
-    layer: Any,
-    x: torch.Tensor,
-    routed: tuple[torch.Tensor, torch.Tensor] | None,
-    vllm_config: Any,
-    mocker: MockerFixture,
-    **context: Any,
-) -> torch.Tensor:
-    """Run the layer with a fixed routing."""
-    from vllm_ascend.ascend_forward_context import set_ascend_forward_context
-
-    # Events of streams, of which there are none.
-    mocker.patch("torch.npu.current_stream")
-    if routed is not None:
-        mocker.patch(
-            "vllm_ascend.ops.fused_moe.experts_selector.select_experts",
-            return_value=routed,
-        )
-    logits = torch.randn(len(x), SIZES.experts)
-    with set_ascend_forward_context(None, vllm_config, num_tokens=len(x), **context):
-        result: torch.Tensor = layer.forward_impl(x, logits)
-    return result
 
 
 def check(
     layer: Any,
     formula: FormulaExperts,
     vllm_config: Any,
-    mocker: MockerFixture,
     int8_tolerance: float = INT8_TOLERANCE,
 ) -> None:
     dtype = layer.moe_config.in_dtype
@@ -123,15 +59,13 @@ def check(
     for tokens in (20, 64):
         x = formula.without_ties(activations(tokens, SIZES.hidden, dtype))
         routed = routing(SIZES, tokens)
-        output = run(layer, x.clone(), routed, vllm_config, mocker)
+        output = run(layer, x.clone(), routed, vllm_config)
         expected = formula(x, routed[0].to(dtype), routed[1])
         assert relative_error(output, expected) < tolerance
 
 
 @pytest.mark.parametrize("scheme", SERVED)
-def test_output_is_the_formula(
-    scheme: str, vllm_config: Any, mocker: MockerFixture
-) -> None:
+def test_output_is_the_formula(scheme: str, vllm_config: Any) -> None:
     layer, formula = load(scheme, vllm_config)
     name = "AscendBaseWNA16Experts"
     if not is_weight_only(scheme):
@@ -139,7 +73,9 @@ def test_output_is_the_formula(
     assert type(layer.quant_method.experts).__name__ == name
     int4 = SCHEMES[scheme].weights.num_bits <= 4
     tolerance = INT4_TOLERANCE if int4 else INT8_TOLERANCE
-    check(layer, formula, vllm_config, mocker, tolerance)
+    with MetaChecked() as checked:
+        check(layer, formula, vllm_config, tolerance)
+    assert checked.calls and checked.faults == []
 
 
 @pytest.mark.parametrize(
@@ -150,20 +86,44 @@ def test_float16(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
     mocker.patch.object(vllm_config.model_config, "dtype", FP16)
     layer, formula = load(scheme, vllm_config, FP16)
     assert type(layer.quant_method.experts).__name__ == "AscendBaseWNA16Experts"
-    check(layer, formula, vllm_config, mocker)
+    check(layer, formula, vllm_config)
 
 
-@pytest.mark.parametrize("scheme", ["w4a8-channel", "w4a8-g256"])
+@pytest.mark.parametrize("scheme", SERVED)
 def test_with_its_own_operators(
     scheme: str, vllm_config: Any, mocker: MockerFixture
 ) -> None:
     """Where they can be loaded, int4 per channel has a fused one."""
-    mocker.patch("vllm_ascend.utils.enable_custom_op", return_value=True)
-    mocker.patch("vllm_ascend.ops.fused_moe.moe_mlp.enable_custom_op", lambda: True)
     spy = mocker.spy(torch.ops._C_ascend, "grouped_matmul_swiglu_quant_v2")
-    layer, formula = load(scheme, vllm_config)
-    check(layer, formula, vllm_config, mocker)
-    assert bool(spy.call_count) is (scheme == "w4a8-channel")
+    with own_operators():
+        layer, formula = load(scheme, vllm_config)
+        check(layer, formula, vllm_config, INT4_TOLERANCE)
+    weights = SCHEMES[scheme].weights
+    fused = weights.num_bits <= 4 and weights.group_size is None
+    assert bool(spy.call_count) is (fused and not is_weight_only(scheme))
+
+
+def test_calls_can_be_checked_on_an_npu(vllm_config: Any, tmp_path: Path) -> None:
+    """What is recorded runs on both sides of the check, here emulated."""
+    schemes = ["w4a16-g32-asym", "w4a8-channel", "w8a8-channel-dynamic"]
+    layers = record_npu_calls.vllm_ascend_layers(vllm_config)
+    path = tmp_path / "calls.pt"
+    record_npu_calls.save(record_npu_calls.record(layers, schemes, [BF16]), path)
+    calls = check_npu.recorded(path)
+    assert {call.operator for call in calls.values()} == {
+        "npu_dynamic_quant",
+        "npu_format_cast",
+        "npu_grouped_matmul",
+        "npu_moe_token_unpermute",
+        "npu_swiglu",
+        "npu_trans_quant_param",
+        "_C_ascend.npu_moe_init_routing_custom",
+        "_C_ascend.grouped_matmul_swiglu_quant_weight_nz",
+        "_C_ascend.grouped_matmul_swiglu_quant_v2",
+    }
+    check_npu.load_vllm_ascend("cpu")
+    report = check_npu.check(calls, "cpu")
+    assert {call["verdict"] for call in report["calls"]} == {"equal"}
 
 
 def test_what_the_runner_asks_of_a_method(vllm_config: Any) -> None:
@@ -202,7 +162,7 @@ def test_routing_is_vllm_ascends(vllm_config: Any, mocker: MockerFixture) -> Non
     }
     layer, _ = load("w4a16-g32", vllm_config, tid2eid=table, **options)
     x = activations(20, SIZES.hidden, BF16)
-    run(layer, x, None, vllm_config, mocker)
+    run(layer, x, None, vllm_config)
     given = select.call_args.kwargs
     for name, value in options.items():
         if name == "e_score_correction_bias":
@@ -218,7 +178,7 @@ def test_profiling_spreads_tokens(vllm_config: Any, mocker: MockerFixture) -> No
     compute = mocker.spy(torch.ops._C_ascend, "npu_moe_init_routing_custom")
     x = activations(200, SIZES.hidden, BF16)
     weights, ids = routing(SIZES, 200)
-    run(layer, x, (weights, ids), vllm_config, mocker, in_profile_run=True)
+    run(layer, x, (weights, ids), vllm_config, in_profile_run=True)
     spread = compute.call_args.args[1]
     assert spread.shape == ids.shape and spread.dtype == ids.dtype
     # The fixed routing has no token for two of them.
@@ -226,9 +186,7 @@ def test_profiling_spreads_tokens(vllm_config: Any, mocker: MockerFixture) -> No
     assert all(len(row.unique()) == SIZES.top_k for row in spread)
 
 
-def test_weights_of_the_router_on_the_input(
-    vllm_config: Any, mocker: MockerFixture
-) -> None:
+def test_weights_of_the_router_on_the_input(vllm_config: Any) -> None:
     layer, formula = load(
         "w4a16-g32", vllm_config, top_k=1, apply_router_weight_on_input=True
     )
@@ -237,7 +195,7 @@ def test_weights_of_the_router_on_the_input(
     weights, ids = weights[:, :1].contiguous(), ids[:, :1].contiguous()
     scaled = x * weights.bfloat16()
     expected = formula(scaled, torch.ones_like(weights), ids)
-    output = run(layer, x, (weights, ids), vllm_config, mocker)
+    output = run(layer, x, (weights, ids), vllm_config)
     assert relative_error(output, expected) < ROUNDINGS[BF16] * 1.1
 
 
@@ -279,14 +237,7 @@ def test_settings_that_are_refused(
         build(config, vllm_config, BF16)
 
 
-def test_unquantized_experts_are_vllm_ascends(vllm_config: Any) -> None:
-    _, config, _ = compressed_experts(SIZES, "w4a16-g32", BF16)
-    config["ignore"] = ["re:.*experts.*"]
-    layer = build(config, vllm_config, BF16)
-    assert type(layer.quant_method).__name__ == "AscendUnquantizedFusedMoEMethod"
-
-
-def test_swiglu_step(vllm_config: Any, mocker: MockerFixture) -> None:
+def test_swiglu_step(vllm_config: Any) -> None:
     layer, formula = load("w4a16-g32", vllm_config, activation="swiglustep")
     x = activations(20, SIZES.hidden, BF16)
     routed = routing(SIZES, 20)
@@ -295,12 +246,12 @@ def test_swiglu_step(vllm_config: Any, mocker: MockerFixture) -> None:
         return silu(gate).clamp(max=7) * up.clamp(-7, 7)
 
     expected = formula(x, routed[0].bfloat16(), routed[1], activation=step)
-    output = run(layer, x, routed, vllm_config, mocker)
+    output = run(layer, x, routed, vllm_config)
     assert relative_error(output, expected) < ROUNDINGS[BF16] * 1.1
 
 
 @pytest.mark.parametrize("scheme", SERVED)
-def test_reload(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
+def test_reload(scheme: str, vllm_config: Any) -> None:
     """The output is that of the new weights, which are where the old ones were."""
     (first, config, _), (second, _, _) = (
         compressed_experts(SIZES, scheme, BF16) for _ in range(2)
@@ -312,12 +263,12 @@ def test_reload(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
     layer.quant_method.process_weights_after_loading(layer)
     x, routed = activations(20, SIZES.hidden, BF16), routing(SIZES, 20)
     addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
-    outputs = [run(layer, x.clone(), routed, vllm_config, mocker)]
+    outputs = [run(layer, x.clone(), routed, vllm_config)]
     for modules in (second, first):
         initialize_layerwise_reload(model)
         load_tensors(layer, modules)
         finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
-        outputs.append(run(layer, x.clone(), routed, vllm_config, mocker))
+        outputs.append(run(layer, x.clone(), routed, vllm_config))
     assert torch.equal(outputs[2], outputs[0])
     assert not torch.equal(outputs[1], outputs[0])
     assert {n: p.data_ptr() for n, p in layer.named_parameters()} == addresses

@@ -18,7 +18,9 @@ def test_both_sides_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """One call of each operator, and what some layers ask of them."""
     out, path = tmp_path / "report.json", tmp_path / "calls.pt"
     schemes = ["w4a16-g32-asym", "w4a8-channel", "w8a8-channel-dynamic"]
-    calls = record_npu_calls.record(schemes, [torch.bfloat16])
+    calls = record_npu_calls.record(
+        record_npu_calls.layers(), schemes, [torch.bfloat16]
+    )
     record_npu_calls.save(calls, path)
     arguments = ["check_npu", "--calls", str(path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)

@@ -14,6 +14,7 @@ import torch
 
 from vllm_ascend_ct.ascend_base import serves
 from vllm_ascend_ct.errors import PlatformError
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 _ACTIVATIONS = ("silu", "swiglustep")
 
@@ -22,6 +23,10 @@ def unquantized_method(moe: Any, tid2eid: Any) -> Any | None:
     """vllm-ascend's method for experts that are not quantized; None off the NPU."""
     if not serves():
         return None
+    if current_soc() is Soc.ASCEND_310P:
+        from vllm_ascend._310p.fused_moe import fused_moe as fused_moe_310p
+
+        return fused_moe_310p.AscendUnquantizedFusedMoEMethod310(moe)
     from vllm_ascend.ops.fused_moe.fused_moe import AscendUnquantizedFusedMoEMethod
 
     return AscendUnquantizedFusedMoEMethod(moe, tid2eid=tid2eid)
@@ -73,6 +78,8 @@ def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None
         )
     if quantized and moe.in_dtype != torch.bfloat16:
         return f"int8 activations of a {moe.in_dtype} model; vllm-ascend's are bfloat16"
+    if quantized and bits == 8 and current_soc() is Soc.A5:
+        return "int8 activations, whose operators vllm-ascend does not call on A5"
     fuses = config.ascend_fusion_config.fusion_ops_gmmswigluquant
     clamps = quantized and (fuses if bits == 8 else group_size == 0)
     if moe.swiglu_limit and moe.activation.value == "silu" and not clamps:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""vllm-ascend's layers on the chip that `REAL_STACK_CHIP` names, A2 if none."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from tests.formula import FormulaLinear, relative_error
+from tests.layers.quantized_experts import (
+    ROUNDINGS,
+    SERVED,
+    FormulaExperts,
+    compressed_experts,
+    experts_of,
+    is_weight_only,
+    routing,
+)
+from tests.layers.quantized_layers import (
+    TOLERANCES,
+    activations,
+    load_embedding,
+    load_head,
+)
+from tests.layers.test_linear import check_on_chip
+from tests.real_stack.ascend_experts import SIZES, build, load, load_tensors, run
+from tools.make_checkpoint import SCHEMES
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.ops.soc import current_soc
+
+pytestmark = [pytest.mark.vllm_ascend, pytest.mark.usefixtures("vllm_config")]
+
+CHIP = os.environ.get("REAL_STACK_CHIP") or "A2"
+DTYPE = torch.float16 if CHIP == "310P" else torch.bfloat16
+# Two products and a gate, each rounded to int8.
+INT8_TOLERANCE = 1.5e-2
+
+
+def test_chip_is_vllm_ascends() -> None:
+    assert current_soc().value == CHIP
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_linear(scheme: str, dtype: torch.dtype) -> None:
+    check_on_chip(scheme, dtype, CHIP)
+
+
+def test_embedding_and_head() -> None:
+    embedding, formula = load_embedding(1024, 256, "w8a16-channel", DTYPE)
+    rows = embedding(torch.arange(1024))
+    assert relative_error(rows, formula.weight) < TOLERANCES[DTYPE]
+    head, formula = load_head(1024, 256, "w8a16-channel", DTYPE)
+    suffix = "310" if CHIP == "310P" else ""
+    assert type(head).__name__ == f"AscendParallelLMHead{suffix}"
+    x = activations(7, 256, DTYPE)
+    y = head.quant_method.apply(head, x)
+    assert relative_error(y, formula(x)) < TOLERANCES[DTYPE]
+
+
+@pytest.mark.parametrize("scheme", SERVED)
+def test_experts(scheme: str, vllm_config: Any) -> None:
+    if CHIP == "310P":
+        with pytest.raises(UnsupportedCheckpointError, match="no product of quantized"):
+            load(scheme, vllm_config, DTYPE)
+        return
+    layer, formula = load(scheme, vllm_config, DTYPE)
+    name = type(layer.quant_method.experts).__name__
+    quantized = name == "AscendBaseWNA8Experts"
+    # What A5 has, an int8 product, vllm-ascend does not call rightly there.
+    assert quantized is (CHIP != "A5" and not is_weight_only(scheme))
+    x = formula.without_ties(activations(64, SIZES.hidden, DTYPE))
+    routed = routing(SIZES, 64)
+    output = run(layer, x.clone(), routed, vllm_config)
+    expected = formula(x, routed[0].to(DTYPE), routed[1])
+    limit = INT8_TOLERANCE if quantized else ROUNDINGS[DTYPE] * 1.1
+    assert relative_error(output, expected) < limit
+
+
+def grouped_matmul(
+    x: list[torch.Tensor],
+    weight: list[torch.Tensor],
+    group_list: torch.Tensor,
+    group_list_type: int,
+    **_: Any,
+) -> list[torch.Tensor]:
+    """The operator of weights that are not quantized, which is not emulated."""
+    counts = group_list
+    if group_list_type == 0:
+        counts = group_list.diff(prepend=group_list.new_zeros(1))
+    rows = x[0].split(counts.tolist())
+    return [torch.cat([r @ w for r, w in zip(rows, weight[0], strict=True)])]
+
+
+def unquantized(linear: torch.nn.Linear) -> FormulaLinear:
+    return FormulaLinear(linear.weight.double(), None, None, None, None)
+
+
+def test_unquantized_experts(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside quantized linear layers."""
+    import torch_npu
+
+    _, config, _ = compressed_experts(SIZES, "w8a16-channel", DTYPE)
+    config["ignore"] = ["re:.*experts.*"]
+    layer = build(config, vllm_config, DTYPE)
+    suffix = "310" if CHIP == "310P" else ""
+    name = f"AscendUnquantizedFusedMoEMethod{suffix}"
+    assert type(layer.quant_method).__name__ == name
+    if CHIP == "310P":
+        # How it routes there is not emulated.
+        return
+    modules = experts_of(SIZES, DTYPE)
+    load_tensors(layer, modules)
+    layer.quant_method.process_weights_after_loading(layer)
+    routed = routing(SIZES, 64)
+    module = type(layer.quant_method).__module__
+    monkeypatch.setattr(f"{module}.select_experts", lambda **_: routed)
+    monkeypatch.setattr(torch_npu, "npu_grouped_matmul", grouped_matmul)
+    x = activations(64, SIZES.hidden, DTYPE)
+    formula = FormulaExperts(
+        [
+            {n: unquantized(linear) for n, linear in expert.items()}
+            for expert in modules.values()
+        ]
+    )
+    expected = formula(x, routed[0].to(DTYPE), routed[1])
+    output = run(layer, x, None, vllm_config)
+    assert relative_error(output, expected) < ROUNDINGS[DTYPE] * 1.1
