@@ -22,7 +22,9 @@ from tests.real_stack import custom_ops
 
 
 @contextmanager
-def ascend_layers(model: Path, rank: int, world_size: int, port: int) -> Iterator[Any]:
+def ascend_layers(
+    model: Path, rank: int, world_size: int, port: int, **options: Any
+) -> Iterator[Any]:
     """Have vllm-ascend's layers in vLLM's places, and its config of an engine."""
     custom_ops.install()
     arguments = EngineArgs(
@@ -32,6 +34,7 @@ def ascend_layers(model: Path, rank: int, world_size: int, port: int) -> Iterato
         enforce_eager=True,
         max_model_len=512,
         tensor_parallel_size=world_size,
+        **options,
     )
     config = arguments.create_engine_config()
     with (

@@ -21,7 +21,20 @@ VLLM = torch.library.Library("vllm", "FRAGMENT")
 def npu_moe_init_routing_custom(
     x: torch.Tensor, expert_idx: torch.Tensor, **options: Any
 ) -> Any:
-    return torch.ops.npu.npu_moe_init_routing_v2(x, expert_idx, **options)
+    scale = options.pop("scale", None)
+    if scale is None:
+        return torch.ops.npu.npu_moe_init_routing_v2(x, expert_idx, **options)
+    # Rows that were quantized before, and their scales.
+    assert x.dtype == torch.int8 and options["quant_mode"] == -1
+    assert options.get("row_idx_type", 0) == 0
+    rows, index, counts, _ = torch.ops.npu.npu_moe_init_routing_v2(
+        x.to(torch.bfloat16), expert_idx, **options
+    )
+    scales = rows.new_full((len(rows),), torch.nan, dtype=torch.float32)
+    here = index >= 0
+    scales[index[here]] = scale.repeat_interleave(expert_idx.shape[1])[here]
+    rows = rows.nan_to_num(-128).to(torch.int8)
+    return rows, index, counts, scales
 
 
 def grouped_matmul_swiglu_quant_weight_nz(
@@ -94,7 +107,8 @@ def install() -> None:
     from vllm_ascend.ops import linear, register_custom_ops
 
     install_own()
-    VLLM.impl("all_reduce", parallel_state.all_reduce, "CPU")
+    for name in ("all_reduce", "all_gather", "reduce_scatter"):
+        VLLM.impl(name, getattr(parallel_state, name), "CPU")
     VLLM.impl("unquantized_gemm", linear.unquantized_gemm, "CPU")
-    reduce = register_custom_ops._maybe_pad_and_reduce_impl
-    VLLM.impl("maybe_pad_and_reduce", reduce, "CPU")
+    for name in ("maybe_pad_and_reduce", "maybe_all_gather_and_maybe_unpad"):
+        VLLM.impl(name, getattr(register_custom_ops, f"_{name}_impl"), "CPU")
