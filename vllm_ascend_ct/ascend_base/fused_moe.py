@@ -64,11 +64,6 @@ def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None
     """
     from vllm_ascend.ascend_config import get_ascend_config
 
-    config = get_ascend_config()
-    if config.enable_fused_mc2 == 1:
-        return "enable_fused_mc2=1; vllm-ascend supports 0 and 2"
-    if config.eplb_config.dynamic_eplb:
-        return "dynamic_eplb=True; vllm-ascend supports False"
     if moe.has_bias:
         return "biases of experts; vllm-ascend supports none"
     if moe.activation.value not in _ACTIVATIONS:
@@ -80,7 +75,7 @@ def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None
         return f"int8 activations of a {moe.in_dtype} model; vllm-ascend's are bfloat16"
     if quantized and bits == 8 and current_soc() is Soc.A5:
         return "int8 activations, whose operators vllm-ascend does not call on A5"
-    fuses = config.ascend_fusion_config.fusion_ops_gmmswigluquant
+    fuses = get_ascend_config().ascend_fusion_config.fusion_ops_gmmswigluquant
     clamps = quantized and (fuses if bits == 8 else group_size == 0)
     if moe.swiglu_limit and moe.activation.value == "silu" and not clamps:
         return f"swiglu_limit={moe.swiglu_limit}; vllm-ascend ignores it"

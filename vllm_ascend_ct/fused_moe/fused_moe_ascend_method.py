@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe import (
     FusedMoEQuantConfig,
 )
 
-from vllm_ascend_ct.ascend_base import fused_moe, serves
+from vllm_ascend_ct.ascend_base import fused_moe, serves, settings
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
@@ -57,9 +57,11 @@ class FusedMoEAscendMethod(FusedMoEMethodBase):
 
         Raises:
             PlatformError: vllm-ascend's release has another runner.
+            UnsupportedCheckpointError: Its settings are for its own weights.
 
         """
         fused_moe.check_release()
+        settings.check_experts(layer.layer_name)
         super().__init__(method.moe)
         self.method = method
         self.tid2eid = tid2eid

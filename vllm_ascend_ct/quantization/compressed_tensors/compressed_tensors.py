@@ -29,7 +29,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vllm_ascend_ct.ascend_base import fused_moe, linear
+from vllm_ascend_ct.ascend_base import fused_moe, linear, settings
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
@@ -144,8 +144,12 @@ class AscendCTConfig(CompressedTensorsConfig):
             raise refused(str(error), prefix) from error
         if type(method) is CompressedTensorsLinearMethod:
             args = self.get_scheme_dict(layer, prefix) or {}
-            if reason := linear.refusal(prefix):
-                raise refused(reason, prefix)
+            settings.check_linear(prefix)
+            if prefix.rpartition(".")[2] == "wo_a":
+                raise refused(
+                    "A weight that attention hands to an operator, which takes 16 bits",
+                    prefix,
+                )
             if is_read_elsewhere(prefix):
                 return AscendCTDequantizedLinearMethod(self, args)
             return AscendCTLinearMethod(self, args)
