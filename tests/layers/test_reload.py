@@ -2,27 +2,33 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Weights loaded into a model that serves, as vLLM does it layer by layer."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
 
+from tests.formula import formula_linear, relative_error
 from tests.layers.quantized_layers import (
+    TOLERANCES,
     activations,
     compressed_modules,
     config_of,
+    load_embedding,
     load_tensors,
     row_case,
 )
-from tools.make_checkpoint import SCHEMES, compress
+from tools.make_checkpoint import SCHEMES, compress, prepare
 
 BF16 = torch.bfloat16
+SCHEME = "w4a16-g32"
 CASE = row_case(512, 96)
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -59,3 +65,38 @@ def test_output_is_that_of_the_new_weights(scheme: str) -> None:
     assert torch.equal(layer(x)[0], outputs[0])
     # A captured graph reads the same memory.
     assert {name: p.data_ptr() for name, p in layer.named_parameters()} == before
+
+
+def test_head_tied_to_an_embedding() -> None:
+    """It follows; vLLM 0.23 keeps a module of its own for it."""
+    models = []
+
+    def tie(embedding: Any) -> None:
+        head = ParallelLMHead(1024, 256, quant_config=config_of("re:none", SCHEME))
+        tied = head.tie_weights(embedding)
+        models.append(torch.nn.ModuleList([embedding, tied]))
+        record_metadata_for_reloading(models[0])
+
+    embedding, formula = load_embedding(1024, 256, SCHEME, BF16, built=tie)
+    (model,) = models
+    _, head = model
+    if head is not embedding:
+        head.quant_method.process_weights_after_loading(head)
+    x = activations(7, 256, BF16)
+    outputs = [head.quant_method.apply(head, x)]
+    tables = [torch.nn.Embedding(1024, 256).to(BF16) for _ in range(2)]
+    for table in (tables[0], tables[1], tables[0]):
+        reloaded = torch.nn.ModuleDict({"table": deepcopy(table)})
+        prepare(reloaded, {"Embedding": SCHEME})
+        compress(reloaded)
+        initialize_layerwise_reload(model)
+        parameters = dict(embedding.named_parameters())
+        for name, tensor in reloaded["table"].named_parameters():
+            parameters[name].weight_loader(parameters[name], tensor.data)
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
+        outputs.append(head.quant_method.apply(head, x))
+        expected = formula_linear(reloaded["table"], SCHEMES[SCHEME])(x)
+        assert relative_error(outputs[-1], expected) < TOLERANCES[BF16]
+    assert torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert relative_error(outputs[0], formula(x)) < TOLERANCES[BF16]
