@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
-from vllm_ascend_ct.ops import emulated
 from vllm_ascend_ct.ops.emulated.registry import is_nz
 from vllm_ascend_ct.ops.soc import current_soc
 
@@ -180,15 +179,12 @@ def record_vllm_ascend() -> dict[str, tuple[str, Any, Any]]:
     from tests.real_stack.chip import set_chip
 
     set_chip(current_soc().value)
-    from vllm.plugins import load_general_plugins
     from vllm.utils.network_utils import get_open_port
 
     from tests.layers.quantized_experts import SERVED
     from tests.real_stack.ascend_layers import ascend_layers
     from tools.tiny_moe import configs
 
-    load_general_plugins()
-    emulated.install()
     with TemporaryDirectory() as model:
         configs()["qwen3-moe"].save_pretrained(model)
         with ascend_layers(Path(model), 0, 1, get_open_port()) as vllm_config:

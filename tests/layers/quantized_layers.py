@@ -189,6 +189,21 @@ def config_of(target: str, scheme: str, **fields: Any) -> Any:
     )
 
 
+def compressed_table(module: Any, scheme: str, dtype: torch.dtype) -> Any:
+    """Make a checkpoint's embedding or output head of a module."""
+    modules = torch.nn.ModuleDict({"layer": module}).to(dtype)
+    prepare(modules, {type(module).__name__: scheme})
+    compress(modules)
+    return modules["layer"]
+
+
+def load_table(layer: Any, module: Any) -> None:
+    """Give an embedding or an output head the checkpoint's tensors."""
+    parameters = dict(layer.named_parameters())
+    for name, tensor in module.named_parameters():
+        parameters[name].weight_loader(parameters[name], tensor.data.clone())
+
+
 def _load_vocabulary(
     layer_class: Any,
     module: Any,
@@ -197,18 +212,13 @@ def _load_vocabulary(
     dtype: torch.dtype,
     built: Callable[[Any], None] = lambda layer: None,
 ) -> tuple[Any, FormulaLinear]:
-    modules = torch.nn.ModuleDict({"layer": module}).to(dtype)
-    name = type(module).__name__
-    prepare(modules, {name: scheme})
-    compress(modules)
+    module = compressed_table(module, scheme, dtype)
     size = len(module.weight_scale)
     config = config_of("re:vocabulary", scheme)
     with set_default_torch_dtype(dtype):
         layer = layer_class(size, hidden, quant_config=config, prefix="vocabulary")
         built(layer)
-        parameters = dict(layer.named_parameters())
-        for name, tensor in module.named_parameters():
-            parameters[name].weight_loader(parameters[name], tensor.data.clone())
+        load_table(layer, module)
         layer.quant_method.process_weights_after_loading(layer)
     return layer, formula_linear(module, SCHEMES[scheme])
 

@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Weights loaded into a model that serves, as vLLM does it layer by layer."""
 
-from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +19,14 @@ from tests.layers.quantized_layers import (
     TOLERANCES,
     activations,
     compressed_modules,
+    compressed_table,
     config_of,
     load_embedding,
+    load_table,
     load_tensors,
     row_case,
 )
-from tools.make_checkpoint import SCHEMES, compress, prepare
+from tools.make_checkpoint import SCHEMES, compress
 
 BF16 = torch.bfloat16
 SCHEME = "w4a16-g32"
@@ -84,18 +85,15 @@ def test_head_tied_to_an_embedding() -> None:
         head.quant_method.process_weights_after_loading(head)
     x = activations(7, 256, BF16)
     outputs = [head.quant_method.apply(head, x)]
-    tables = [torch.nn.Embedding(1024, 256).to(BF16) for _ in range(2)]
+    tables = [
+        compressed_table(torch.nn.Embedding(1024, 256), SCHEME, BF16) for _ in range(2)
+    ]
     for table in (tables[0], tables[1], tables[0]):
-        reloaded = torch.nn.ModuleDict({"table": deepcopy(table)})
-        prepare(reloaded, {"Embedding": SCHEME})
-        compress(reloaded)
         initialize_layerwise_reload(model)
-        parameters = dict(embedding.named_parameters())
-        for name, tensor in reloaded["table"].named_parameters():
-            parameters[name].weight_loader(parameters[name], tensor.data)
+        load_table(embedding, table)
         finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
         outputs.append(head.quant_method.apply(head, x))
-        expected = formula_linear(reloaded["table"], SCHEMES[SCHEME])(x)
+        expected = formula_linear(table, SCHEMES[SCHEME])(x)
         assert relative_error(outputs[-1], expected) < TOLERANCES[BF16]
     assert torch.equal(outputs[1], outputs[3])
     assert not torch.equal(outputs[0], outputs[1])

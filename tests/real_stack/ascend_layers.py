@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from pytest_mock import MockerFixture
 from vllm.config import set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -16,9 +17,21 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.utils import is_310p, register_ascend_customop
 
 from tests.real_stack import custom_ops
+from vllm_ascend_ct.ops import emulated
+
+
+def set_setting(mocker: MockerFixture, path: str, value: Any) -> None:
+    """Change one of vllm-ascend's settings, whose parents `path` names."""
+    target: Any = get_ascend_config()
+    *parents, name = path.split(".")
+    for parent in parents:
+        target = getattr(target, parent)
+    mocker.patch.object(target, name, value)
 
 
 @contextmanager
@@ -26,6 +39,8 @@ def ascend_layers(
     model: Path, rank: int, world_size: int, port: int, **options: Any
 ) -> Iterator[Any]:
     """Have vllm-ascend's layers in vLLM's places, and its config of an engine."""
+    load_general_plugins()
+    emulated.install()
     custom_ops.install()
     arguments = EngineArgs(
         str(model),

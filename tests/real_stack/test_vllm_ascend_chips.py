@@ -25,7 +25,14 @@ from tests.layers.quantized_layers import (
     load_head,
 )
 from tests.layers.test_linear import check_on_chip
-from tests.real_stack.ascend_experts import SIZES, build, load, load_tensors, run
+from tests.real_stack.ascend_experts import (
+    ROUNDED_TOLERANCE,
+    SIZES,
+    build,
+    load,
+    load_tensors,
+    run,
+)
 from tools.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.soc import current_soc
@@ -34,8 +41,6 @@ pytestmark = [pytest.mark.vllm_ascend, pytest.mark.usefixtures("vllm_config")]
 
 CHIP = os.environ.get("REAL_STACK_CHIP") or "A2"
 DTYPE = torch.float16 if CHIP == "310P" else torch.bfloat16
-# Two products and a gate, each rounded to int8.
-INT8_TOLERANCE = 1.5e-2
 
 
 def test_chip_is_vllm_ascends() -> None:
@@ -75,7 +80,7 @@ def test_experts(scheme: str, vllm_config: Any) -> None:
     routed = routing(SIZES, 64)
     output = run(layer, x.clone(), routed, vllm_config)
     expected = formula(x, routed[0].to(DTYPE), routed[1])
-    limit = INT8_TOLERANCE if quantized else ROUNDINGS[DTYPE] * 1.1
+    limit = ROUNDED_TOLERANCE if quantized else ROUNDINGS[DTYPE] * 1.1
     assert relative_error(output, expected) < limit
 
 

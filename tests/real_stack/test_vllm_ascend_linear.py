@@ -13,7 +13,6 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.plugins import load_general_plugins
 from vllm.utils.network_utils import get_open_port
 
 from tests.formula import relative_error
@@ -30,7 +29,6 @@ from tests.layers.quantized_layers import (
 from tests.layers.test_linear import CASES, cases_of, tolerance
 from tools.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
-from vllm_ascend_ct.ops import emulated
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
@@ -69,8 +67,6 @@ def test_rows_that_end_in_a_word_are_refused() -> None:
 def _run(rank: int, port: int, model: Path) -> None:
     from tests.real_stack.ascend_layers import ascend_layers
 
-    load_general_plugins()
-    emulated.install()
     torch.set_num_threads(1)
     with ascend_layers(model, rank, tensor_parallel.WORLD_SIZE, port):
         layer, _ = load(CASES["row"], "w4a16-g32", BF16, bias=False)

@@ -28,6 +28,7 @@ from tests.layers.quantized_experts import (
 )
 from tests.layers.quantized_layers import activations
 from tests.real_stack.ascend_experts import (
+    ROUNDED_TOLERANCE,
     SIZES,
     build,
     load,
@@ -42,9 +43,6 @@ from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 pytestmark = pytest.mark.vllm_ascend
 BF16, FP16 = torch.bfloat16, torch.float16
-# Without vllm-ascend's own operators, products and gate are rounded to bfloat16 before
-# what they give is rounded to int8.
-INT4_TOLERANCE = 1.5e-2
 
 
 def check(
@@ -72,7 +70,7 @@ def test_output_is_the_formula(scheme: str, vllm_config: Any) -> None:
         name = "AscendBaseWNA8Experts"
     assert type(layer.quant_method.experts).__name__ == name
     int4 = SCHEMES[scheme].weights.num_bits <= 4
-    tolerance = INT4_TOLERANCE if int4 else INT8_TOLERANCE
+    tolerance = ROUNDED_TOLERANCE if int4 else INT8_TOLERANCE
     with MetaChecked() as checked:
         check(layer, formula, vllm_config, tolerance)
     assert checked.calls and checked.faults == []
@@ -97,7 +95,7 @@ def test_with_its_own_operators(
     spy = mocker.spy(torch.ops._C_ascend, "grouped_matmul_swiglu_quant_v2")
     with own_operators():
         layer, formula = load(scheme, vllm_config)
-        check(layer, formula, vllm_config, INT4_TOLERANCE)
+        check(layer, formula, vllm_config, ROUNDED_TOLERANCE)
     weights = SCHEMES[scheme].weights
     fused = weights.num_bits <= 4 and weights.group_size is None
     assert bool(spy.call_count) is (fused and not is_weight_only(scheme))
@@ -225,13 +223,9 @@ def test_what_it_would_not_compute_is_refused(
 def test_settings_that_are_refused(
     path: str, value: Any, reason: str, vllm_config: Any, mocker: MockerFixture
 ) -> None:
-    from vllm_ascend.ascend_config import get_ascend_config
+    from tests.real_stack.ascend_layers import set_setting
 
-    target: Any = get_ascend_config()
-    *parents, name = path.split(".")
-    for parent in parents:
-        target = getattr(target, parent)
-    mocker.patch.object(target, name, value)
+    set_setting(mocker, path, value)
     _, config, _ = compressed_experts(SIZES, "w8a8-channel-dynamic", BF16)
     with pytest.raises(UnsupportedCheckpointError, match=reason):
         build(config, vllm_config, BF16)

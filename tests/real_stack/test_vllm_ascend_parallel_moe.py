@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.plugins import load_general_plugins
 from vllm.utils.network_utils import get_open_port
 
 from tests.formula import relative_error
@@ -20,8 +19,13 @@ from tests.layers.quantized_experts import (
     routing,
 )
 from tests.layers.quantized_layers import activations
-from tests.real_stack.ascend_experts import SIZES, load, own_operators, run
-from vllm_ascend_ct.ops import emulated
+from tests.real_stack.ascend_experts import (
+    ROUNDED_TOLERANCE,
+    SIZES,
+    load,
+    own_operators,
+    run,
+)
 
 pytestmark = pytest.mark.vllm_ascend
 
@@ -32,7 +36,6 @@ METHODS = (
     *("tensor parallel", "expert parallel", "sequence parallel"),
     *("ALLTOALL", "MC2"),
 )
-INT8_TOLERANCE = 1.5e-2
 
 
 def run_in_parallel(
@@ -89,7 +92,7 @@ def failures(rank: int, method: str, vllm_config: Any) -> dict[str, Any]:
             method, rank, layer, x, (weights, ids), vllm_config
         )
         expected = formula(x, weights.to(BF16), ids)[given]
-        limit = ROUNDINGS[BF16] * 1.1 if is_weight_only(scheme) else INT8_TOLERANCE
+        limit = ROUNDINGS[BF16] * 1.1 if is_weight_only(scheme) else ROUNDED_TOLERANCE
         if not (error := relative_error(output, expected)) < limit:
             found[scheme] = error
     return found
@@ -102,8 +105,6 @@ def _run(rank: int, port: int, model: Path, method: str) -> None:
     from tests.real_stack.ascend_layers import ascend_layers
     from tests.real_stack.communication import emulated_communication
 
-    load_general_plugins()
-    emulated.install()
     torch.set_num_threads(1)
     options = {"enable_expert_parallel": method != "tensor parallel"}
     with (

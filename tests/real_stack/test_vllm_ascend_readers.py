@@ -187,14 +187,10 @@ def build(name: str) -> Any:
 def test_settings_that_read_its_own_layouts(
     path: str, value: Any, reason: str, mocker: MockerFixture
 ) -> None:
-    from vllm_ascend.ascend_config import get_ascend_config
+    from tests.real_stack.ascend_layers import set_setting
 
-    target: Any = get_ascend_config()
-    *parents, name = path.split(".")
-    for parent in parents:
-        target = getattr(target, parent)
     build("o_proj")
-    mocker.patch.object(target, name, value)
+    set_setting(mocker, path, value)
     with pytest.raises(UnsupportedCheckpointError, match=reason):
         build("o_proj")
 

@@ -145,11 +145,6 @@ class AscendCTConfig(CompressedTensorsConfig):
         if type(method) is CompressedTensorsLinearMethod:
             args = self.get_scheme_dict(layer, prefix) or {}
             settings.check_linear(prefix)
-            if prefix.rpartition(".")[2] == "wo_a":
-                raise refused(
-                    "A weight that attention hands to an operator, which takes 16 bits",
-                    prefix,
-                )
             if is_read_elsewhere(prefix):
                 return AscendCTDequantizedLinearMethod(self, args)
             return AscendCTLinearMethod(self, args)

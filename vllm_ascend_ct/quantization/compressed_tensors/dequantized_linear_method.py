@@ -20,6 +20,9 @@ from vllm_ascend_ct.weights import int4, pack_quantized
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
+# Of DeepSeek-V4, and in a shape of its own.
+_HANDED_TO_AN_OPERATOR = "wo_a"
+
 
 def is_read_elsewhere(prefix: str) -> bool:
     """Whether attention reads a layer's weight, which then has to be in 16 bits.
@@ -27,7 +30,8 @@ def is_read_elsewhere(prefix: str) -> bool:
     Not all models with latent attention are among vLLM's `use_mla`, so it is the name
     that counts; where the layer is only called, it is right as well.
     """
-    return prefix.rpartition(".")[2] == "kv_b_proj" or linear.reads_weight(prefix)
+    named = prefix.rpartition(".")[2] in ("kv_b_proj", _HANDED_TO_AN_OPERATOR)
+    return named or linear.reads_weight(prefix)
 
 
 @register_weight_loader_v2_supported_method
@@ -58,6 +62,11 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        if layer.prefix.rpartition(".")[2] == _HANDED_TO_AN_OPERATOR:
+            raise refused(
+                "A weight that attention hands to an operator, which takes 16 bits",
+                layer.prefix,
+            )
         if self._has_grid:
             raise refused(
                 "output_activations of a layer whose weight attention reads, so that "
