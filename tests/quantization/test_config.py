@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytest_mock import MockerFixture
+from transformers import Qwen2Config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.linear import (
     WEIGHT_LOADER_V2_SUPPORTED,
@@ -56,11 +60,21 @@ def config(
     inputs: Any = None,
     fmt: str = "pack-quantized",
     targets: Any = ("Linear",),
+    group: Any = None,
     **more: Any,
 ) -> AscendCTConfig:
-    group = {"targets": targets, "weights": weights, "input_activations": inputs}
+    scheme = {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        **(group or {}),
+    }
     made = get_quantization_config("compressed-tensors").from_config(
-        {"config_groups": {"group_0": group}, "format": fmt, **more}
+        {
+            "config_groups": {"group_0": scheme},
+            "format": fmt,
+            **more,
+        }
     )
     assert type(made) is AscendCTConfig
     return made
@@ -252,7 +266,16 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "sparsity_config.format=sparse-24-bitmask",
     ),
     "format": ({"fmt": "pack-quantized-2"}, "format=pack-quantized-2"),
-    "version": ({"version": "1.0.0"}, "version=1.0.0"),
+    # Of compressed-tensors 0.20.
+    "mxfp6": ({"fmt": "mxfp6-pack-quantized"}, "format=mxfp6-pack-quantized"),
+    "format-of-a-group": (
+        {"group": {"format": "mxfp6-pack-quantized"}},
+        "config_groups.group_0.format=mxfp6-pack-quantized",
+    ),
+    "pruned-experts": (
+        {"moe_sparsity_config": {"method": "prune", "num_experts": [None, 96]}},
+        "moe_sparsity_config={'method': 'prune', 'num_experts': [None, 96]}",
+    ),
     "field-of-weights": ({"weights": {**W4, "codebook": 1}}, "codebook"),
     "no-weights": ({"weights": None}, "config_groups.group_0.weights"),
     "weight-only-int": ({"fmt": "int-quantized"}, "group_0.format=int-quantized"),
@@ -278,9 +301,18 @@ def test_fields_of_other_tools_are_said_to_be_unused(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level("WARNING", logger="vllm.ascend_ct.quantization"):
-        made = config(W4, provider="some tool", ignore=None)
+        made = config(W4, provider="some tool", tool={"a": [1]}, ignore=None)
     assert type(linear(made).quant_method) is AscendCTLinearMethod
     assert "quantization_config.provider='some tool' is not known" in caplog.text
+    assert "quantization_config.tool={'a': [1]} is not known" in caplog.text
+
+
+def test_later_major_version_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """The version is that of a package, not of the format."""
+    with caplog.at_level("WARNING", logger="vllm.ascend_ct.quantization"):
+        made = config(W4, version="7.0.0")
+    assert type(linear(made).quant_method) is AscendCTLinearMethod
+    assert "written by compressed-tensors 7.0.0" in caplog.text
 
 
 def test_config_as_older_releases_wrote_it() -> None:
@@ -465,6 +497,28 @@ def test_transforms_merged_into_weights_are_served(location: str) -> None:
 
 def test_empty_transform_config_is_none() -> None:
     assert config(W4, transform_config={}).transform_config is None
+
+
+def test_graphs_of_one_chip_are_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's hash of an engine's config, which names its cache of graphs."""
+    group = {"targets": ["Linear"], "weights": W4}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    hf_config = Qwen2Config(num_hidden_layers=1, architectures=["Qwen2ForCausalLM"])
+    hf_config.quantization_config = {**quantization, "config_groups": {"all": group}}
+    hf_config.save_pretrained(tmp_path)
+
+    def hash_on(chip: str) -> str:
+        monkeypatch.setenv("VLLM_ASCEND_CT_SOC", chip)
+        arguments = EngineArgs(
+            str(tmp_path), skip_tokenizer_init=True, max_model_len=128, dtype="bfloat16"
+        )
+        made = arguments.create_engine_config()
+        assert type(made.quant_config) is AscendCTConfig
+        return str(pickle.loads(pickle.dumps(made)).compute_hash())
+
+    assert hash_on("A2") == hash_on("A2") != hash_on("A5")
 
 
 def test_kv_cache_scheme_is_dropped_with_a_warning(

@@ -41,7 +41,7 @@ def check_config(config: dict[str, Any]) -> None:
     """
     _check_structure(config)
     _check_version(config)
-    _check_sparsity(config.get("sparsity_config") or {})
+    _check_sparsity(config)
     _check_groups(config)
     _check_transforms(config.get("transform_config") or {})
 
@@ -62,18 +62,28 @@ def _check_version(config: dict[str, Any]) -> None:
     except InvalidVersion:
         return
     if version.major > known.major:
-        raise _refused(
-            f"The checkpoint was written by compressed-tensors {version}, a later "
-            "major version",
-            f"version={version}",
-            f"up to {known.major}.x",
+        # The version of a package, not of the format: what it added to the format
+        # is refused by its field.
+        logger.warning_once(
+            "The checkpoint was written by compressed-tensors %s, of a later major "
+            "version than %s, which reads it.",
+            version,
+            known,
         )
 
 
-def _check_sparsity(config: Any) -> None:
-    if not isinstance(config, dict):
-        config = {"format": config}
-    fmt = config.get("format", CompressionFormat.dense.value)
+def _check_sparsity(config: dict[str, Any]) -> None:
+    if pruned := config.get("moe_sparsity_config"):
+        raise _refused(
+            "Layers have experts removed, and vLLM would route tokens to experts that "
+            "are not there",
+            f"moe_sparsity_config={pruned!s:.80}",
+            "models in which all layers have the same experts",
+        )
+    sparsity = config.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict):
+        sparsity = {"format": sparsity}
+    fmt = sparsity.get("format", CompressionFormat.dense.value)
     if fmt != CompressionFormat.dense.value:
         raise _refused(
             "Sparse weights are not supported; compressed-tensors itself has dropped "
@@ -86,14 +96,13 @@ def _check_sparsity(config: Any) -> None:
 def _check_structure(config: dict[str, Any]) -> None:
     for field, value in config.items():
         if field not in _FIELDS and value:
+            # `warning_once` keeps its arguments, which have to be hashable.
             logger.warning_once(
-                "quantization_config.%s=%.80r is not known and not used.", field, value
+                "quantization_config.%s=%.80s is not known and not used.",
+                field,
+                repr(value),
             )
-    if config.get("format", CompressionFormat.dense.value) not in _FORMATS:
-        served = {fmt: None for rule in SCHEME_RULES for fmt in rule.formats}
-        raise _refused(
-            "The format is not known", f"format={config['format']}", ", ".join(served)
-        )
+    _check_formats(config)
     try:
         QuantizationConfig.model_validate({"config_groups": {}, **config})
         if transforms := config.get("transform_config"):
@@ -106,6 +115,20 @@ def _check_structure(config: dict[str, Any]) -> None:
             "config_groups",
             "what this version of compressed-tensors reads",
         ) from error
+
+
+def _check_formats(config: dict[str, Any]) -> None:
+    groups = config.get("config_groups") or {}
+    formats = {"format": config.get("format")}
+    for name, group in groups.items():
+        if isinstance(group, dict):
+            formats[f"config_groups.{name}.format"] = group.get("format")
+    for field, fmt in formats.items():
+        if fmt is not None and fmt not in _FORMATS:
+            served = {fmt: None for rule in SCHEME_RULES for fmt in rule.formats}
+            raise _refused(
+                "The format is not known", f"{field}={fmt}", ", ".join(served)
+            )
 
 
 def _check_groups(config: dict[str, Any]) -> None:

@@ -29,8 +29,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vllm_ascend_ct.ascend_base import fused_moe, linear, settings
+from vllm_ascend_ct.ascend_base import fused_moe, linear, serves, settings
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.soc import current_soc
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
     get_moe_method,
@@ -110,8 +111,13 @@ class AscendCTConfig(CompressedTensorsConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Note the names and sizes of the checkpoint's tensors."""
+        """Note what decides how layers are computed, and the checkpoint's tensors."""
         super().maybe_update_config(model_name, hf_config, revision)
+        if hf_config is not None:
+            # vLLM names its cache of compiled graphs by the model's config, not by
+            # the quantization config, and layers are traced for one chip.
+            chip = {"soc": current_soc().value, "emulated": not serves()}
+            hf_config.update({"ascend_ct": chip})
         try:
             headers = get_safetensors_params_metadata(model_name, revision=revision)
         except Exception as error:
