@@ -184,6 +184,17 @@ def test_profiling_spreads_tokens(vllm_config: Any, mocker: MockerFixture) -> No
     assert all(len(row.unique()) == SIZES.top_k for row in spread)
 
 
+def test_routed_experts_are_returned(vllm_config: Any, mocker: MockerFixture) -> None:
+    """As `NPUModelRunner` asks for with `enable_return_routed_experts`."""
+    layer, _ = load("w4a16-g32", vllm_config)
+    layer._ascend_routed_experts_capturer = capturer = mocker.Mock()
+    routed = routing(SIZES, 20)
+    run(layer, activations(20, SIZES.hidden, BF16), routed, vllm_config)
+    (call,) = capturer.capture.call_args_list
+    assert call.kwargs["layer_id"] == layer.layer_id
+    assert torch.equal(call.kwargs["topk_ids"], routed[1])
+
+
 def test_weights_of_the_router_on_the_input(vllm_config: Any) -> None:
     layer, formula = load(
         "w4a16-g32", vllm_config, top_k=1, apply_router_weight_on_input=True

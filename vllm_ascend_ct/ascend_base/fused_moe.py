@@ -6,14 +6,11 @@ It neither routes tokens nor uses upstream's modular kernel: a method routes, an
 tokens and weights to the communication method of the current batch.
 """
 
-import importlib.util
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from vllm_ascend_ct.ascend_base import serves
-from vllm_ascend_ct.errors import PlatformError
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 _ACTIVATIONS = ("silu", "swiglustep")
@@ -30,23 +27,6 @@ def unquantized_method(moe: Any, tid2eid: Any) -> Any | None:
     from vllm_ascend.ops.fused_moe.fused_moe import AscendUnquantizedFusedMoEMethod
 
     return AscendUnquantizedFusedMoEMethod(moe, tid2eid=tid2eid)
-
-
-def check_release() -> None:
-    """Refuse a vllm-ascend whose runner is another.
-
-    Raises:
-        PlatformError: It is.
-
-    """
-    module = "vllm_ascend.ops.fused_moe.moe_runtime_args"
-    if importlib.util.find_spec(module) is None:
-        raise PlatformError(
-            "This vllm-ascend asks for experts in a way that is not known",
-            where=f"vllm-ascend {version('vllm-ascend')}, no module {module}",
-            supported="vllm-ascend 0.23",
-            remedy="Install that release, or a release of this package that is newer",
-        )
 
 
 def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None:
@@ -152,6 +132,10 @@ def select_experts(
             input_ids=getattr(get_forward_context(), "input_ids", None),
             **routing,
         )
+    capturer = getattr(layer, "_ascend_routed_experts_capturer", None)
+    if capturer is not None:
+        # enable_return_routed_experts.
+        capturer.capture(layer_id=layer.layer_id, topk_ids=ids)
     zero_expert_type = getattr(layer, "zero_expert_type", None)
     if getattr(layer, "zero_expert_num", 0) == 0 or zero_expert_type is None:
         return weights, ids, None

@@ -56,11 +56,9 @@ class FusedMoEAscendMethod(FusedMoEMethodBase):
             tid2eid: Experts by token, of a layer that is routed by hash.
 
         Raises:
-            PlatformError: vllm-ascend's release has another runner.
             UnsupportedCheckpointError: Its settings are for its own weights.
 
         """
-        fused_moe.check_release()
         settings.check_experts(layer.layer_name)
         super().__init__(method.moe)
         self.method = method
