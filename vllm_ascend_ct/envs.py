@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 EMULATE = "VLLM_ASCEND_CT_EMULATE"
 SOC = "VLLM_ASCEND_CT_SOC"
+ANY_RELEASE = "VLLM_ASCEND_CT_ANY_RELEASE"
 
-ENVIRONMENT_VARIABLES = (EMULATE, SOC)
+ENVIRONMENT_VARIABLES = (EMULATE, SOC, ANY_RELEASE)
 
 
 def requested_plugins() -> list[str]:
@@ -27,6 +28,16 @@ def emulate() -> bool | None:
     """
     value = choice(EMULATE, ("0", "1"))
     return None if value is None else value == "1"
+
+
+def any_release() -> bool:
+    """Whether to go on with releases that are not in the table of `releases.py`.
+
+    Raises:
+        ValueError: The variable is neither 0 nor 1.
+
+    """
+    return choice(ANY_RELEASE, ("0", "1")) == "1"
 
 
 def choice(name: str, choices: Sequence[str]) -> str | None:

@@ -4,9 +4,13 @@
 
 import os
 from functools import cache
+from typing import TYPE_CHECKING
 
-from vllm_ascend_ct import ascend_base, envs
+from vllm_ascend_ct import ascend_base, envs, releases
 from vllm_ascend_ct.errors import PlatformError
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 
 @cache
@@ -15,7 +19,8 @@ def register() -> None:
 
     Raises:
         PlatformError: vLLM resolved to a platform that is not out of tree, so nothing
-            registered here would ever be used.
+            registered here would ever be used; the installed releases are not
+            supported; or another config serves.
 
     """
     from vllm.platforms import PlatformEnum, current_platform
@@ -34,10 +39,12 @@ def register() -> None:
     if isinstance(current_platform, AscendCTPlatformMixin):
         current_platform.prepare_process()
     else:
-        ascend_base.prepare_process()
+        releases.check(on_npu=True)
+        ascend_base.prepare_process(load_plugins=False)
     register_quantization_config()
     register_linear_kernels()
     register_moe_experts()
+    check_in_charge()
 
 
 @cache
@@ -62,6 +69,39 @@ def register_quantization_config() -> None:
     )
 
     register_quantization_config("compressed-tensors")(AscendCTConfig)
+
+
+def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
+    """Make sure that this package's config serves "compressed-tensors".
+
+    vLLM asks the class that was registered last, and would serve with another one
+    without a word.
+
+    Args:
+        quant_config: Of the engine that is being configured.
+
+    Raises:
+        PlatformError: Another config does.
+
+    """
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
+        AscendCTConfig,
+    )
+
+    serving: type = get_quantization_config("compressed-tensors")
+    if quant_config is not None and quant_config.get_name() == "compressed-tensors":
+        serving = type(quant_config)
+    if not issubclass(serving, AscendCTConfig):
+        raise PlatformError(
+            "Another config took over compressed-tensors models from vllm-ascend-ct",
+            where=f"{serving.__module__}.{serving.__qualname__}, "
+            f"VLLM_PLUGINS={','.join(envs.requested_plugins())}",
+            supported="; ".join(map(str, releases.ON_NPU + releases.EMULATED)),
+            remedy="Remove the plugin that registers it, or leave ascend_ct out of "
+            "VLLM_PLUGINS to serve with it",
+        )
 
 
 def register_linear_kernels() -> None:

@@ -2,14 +2,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The NPU base, over a stand-in for torch_npu and vllm-ascend.
 
-The stand-in does what matters here the way vllm-ascend 0.23.0 does it: its platform
-registers a compressed-tensors config of its own, by import, after general plugins ran,
-and its general plugins are filtered by `VLLM_PLUGINS`.
+The stand-in does what matters here the way vllm-ascend does it: its platform registers
+a compressed-tensors config of its own, by import, after general plugins ran, and its
+general plugins are filtered by `VLLM_PLUGINS`.
 """
 
 from pathlib import Path
 
 import pytest
+import vllm
 
 from tests.plugin.fresh import run, run_ok
 from tests.plugin.test_register import OURS, STATE
@@ -32,6 +33,9 @@ def register_connector():
 
 def register_model():
     ran.append("model")
+
+def register_broken():
+    raise OSError("no service")
 """,
     "vllm_ascend/utils.py": """
 from enum import Enum
@@ -52,10 +56,9 @@ class NPUPlatform(CpuPlatform):
 
     @classmethod
     def pre_register_and_update(cls, parser=None):
-        import vllm_ascend.quantization.compressed_tensors_config
+        import vllm_ascend.in_some_module
 """,
-    "vllm_ascend/quantization/__init__.py": "",
-    "vllm_ascend/quantization/compressed_tensors_config.py": """
+    "vllm_ascend/in_some_module.py": """
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -63,21 +66,24 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 class Theirs(QuantizationConfig):
     pass
 """,
-    "vllm_ascend-0.23.0.dist-info/METADATA": """\
+    "vllm_ascend-0.24.0.dist-info/METADATA": """\
 Metadata-Version: 2.1
 Name: vllm_ascend
-Version: 0.23.0
+Version: 0.24.0
 """,
-    "vllm_ascend-0.23.0.dist-info/entry_points.txt": """
+    "vllm_ascend-0.24.0.dist-info/entry_points.txt": """
 [vllm.platform_plugins]
 ascend = vllm_ascend:register
 
 [vllm.general_plugins]
 ascend_kv_connector = vllm_ascend:register_connector
 ascend_model = vllm_ascend:register_model
+ascend_service = vllm_ascend:register_broken
 """,
 }
 
+# The stand-in is of no release, and this vLLM none that vllm-ascend runs on.
+OURS_ALONE = {"VLLM_PLUGINS": "ascend_ct", "VLLM_ASCEND_CT_ANY_RELEASE": "1"}
 SCRIPT = (
     STATE
     + """
@@ -88,7 +94,7 @@ from vllm_ascend.platform import NPUPlatform
 
 load_general_plugins()
 current_platform.pre_register_and_update()
-import vllm_ascend.quantization.compressed_tensors_config
+import vllm_ascend.in_some_module
 current_platform.pre_register_and_update()
 print(type(current_platform).__name__, isinstance(current_platform, NPUPlatform))
 print(state())
@@ -114,7 +120,7 @@ from vllm_ascend_ct.ops.soc import current_soc
 print(current_soc().value)
 """,
         path=npu_host,
-        VLLM_PLUGINS="ascend_ct",
+        **OURS_ALONE,
     )
     assert out.splitlines() == [
         "NPUAscendCTPlatform True",
@@ -125,11 +131,50 @@ print(current_soc().value)
 
 
 def test_beside_vllm_ascend(npu_host: Path) -> None:
-    """vllm-ascend stays the platform; config and kernels are ours."""
+    """vllm-ascend stays the platform, with the plugins that are named."""
     out = run_ok(
-        SCRIPT, path=npu_host, VLLM_PLUGINS="ascend,ascend_ct,ascend_kv_connector"
+        SCRIPT,
+        path=npu_host,
+        VLLM_PLUGINS="ascend,ascend_ct,ascend_kv_connector",
+        VLLM_ASCEND_CT_ANY_RELEASE="1",
     )
-    assert out.splitlines() == ["NPUPlatform True", OURS, "['connector', 'model']"]
+    assert out.splitlines() == ["NPUPlatform True", OURS, "['connector']"]
+
+
+@pytest.mark.parametrize("plugins", ["ascend_ct", "ascend,ascend_ct"])
+def test_release_that_is_not_supported(npu_host: Path, plugins: str) -> None:
+    result = run(
+        "from vllm.plugins import load_general_plugins\nload_general_plugins()",
+        path=npu_host,
+        VLLM_PLUGINS=plugins,
+    )
+    assert result.returncode != 0
+    for part in (
+        f"does not know vllm-ascend 0.24.0 on vLLM {vllm.__version__} (",
+        "Supported: vllm-ascend 0.23.0 or 0.23.0.post1 on vLLM 0.23.0. ",
+        "Install vllm-ascend 0.23.0 or 0.23.0.post1 on vLLM 0.23.0, or ",
+        "VLLM_ASCEND_CT_ANY_RELEASE=1",
+    ):
+        assert part in result.stderr
+
+
+def test_plugin_that_fails_is_logged(npu_host: Path) -> None:
+    """As vLLM logs one that it cannot load; the others run."""
+    result = run(
+        SCRIPT, path=npu_host, **OURS_ALONE, VLLM_LOGGING_STREAM="ext://sys.stderr"
+    )
+    assert result.stdout.splitlines()[-1] == "['connector', 'model']"
+    assert "Failed to load plugin ascend_service" in result.stderr
+    assert "OSError: no service" in result.stderr
+
+
+@pytest.mark.parametrize("plugins", ["ascend_ct", "ascend,ascend_ct"])
+def test_another_chip_than_installed_for(npu_host: Path, plugins: str) -> None:
+    variables = {**OURS_ALONE, "VLLM_PLUGINS": plugins}
+    result = run(SCRIPT, path=npu_host, **variables, VLLM_ASCEND_CT_SOC="A5")
+    assert result.returncode != 0
+    assert "(VLLM_ASCEND_CT_SOC=A5, vllm-ascend: 310P)" in result.stderr
+    assert run(SCRIPT, path=npu_host, **variables, VLLM_ASCEND_CT_SOC="310P").stdout
 
 
 @pytest.mark.parametrize("emulate", [None, "0"])
@@ -138,7 +183,7 @@ def test_no_device(npu_host: Path, emulate: str | None) -> None:
     result = run(
         SCRIPT,
         path=npu_host,
-        VLLM_PLUGINS="ascend_ct",
+        **OURS_ALONE,
         VLLM_ASCEND_CT_EMULATE=emulate,
         STUB_DEVICES="0",
     )
@@ -149,7 +194,8 @@ def test_no_device(npu_host: Path, emulate: str | None) -> None:
 
 
 def test_named_plugins_do_not_run_twice(npu_host: Path) -> None:
-    out = run_ok(SCRIPT, path=npu_host, VLLM_PLUGINS="ascend_ct,ascend_model")
+    variables = {**OURS_ALONE, "VLLM_PLUGINS": "ascend_ct,ascend_model"}
+    out = run_ok(SCRIPT, path=npu_host, **variables)
     assert out.splitlines()[-1] == "['connector', 'model']"
 
 

@@ -9,7 +9,7 @@ from vllm.model_executor.kernels import linear
 from vllm.platforms import current_platform
 
 from tests import hooks
-from tests.plugin.fresh import run_ok
+from tests.plugin.fresh import run, run_ok
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
     AscendCTConfig,
 )
@@ -101,6 +101,9 @@ def test_hook_of_vllm_makes_the_registry_unnecessary() -> None:
 from vllm.platforms import Platform, current_platform
 from vllm.model_executor.layers import quantization
 Platform.get_quant_config = classmethod(lambda cls, name, default: default)
+quantization.get_quantization_config = (
+    lambda name: current_platform.get_quant_config(name, None)
+)
 from vllm_ascend_ct.register import register
 register()
 print(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG)
@@ -108,6 +111,32 @@ print(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG)
         VLLM_PLUGINS="ascend_ct",
     )
     assert out == "{}"
+
+
+def test_another_config_that_takes_over_stops_the_engine() -> None:
+    """Whatever registers one after ours: nobody else serves in silence."""
+    result = run(
+        """
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+VllmConfig()
+print("configured")
+
+@register_quantization_config("compressed-tensors")
+class Theirs(QuantizationConfig):
+    pass
+
+VllmConfig()
+print("configured")
+""",
+        VLLM_PLUGINS="ascend_ct",
+    )
+    assert result.stdout.splitlines() == ["configured"]
+    assert "PlatformError: Another config took over" in result.stderr
+    assert "(__main__.Theirs, VLLM_PLUGINS=ascend_ct)" in result.stderr
 
 
 def test_nothing_of_vllm_is_patched() -> None:

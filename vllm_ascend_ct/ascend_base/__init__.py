@@ -5,34 +5,59 @@
 It is installed on NPU hosts only, so everything is imported where it is used.
 """
 
-import importlib
-import importlib.util
+import os
 from importlib.metadata import entry_points
 
+from vllm.logger import init_logger
+
 from vllm_ascend_ct import envs
-from vllm_ascend_ct.ops.soc import Soc, set_default_soc
+from vllm_ascend_ct.errors import PlatformError
+from vllm_ascend_ct.ops.soc import Soc, requested_soc, set_default_soc
+
+logger = init_logger("vllm.ascend_ct.ascend_base")
 
 
-def is_installed() -> bool:
-    """Whether vllm-ascend can be imported."""
-    return importlib.util.find_spec("vllm_ascend") is not None
+def prepare_process(load_plugins: bool) -> None:
+    """Do in this process what has to happen before our own registrations.
+
+    Args:
+        load_plugins: Whether to run vllm-ascend's general plugins, which
+            `VLLM_PLUGINS=ascend_ct` filters out.
+
+    Raises:
+        PlatformError: The environment names another chip than vllm-ascend.
+
+    """
+    from vllm_ascend.platform import NPUPlatform
+
+    _use_installed_chip()
+    if load_plugins:
+        _load_general_plugins()
+    # Registers vllm-ascend's config while a module is imported. The last registration
+    # counts, so that has to happen before ours; vLLM calls it in one process only.
+    NPUPlatform.pre_register_and_update()
 
 
-def prepare_process() -> None:
-    """Do in this process what has to happen before our own registrations."""
+def _use_installed_chip() -> None:
+    """Take the limits of the chip that vllm-ascend was installed for."""
     from vllm_ascend.utils import get_ascend_device_type
 
-    # The chip that vllm-ascend was installed for; asking the device would start it.
-    set_default_soc(Soc(get_ascend_device_type().name.removeprefix("_")))
-    _load_general_plugins()
-    # Importing this module registers vllm-ascend's config, and the last one counts.
-    module = "vllm_ascend.quantization.compressed_tensors_config"
-    if importlib.util.find_spec(module) is not None:
-        importlib.import_module(module)
+    # Asking the device instead would start it.
+    installed = Soc(get_ascend_device_type().name.removeprefix("_"))
+    if requested_soc() not in (None, installed):
+        raise PlatformError(
+            f"{envs.SOC} names another chip than the one that vllm-ascend was "
+            "installed for",
+            where=f"{envs.SOC}={os.environ[envs.SOC]}, vllm-ascend: {installed.value}",
+            supported=f"{envs.SOC} where the operators are emulated",
+            remedy=f"Unset {envs.SOC}, or install vllm-ascend for the chip that it "
+            "names (SOC_VERSION)",
+        )
+    set_default_soc(installed)
 
 
 def _load_general_plugins() -> None:
-    """Run vllm-ascend's general plugins that `VLLM_PLUGINS` filtered out."""
+    """Run vllm-ascend's general plugins, but for those that vLLM runs itself."""
     requested = envs.requested_plugins()
     for entry_point in entry_points(group="vllm.general_plugins"):
         distribution = entry_point.dist.name if entry_point.dist else ""
@@ -40,7 +65,10 @@ def _load_general_plugins() -> None:
             distribution.replace("_", "-") == "vllm-ascend"
             and entry_point.name not in requested
         ):
-            entry_point.load()()
+            try:
+                entry_point.load()()
+            except Exception:
+                logger.exception("Failed to load plugin %s", entry_point.name)
 
 
 def prefers_nz() -> bool:

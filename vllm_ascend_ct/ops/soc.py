@@ -25,6 +25,17 @@ def set_default_soc(soc: Soc) -> None:
     _default = soc
 
 
+def requested_soc() -> Soc | None:
+    """The chip named by `VLLM_ASCEND_CT_SOC`; None when it is not set.
+
+    Raises:
+        ValueError: The variable names no chip.
+
+    """
+    value = envs.choice(envs.SOC, [soc.value for soc in Soc])
+    return None if value is None else Soc(value)
+
+
 def current_soc() -> Soc:
     """The chip named by `VLLM_ASCEND_CT_SOC`, else the default.
 
@@ -32,5 +43,4 @@ def current_soc() -> Soc:
         ValueError: The variable names no chip.
 
     """
-    value = envs.choice(envs.SOC, [soc.value for soc in Soc])
-    return _default if value is None else Soc(value)
+    return requested_soc() or _default

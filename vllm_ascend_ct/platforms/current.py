@@ -9,7 +9,7 @@ error in the plugin function it would go on with its own CPU platform.
 import importlib
 import importlib.util
 
-from vllm_ascend_ct import envs
+from vllm_ascend_ct import envs, releases
 from vllm_ascend_ct.errors import PlatformError
 
 __all__ = ["AscendCTPlatform"]
@@ -41,7 +41,9 @@ def is_emulated() -> bool:
     return False
 
 
-if is_emulated():
+_emulated = is_emulated()
+releases.check(on_npu=not _emulated)
+if _emulated:
     from vllm_ascend_ct.platforms.emulated import (
         EmulatedAscendCTPlatform as AscendCTPlatform,
     )

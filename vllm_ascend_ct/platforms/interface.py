@@ -12,6 +12,7 @@ from vllm_ascend_ct import envs
 from vllm_ascend_ct.ops.soc import current_soc
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.platforms.interface import Platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -64,6 +65,14 @@ class AscendCTPlatformMixin(_Base):
         # Without a parser an engine is being configured, and logging already is.
         if parser is None:
             cls.announce()
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Stop an engine that another config would serve."""
+        super().check_and_update_config(vllm_config)
+        from vllm_ascend_ct.register import check_in_charge
+
+        check_in_charge(vllm_config.quant_config)
 
     @classmethod
     def announce(cls) -> None:

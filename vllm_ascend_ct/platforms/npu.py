@@ -15,7 +15,7 @@ class NPUAscendCTPlatform(AscendCTPlatformMixin, NPUPlatform):
 
     @classmethod
     def prepare_process(cls) -> None:
-        ascend_base.prepare_process()
+        ascend_base.prepare_process(load_plugins=True)
 
     @classmethod
     def announce(cls) -> None:
