@@ -5,6 +5,8 @@
 from dataclasses import fields
 from typing import Any, get_args
 
+from transformers import PretrainedConfig
+from vllm.config.utils import normalize_value
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearLayerConfig,
 )
@@ -30,6 +32,10 @@ CompressedTensorsWNA8Int: Any = getattr(schemes, "CompressedTensorsWNA8Int", Non
 # Whether a head asks its method what it becomes when tied to an embedding. If not,
 # it takes over the embedding's parameter `weight`.
 METHODS_TIE_WEIGHTS = hasattr(UnquantizedEmbeddingMethod, "tie_weights")
+
+# Whether vLLM's hash of a model, by which it names its cache of compiled graphs, takes
+# what is added to the model's config. vLLM 0.23 takes the fields its class declares.
+HASHES_ADDED_FIELDS = "added" in str(normalize_value(PretrainedConfig(added=1)))
 
 # The parameters of packed experts: of vLLM 0.23's two classes for them the one that has
 # scales per channel and zero points.

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import PlatformError
-from vllm_ascend_ct.ops.soc import Soc, requested_soc, set_default_soc
+from vllm_ascend_ct.ops.soc import Soc, current_soc, requested_soc, set_default_soc
 
 logger = init_logger("vllm.ascend_ct.ascend_base")
 
@@ -85,3 +85,8 @@ def serves() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.device_type == "npu"
+
+
+def graph_key() -> dict[str, dict[str, object]]:
+    """What tells graphs of this process from those compiled for another chip."""
+    return {"ascend_ct": {"soc": current_soc().value, "emulated": not serves()}}

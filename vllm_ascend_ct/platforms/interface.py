@@ -68,11 +68,17 @@ class AscendCTPlatformMixin(_Base):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Stop an engine that another config would serve."""
+        """Stop an engine that another config would serve, and name what it traces."""
         super().check_and_update_config(vllm_config)
+        from vllm_ascend_ct import compat
+        from vllm_ascend_ct.ascend_base import graph_key
         from vllm_ascend_ct.register import check_in_charge
 
         check_in_charge(vllm_config.quant_config)
+        settings = vllm_config.additional_config
+        if not compat.HASHES_ADDED_FIELDS and isinstance(settings, dict):
+            # In the model's config, where `AscendCTConfig` writes it, nothing reads it.
+            vllm_config.additional_config = {**settings, **graph_key()}
 
     @classmethod
     def announce(cls) -> None:

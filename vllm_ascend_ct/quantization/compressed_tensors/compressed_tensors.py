@@ -29,9 +29,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vllm_ascend_ct.ascend_base import fused_moe, linear, serves, settings
+from vllm_ascend_ct.ascend_base import fused_moe, graph_key, linear, settings
 from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.ops.soc import current_soc
 from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
     get_moe_method,
@@ -115,9 +114,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         super().maybe_update_config(model_name, hf_config, revision)
         if hf_config is not None:
             # vLLM names its cache of compiled graphs by the model's config, not by
-            # the quantization config, and layers are traced for one chip.
-            chip = {"soc": current_soc().value, "emulated": not serves()}
-            hf_config.update({"ascend_ct": chip})
+            # the quantization config.
+            hf_config.update(graph_key())
         try:
             headers = get_safetensors_params_metadata(model_name, revision=revision)
         except Exception as error:
