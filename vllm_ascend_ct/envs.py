@@ -3,13 +3,15 @@
 """Environment variables, read when asked for and validated."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 
 EMULATE = "VLLM_ASCEND_CT_EMULATE"
+EMULATE_KEEP_GIB = "VLLM_ASCEND_CT_EMULATE_KEEP_GIB"
 SOC = "VLLM_ASCEND_CT_SOC"
 ANY_RELEASE = "VLLM_ASCEND_CT_ANY_RELEASE"
 
-ENVIRONMENT_VARIABLES = (EMULATE, SOC, ANY_RELEASE)
+ENVIRONMENT_VARIABLES = (EMULATE, EMULATE_KEEP_GIB, SOC, ANY_RELEASE)
+_DEFAULT_KEEP_GIB = 4
 
 
 def requested_plugins() -> list[str]:
@@ -40,7 +42,24 @@ def any_release() -> bool:
     return choice(ANY_RELEASE, ("0", "1")) == "1"
 
 
-def choice(name: str, choices: Sequence[str]) -> str | None:
+def emulate_keep_bytes() -> int:
+    """Memory that emulated operators may keep weights in, in forms that CPUs multiply.
+
+    Raises:
+        ValueError: The variable is not a number of GiB.
+
+    """
+    value = os.environ.get(EMULATE_KEEP_GIB) or _DEFAULT_KEEP_GIB
+    try:
+        return int(float(value) * 2**30)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"Invalid value in the environment ({EMULATE_KEEP_GIB}={value!r}). "
+            "Supported: a number of GiB, or unset. Correct or unset the variable."
+        ) from error
+
+
+def choice(name: str, choices: Collection[str]) -> str | None:
     """Read variable `name`, which must be one of `choices`; None when unset or empty.
 
     Raises:

@@ -19,8 +19,8 @@ from tests.ops.calls import (
     weight_quant_call,
     x,
 )
+from vllm_ascend_ct.ops.emulated.derived import derived
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
-from vllm_ascend_ct.ops.emulated.weight_quant_batchmatmul import dequantized_weights
 from vllm_ascend_ct.ops.emulated.weights import (
     truncate_to_fp19,
     unpack_int4,
@@ -107,23 +107,23 @@ def test_weight_quant_batchmatmul_fp16_rounds_after_each_step() -> None:
 
 
 def test_derived_weights_follow_changes_and_die_with_their_source() -> None:
-    dequantized_weights.clear()
+    derived.clear()
     call = weight_quant_call()
     before = call.run()
     assert torch.equal(call.run(), before)
-    assert len(dequantized_weights) == 1
+    assert len(derived) == 1
     call.args[1].bitwise_xor_(0x11111111)
     after = call.run()
     assert not torch.equal(after, before)
     assert relative_error(after, weight_quant_formula(call)) < 3e-3
-    assert len(dequantized_weights) == 1
+    assert len(derived) == 1
     # As vLLM writes weights when it loads others into a running engine.
     call.args[1].data.bitwise_xor_(0x22222222)
     assert relative_error(call.run(), weight_quant_formula(call)) < 3e-3
     other = weight_quant_call()
     del call
     other.run()
-    assert len(dequantized_weights) == 1
+    assert len(derived) == 1
 
 
 def test_int_matmul_is_exact_at_the_extremes() -> None:

@@ -17,6 +17,7 @@ class Soc(Enum):
 
 
 _default = Soc.A2
+_BY_NAME = {soc.value: soc for soc in Soc}
 
 
 def set_default_soc(soc: Soc) -> None:
@@ -32,8 +33,8 @@ def requested_soc() -> Soc | None:
         ValueError: The variable names no chip.
 
     """
-    value = envs.choice(envs.SOC, [soc.value for soc in Soc])
-    return None if value is None else Soc(value)
+    value = envs.choice(envs.SOC, _BY_NAME)
+    return None if value is None else _BY_NAME[value]
 
 
 def current_soc() -> Soc:

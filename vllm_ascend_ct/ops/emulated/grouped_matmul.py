@@ -266,5 +266,5 @@ def int8_product(
         return a8w4_product(x, weight, scale, bias)
     accumulator = int_matmul(x, weight)
     if bias is not None:
-        accumulator += bias
-    return accumulator.float() * scale.float()
+        accumulator = accumulator.to(torch.int32) + bias
+    return accumulator.float().mul_(scale)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct.ops.emulated.grouped_matmul import int8_product, parts
-from vllm_ascend_ct.ops.emulated.quantize import to_int8
+from vllm_ascend_ct.ops.emulated.quantize import int8_values
 from vllm_ascend_ct.ops.emulated.registry import (
     describe,
     emulates,
@@ -163,5 +163,5 @@ def npu_grouped_matmul_swiglu_quant_v2(
         gated = torch.nn.functional.silu(gate) * up
         row_scale = gated.abs().amax(dim=1, keepdim=True) / _INT8_MAX
         scales[rows] = row_scale.squeeze(1)
-        q[rows] = to_int8(gated * torch.where(row_scale > 0, 1 / row_scale, 0))
+        q[rows] = int8_values(gated * torch.where(row_scale > 0, 1 / row_scale, 0))
     return q, scales

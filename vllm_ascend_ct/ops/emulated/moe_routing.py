@@ -4,7 +4,7 @@
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.quantize import to_int8
+from vllm_ascend_ct.ops.emulated.quantize import int8_values
 from vllm_ascend_ct.ops.emulated.registry import describe, emulates, poison, refuse
 from vllm_ascend_ct.ops.limits import current_limits
 
@@ -192,5 +192,5 @@ def npu_moe_init_routing_v2(
         values *= scale[0] if len(scale) == 1 else scale[experts[order] - start]
     row_scale = values.abs().amax(dim=1, keepdim=True) / _INT8_MAX
     scales[: len(order)] = row_scale.squeeze(1)
-    rows[: len(order)] = to_int8(torch.where(row_scale > 0, values / row_scale, 0))
+    rows[: len(order)] = int8_values(torch.where(row_scale > 0, values / row_scale, 0))
     return rows, indices, counts, scales

@@ -141,7 +141,7 @@ def npu_quant_matmul(
         return a8w4(result, x1, x2, scale, offset, pertoken_scale)
     accumulator = int_matmul(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
-        accumulator += bias
+        accumulator = accumulator.to(torch.int32) + bias
     if result.dtype == torch.int32:
         return result.copy_(accumulator)
     values = accumulator.float()

@@ -8,16 +8,13 @@ Source: op-plugin `torch_npu-npu_quant_matmul.md` and `test_npu_quant_matmul.py`
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.derived import DerivedTensors
-from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
+from vllm_ascend_ct.ops.emulated.int_matmul import int4_products
 from vllm_ascend_ct.ops.emulated.registry import as_dtype, describe, refuse
-from vllm_ascend_ct.ops.emulated.weights import unpack_int4, unpack_quant_param
+from vllm_ascend_ct.ops.emulated.weights import unpack_quant_param
 from vllm_ascend_ct.ops.limits import current_limits
 
 _NAME = "npu_quant_matmul"
 _INT4_PER_INT32 = 8
-
-_unpacked = DerivedTensors()
 
 
 def a8w4_fake(
@@ -95,15 +92,12 @@ def a8w4_product(
         assist: fp32 `[N]`.
 
     """
-    weight = _unpacked.get("a8w4", [x2], lambda: unpack_int4(x2))
-    group_size = len(weight) // len(scales)
-    high = x1 >> 4
-    halves = torch.cat((high, (x1 & 15) - 8))
-    total = torch.zeros(halves.shape[0], weight.shape[1], dtype=torch.float16)
-    for x_part, weight_part, scale_part in zip(
-        halves.split(group_size, dim=1), weight.split(group_size), scales
-    ):
-        product = int_matmul(x_part.contiguous(), weight_part).float() * scale_part
-        total += product.to(torch.float16)
+    group_size = x1.shape[1] // len(scales)
+    halves = torch.cat((x1 >> 4, (x1 & 15) - 8))
+    total = None
+    for product, scale in zip(int4_products(halves, x2, group_size), scales):
+        group = (product * scale).to(torch.float16)
+        total = group if total is None else total.add_(group)
+    assert total is not None
     high_total, low_total = total.float().chunk(2)
     return 16 * high_total + low_total + assist

@@ -16,9 +16,9 @@ _DYNAMIC_ARGUMENTS = (
 )
 
 
-def to_int8(values: torch.Tensor) -> torch.Tensor:
-    """Round half to even and saturate; overwrites `values`."""
-    return values.round_().clamp_(-128, 127).to(torch.int8)
+def int8_values(values: torch.Tensor) -> torch.Tensor:
+    """Round half to even and saturate, in place."""
+    return values.round_().clamp_(-128, 127)
 
 
 def _check_dynamic(
@@ -97,7 +97,7 @@ def npu_dynamic_quant(
     q, scale = _dynamic_quant_fake(input, smooth_scales, **options)
     values = _smoothed(input, smooth_scales)
     amax = values.abs().amax(dim=-1, keepdim=True)
-    row_scale = amax * torch.tensor(1 / 127, dtype=torch.float32)
+    row_scale = amax * (1 / 127)
     soc = current_soc()
     if soc is Soc.A5:
         rows = torch.where(amax > 0, values / row_scale, 0)
@@ -106,7 +106,7 @@ def npu_dynamic_quant(
         rows = rows.abs().add_(0.5).floor_().copysign_(rows)
     else:
         rows = values * torch.where(amax > 0, 127 / amax, 0)
-    return q.copy_(to_int8(rows)), scale.copy_(row_scale.squeeze(-1))
+    return q.copy_(int8_values(rows)), scale.copy_(row_scale.squeeze(-1))
 
 
 def _dynamic_quant_asymmetric_fake(
@@ -153,7 +153,7 @@ def npu_dynamic_quant_asymmetric(
     low, high = values.aminmax(dim=-1, keepdim=True)
     row_scale = ((high - low) / 255).clamp_(min=1e-12)
     row_offset = 127 - high / row_scale
-    q.copy_(to_int8(values * (1 / row_scale) + row_offset))
+    q.copy_(int8_values(values * (1 / row_scale) + row_offset))
     return q, scale.copy_(row_scale.squeeze(-1)), offset.copy_(row_offset.squeeze(-1))
 
 
@@ -256,4 +256,4 @@ def npu_quantize(
     values = input.float() / factor if div_mode else input.float() * factor
     if zero_points is not None:
         values = values + zero_points.float().view(shape)
-    return q.copy_(to_int8(values))
+    return q.copy_(int8_values(values))

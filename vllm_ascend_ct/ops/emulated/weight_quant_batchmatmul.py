@@ -2,10 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The weight-only matrix multiplication operator."""
 
+from functools import cache
+
 import torch
 from torch.nn.functional import linear
 
-from vllm_ascend_ct.ops.emulated.derived import DerivedTensors
+from vllm_ascend_ct.ops.emulated.derived import derived
+from vllm_ascend_ct.ops.emulated.float_matmul import float_matmul, is_faster
 from vllm_ascend_ct.ops.emulated.registry import (
     check_layout,
     describe,
@@ -20,8 +23,8 @@ _NAME = "npu_weight_quant_batchmatmul"
 _INT4_PER_INT32 = 8
 _WEIGHT_BITS = {torch.int32: 4, torch.int8: 8}
 _ROWS_AT_ONCE = 1024
-
-dequantized_weights = DerivedTensors()
+# Up to so many rows, the product is bound by reading the weight: 16 bits are best.
+_FEW_ROWS = 3
 
 
 def weight_size(weight: torch.Tensor) -> tuple[int, int]:
@@ -131,8 +134,7 @@ def _dequantize(
 ) -> torch.Tensor:
     """The weight that the NPU kernel multiplies by, as contiguous `[N, K]`.
 
-    fp16 rounds after the offset and after the scale, bf16 once after both; fp16 comes
-    back in fp32, in which CPUs multiply it faster and as exactly as the NPU.
+    fp16 rounds after the offset and after the scale, bf16 once after both.
     """
     k, n = weight_size(weight)
 
@@ -147,8 +149,7 @@ def _dequantize(
         return weight.t()
 
     step = scale.dtype if scale.dtype == torch.float16 else torch.float32
-    target = torch.float32 if scale.dtype == torch.float16 else torch.bfloat16
-    result = torch.empty((n, k), dtype=target)
+    result = torch.empty((n, k), dtype=scale.dtype)
     parts = [integers(), rows_of(scale)]
     if offset is not None:
         parts.append(rows_of(offset))
@@ -183,8 +184,9 @@ def npu_weight_quant_batchmatmul(
 ) -> torch.Tensor:
     """Multiply by a dequantized weight: `x @ ((weight + offset) * scale) + bias`.
 
-    The dequantized weight is kept, at 2 (bf16) or 4 (fp16) bytes a value, as long as
-    the weight lives: a CPU has no kernel that reads the NPU's layout.
+    The dequantized weight is kept, at 2 bytes a value, as long as the weight lives and
+    `derived` has room: a CPU has no kernel that reads the NPU's layout. Products are
+    summed in fp32.
 
     Source: op-plugin `torch_npu-npu_weight_quant_batchmatmul.md`,
     `WeightQuantBatchMatmulV2KernelNpuOpApi.cpp`; ops-nn
@@ -238,17 +240,32 @@ def weight_only_product(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Multiply `[M, K]` by a weight that is dequantized once: `[M, N]`."""
-    matrix = dequantized_weights.get(
-        group_size,
+    """Multiply `[M, K]` by a weight that is dequantized once: `[M, N]`.
+
+    Rounded to the dtype of x already, or in fp32.
+    """
+    k, n = weight_size(weight)
+    matrix = derived.get(
+        ("16 bits", group_size),
         [weight, scale] if offset is None else [weight, scale, offset],
+        k * n * scale.itemsize,
         lambda: _dequantize(weight, scale, offset, group_size),
     )
-    if bias is not None:
+    if matrix is None:
+        matrix = _dequantize(weight, scale, offset, group_size)
+    if len(x) <= _FEW_ROWS or _multiplies_16_bits(matrix.dtype):
+        if bias is None:
+            return linear(x, matrix)
         bias = bias.reshape(-1)
         narrow_bias = bias.to(matrix.dtype)
         if torch.equal(narrow_bias.to(bias.dtype), bias):
-            bias = narrow_bias
-        else:
-            matrix, bias = matrix.float(), bias.float()
-    return linear(x.to(matrix.dtype), matrix, bias)
+            return linear(x, matrix, narrow_bias)
+    product = float_matmul(x, matrix.t())
+    return product if bias is None else product.add_(bias)
+
+
+@cache
+def _multiplies_16_bits(dtype: torch.dtype) -> bool:
+    """Whether this CPU is faster with a dtype than with float32."""
+    x, matrix = torch.ones(16, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    return is_faster(lambda: linear(x, matrix), lambda: float_matmul(x, matrix.t()))
