@@ -230,9 +230,14 @@ IGNORE = ("lm_head", "re:.*gate$")
 
 
 def make(directory: Path, name: str) -> None:
+    """Make one of the models; see `make_random`."""
+    make_random(directory, configs()[name])
+
+
+def make_random(directory: Path, config: PretrainedConfig) -> None:
     """Make a model with random weights, in bfloat16, and a tokenizer."""
     torch.manual_seed(0)
-    model = new_model(configs()[name], torch.float32)
+    model = new_model(config, torch.float32)
     for key, parameter in model.named_parameters():
         if key.endswith("gate.weight"):
             torch.nn.init.normal_(parameter, std=0.1)
