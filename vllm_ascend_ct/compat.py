@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What differs between the vLLM releases that are supported, hooks among it."""
+"""What of vLLM differs between supported releases, or is none of its interfaces."""
 
 from dataclasses import fields
 from typing import Any, get_args
 
+import torch
 from transformers import PretrainedConfig
+from vllm.config import get_current_vllm_config_or_none
 from vllm.config.utils import normalize_value
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearLayerConfig,
@@ -14,6 +16,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
+from vllm.model_executor.model_loader.reload import layerwise
 
 # What experts return who leave the sum over each token's rows to their caller. None in
 # releases whose modular kernel does not pass it on.
@@ -70,3 +73,24 @@ except ImportError:
 else:
     register_moe_experts = _registry.register_moe_experts
     MOE_EXPERTS_TYPES = get_args(_registry.MoEExpertsType)
+
+
+def load_format() -> str:
+    """Name of the format that the current model is loaded in."""
+    vllm_config = get_current_vllm_config_or_none()
+    return "auto" if vllm_config is None else str(vllm_config.load_config.load_format)
+
+
+def modules_around(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules of the model that has a layer, by their names in it.
+
+    Empty until the model is built: vLLM then notes its modules for reloading.
+    """
+    known = list(getattr(layerwise, "LAYERWISE_INFO", ()))
+    inner = {id(child) for module in known for child in module.children()}
+    for module in known:
+        if id(module) not in inner:
+            modules = dict(module.named_modules())
+            if any(other is layer for other in modules.values()):
+                return modules
+    return {}

@@ -3,7 +3,66 @@
 """What this package raises: what is wrong, where, what is supported, what to do."""
 
 import functools
+from enum import StrEnum
 from typing import Any
+
+
+class Remedy(StrEnum):
+    """What to do about a refusal, one member for each cause.
+
+    A text in braces is filled in by `format`.
+    """
+
+    ADD_TO_IGNORE = (
+        "Add {patterns} to `ignore` of config.json's quantization_config, or export "
+        "the checkpoint again with the layer quantized"
+    )
+    REMOVE_FROM_IGNORE = (
+        "Remove or narrow {patterns} in `ignore` of config.json's quantization_config: "
+        "it matches {layer}, as vLLM calls the layer"
+    )
+    ADD_TO_TARGETS = (
+        "Add {patterns} to the `targets` of the group that describes the layer, in "
+        "config.json's quantization_config"
+    )
+    CORRECT_FIELD = (
+        "Correct {field} in config.json's quantization_config, or export the "
+        "checkpoint again"
+    )
+    ONE_SCHEME = (
+        "Give them one scheme: correct `targets` or `ignore` of config.json's "
+        "quantization_config if the file has them alike, else quantize the model again"
+    )
+    EXPORT_AGAIN = "Export the checkpoint again"
+    EXPORT_ALIKE = "Export the checkpoint again, with all of them quantized or none"
+    QUANTIZE_AGAIN = "Quantize the model again with a supported scheme"
+    LEAVE_UNQUANTIZED = (
+        "Quantize the model again with the layer in the recipe's `ignore`"
+    )
+    CALIBRATE_AGAIN = "Calibrate and quantize the model again"
+    CHANGE_RANKS = (
+        "Change tensor_parallel_size, or quantize the model again with sizes that "
+        "ranks can divide"
+    )
+    DOWNLOAD_AGAIN = "Download the checkpoint again, or have it written again"
+    OTHER_LOADER = (
+        "Use a vLLM whose loader of this model takes quantized tensors of these names, "
+        "or export the checkpoint as this one takes it"
+    )
+    COMPARE = (
+        "Compare these names with `ignore` and `targets` of config.json's "
+        "quantization_config and correct them, or use a vLLM whose loader of this "
+        "model takes tensors of these names"
+    )
+    LOAD_CHECKPOINT = (
+        "Serve the checkpoint itself, with a --load-format that reads its files"
+    )
+    LORA_TARGETS = (
+        "Name the modules that adapters are for with --lora-target-modules, experts "
+        "not among them"
+    )
+    NO_QUANTIZATION = "Leave out --quantization"
+    WITHOUT_PLUGIN = "Serve this model without ascend_ct in VLLM_PLUGINS"
 
 
 class OperatorLimitError(RuntimeError):
@@ -44,11 +103,13 @@ class UnsupportedCheckpointError(_FourPartError, NotImplementedError):
     """
 
 
-def broken_checkpoint(what: str, where: str) -> UnsupportedCheckpointError:
+def broken_checkpoint(
+    what: str, where: str, remedy: str = Remedy.DOWNLOAD_AGAIN
+) -> UnsupportedCheckpointError:
     """Refuse a checkpoint that is not what its config says."""
     return UnsupportedCheckpointError(
         what,
         where=where,
         supported="tensors as config.json's quantization_config describes them",
-        remedy="Download the checkpoint again, or have it written again",
+        remedy=remedy,
     )

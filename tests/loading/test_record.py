@@ -49,13 +49,18 @@ def test_nothing_given() -> None:
         process(gate_up())
 
 
-@pytest.mark.parametrize("load_format", ["dummy", "sharded_state"])
-def test_nothing_to_give(load_format: str) -> None:
+@pytest.mark.parametrize("load_format", ["dummy", "of_a_plugin"])
+def test_filled_otherwise(load_format: str) -> None:
     """Some loaders fill parameters without their weight loaders."""
     layer = gate_up(load_format)
     layer.weight.data.fill_(1)
     layer.weight_scale.data.fill_(1)
     process(layer)
+
+
+def test_nothing_given_by_a_loader_that_is_not_known() -> None:
+    with pytest.raises(UnsupportedCheckpointError, match="weight is missing"):
+        process(gate_up("of_a_plugin"))
 
 
 def test_one_shard_missing() -> None:

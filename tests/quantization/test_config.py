@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from tests import hooks
 from tests.layers.quantized_layers import FUSED
 from tools import enumerate_configs
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
@@ -295,6 +295,10 @@ def test_config_refused_by_name(name: str) -> None:
     text = str(error.value)
     for part in (message, "config.json, quantization_config.", "Supported: "):
         assert part in text
+    # Of the others the file is as the config says.
+    is_config = name in ("no-weights", "pattern", "pattern-to-ignore")
+    assert ("Correct " in text) == is_config
+    assert (Remedy.QUANTIZE_AGAIN in text) != is_config
 
 
 def test_fields_of_other_tools_are_said_to_be_unused(
@@ -364,7 +368,10 @@ def test_one_target_in_two_groups() -> None:
         name: {"targets": ["Linear"], "weights": weights}
         for name, weights in (("group_0", W4), ("group_1", W8))
     }
-    with pytest.raises(UnsupportedCheckpointError, match="group_1.targets=Linear"):
+    with pytest.raises(
+        UnsupportedCheckpointError,
+        match="group_1.targets=Linear.*Correct config_groups.group_1.targets",
+    ):
         AscendCTConfig.from_config(
             {"config_groups": groups, "format": "pack-quantized"}
         )

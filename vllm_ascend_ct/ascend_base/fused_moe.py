@@ -16,17 +16,25 @@ from vllm_ascend_ct.ops.soc import Soc, current_soc
 _ACTIVATIONS = ("silu", "swiglustep")
 
 
-def unquantized_method(moe: Any, tid2eid: Any) -> Any | None:
-    """vllm-ascend's method for experts that are not quantized; None off the NPU."""
+def unquantized_class(tid2eid: Any) -> tuple[Any, dict[str, Any]] | None:
+    """vllm-ascend's method for experts that are not quantized; None off the NPU.
+
+    Args:
+        tid2eid: Experts by token, of a layer that is routed by hash.
+
+    Returns:
+        The class and what it takes beside a layer's `moe_config`.
+
+    """
     if not serves():
         return None
     if current_soc() is Soc.ASCEND_310P:
         from vllm_ascend._310p.fused_moe import fused_moe as fused_moe_310p
 
-        return fused_moe_310p.AscendUnquantizedFusedMoEMethod310(moe)
+        return fused_moe_310p.AscendUnquantizedFusedMoEMethod310, {}
     from vllm_ascend.ops.fused_moe.fused_moe import AscendUnquantizedFusedMoEMethod
 
-    return AscendUnquantizedFusedMoEMethod(moe, tid2eid=tid2eid)
+    return AscendUnquantizedFusedMoEMethod, {"tid2eid": tid2eid}
 
 
 def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None:

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearMethodBase
 
 
-def unquantized_method() -> "LinearMethodBase | None":
+def unquantized_class() -> "type[LinearMethodBase] | None":
     """vllm-ascend's method for layers that are not quantized; None off the NPU."""
     if not serves():
         return None
     from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 
-    method: LinearMethodBase = AscendUnquantizedLinearMethod()
-    return method
+    method_class: type[LinearMethodBase] = AscendUnquantizedLinearMethod
+    return method_class
 
 
 def reads_weight(prefix: str) -> bool:

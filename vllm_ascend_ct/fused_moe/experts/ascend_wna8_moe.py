@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 
 from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.compat import load_format
 from vllm_ascend_ct.fused_moe.activation import is_swiglu
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
 from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, int8_mlp
@@ -145,5 +146,8 @@ class AscendW4A8Experts(AscendWNA8Experts):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         for name in self.products(self.moe_config):
             weight_name, parameter = stored_weight(layer, name)
+            if load_format() == "dummy":
+                # vLLM leaves integers as the memory was.
+                parameter.data.clamp_(-8, 7)
             replace_parameter(layer, weight_name, experts.pack_int4(parameter.data))
         super().process_weights_after_loading(layer)

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
     is_activation_quantization_format,
 )
 
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.rules import SCHEME_RULES
 
 logger = init_logger("vllm.ascend_ct.quantization")
@@ -46,12 +46,14 @@ def check_config(config: dict[str, Any]) -> None:
     _check_transforms(config.get("transform_config") or {})
 
 
-def _refused(what: str, field: str, supported: str) -> UnsupportedCheckpointError:
+def _refused(
+    what: str, field: str, supported: str, remedy: str = Remedy.QUANTIZE_AGAIN
+) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(
         what,
         where=f"config.json, quantization_config.{field}",
         supported=supported,
-        remedy="Quantize the model again with a supported recipe",
+        remedy=remedy,
     )
 
 
@@ -145,6 +147,7 @@ def _check_groups(config: dict[str, Any]) -> None:
                 "The group does not say how weights are quantized",
                 f"{field}.weights",
                 "groups with targets and weights",
+                Remedy.CORRECT_FIELD.format(field=field),
             )
         actorder = group["weights"].get("actorder")
         if actorder is True or (
@@ -174,6 +177,7 @@ def _check_groups(config: dict[str, Any]) -> None:
                     "The target is in two groups with different schemes",
                     f"{field}.targets={target}",
                     "one scheme for a target",
+                    Remedy.CORRECT_FIELD.format(field=f"{field}.targets"),
                 )
 
 
@@ -181,6 +185,16 @@ def _is_attention(group: dict[str, Any]) -> bool:
     """Whether upstream skips the group, with a warning: it is about the KV cache."""
     targets = group.get("targets") or []
     return len(targets) == 1 and targets[0].endswith("Attention")
+
+
+def has_scalar_kv_scales(config: dict[str, Any]) -> bool:
+    """Whether each of the KV cache's scales in a checkpoint is one number."""
+    groups = (config.get("config_groups") or {}).values()
+    schemes = [
+        config.get("kv_cache_scheme"),
+        *(group.get("input_activations") for group in groups if _is_attention(group)),
+    ]
+    return all(scheme.get("strategy") == "tensor" for scheme in schemes if scheme)
 
 
 def _check_pattern(target: str, field: str) -> None:
@@ -192,6 +206,7 @@ def _check_pattern(target: str, field: str) -> None:
                 f"The pattern does not compile: {error}",
                 field,
                 "regular expressions, as Python's re has them",
+                Remedy.CORRECT_FIELD.format(field=field.partition("=")[0]),
             ) from error
 
 

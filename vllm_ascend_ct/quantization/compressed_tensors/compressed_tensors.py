@@ -2,14 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The compressed-tensors config on Ascend: upstream's, where it must differ."""
 
+import re
 from typing import Any, cast
 
 import torch
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import (
-    RoutedExperts,
-    UnquantizedFusedMoEMethod,
-)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
@@ -27,27 +26,28 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.transformers_utils.config import get_safetensors_params_metadata
+from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_ascend_ct.ascend_base import fused_moe, graph_key, linear, settings
+from vllm_ascend_ct.ascend_base import graph_key, linear, settings
+from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
+from vllm_ascend_ct.quantization.compressed_tensors import agreement
+from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.checks import (
+    check_config,
+    has_scalar_kv_scales,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
     get_moe_method,
-)
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
-    check_tensors,
-    is_upstreams,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method import (
     AscendCTDequantizedLinearMethod,
     is_read_elsewhere,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
-    refused,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
     AscendCTWNA8O8Int,
@@ -55,7 +55,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
     AscendCTWNA16,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.utils import difference, essence
+from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
 from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding import (
     AscendCTEmbeddingMethod,
     AscendCTHeadMethod,
@@ -63,6 +63,8 @@ from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding imp
 )
 
 logger = init_logger("vllm.ascend_ct.quantization")
+
+_KV_SCALES = re.compile(r"\.(kv|[qkv])_(scale|zero_point)$")
 
 
 class AscendCTConfig(CompressedTensorsConfig):
@@ -75,10 +77,20 @@ class AscendCTConfig(CompressedTensorsConfig):
     kvcache_quant_layers = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not args and not kwargs:
+            # vLLM's way to say that config.json has no quantization_config.
+            raise UnsupportedCheckpointError(
+                "The model is not quantized by compressed-tensors",
+                where="--quantization compressed-tensors, config.json without "
+                "quantization_config",
+                supported="checkpoints whose config.json says how they are quantized",
+                remedy=Remedy.NO_QUANTIZATION,
+            )
         super().__init__(*args, **kwargs)
         # Each of vllm-ascend's RMSNorm layers iterates over it.
         self.quant_description: dict[str, Any] = {}
-        self._headers: CheckpointHeaders | None = None
+        self.checkpoint = Checkpoint(self)
+        self._skips_kv_scales = False
         if self.kv_cache_scheme is not None:
             logger.warning_once(
                 "The checkpoint's kv_cache_scheme is not honoured: the KV cache stays "
@@ -96,12 +108,15 @@ class AscendCTConfig(CompressedTensorsConfig):
         """
         check_config(config)
         # Upstream refuses weights that are stored whole but were made sparse.
-        config = {
+        changed = {
             **config,
             "ignore": config.get("ignore") or [],
             "sparsity_config": None,
         }
-        return cast(AscendCTConfig, super().from_config(config))
+        made = cast(AscendCTConfig, super().from_config(changed))
+        # Upstream's method makes room for one number each, as there is no scheme left.
+        made._skips_kv_scales = not has_scalar_kv_scales(config)
+        return made
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """The dtypes a model may have; vLLM asks before it loads anything."""
@@ -110,19 +125,27 @@ class AscendCTConfig(CompressedTensorsConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Note what decides how layers are computed, and the checkpoint's tensors."""
+        """Note what decides how layers are computed, and the checkpoint."""
         super().maybe_update_config(model_name, hf_config, revision)
         if hf_config is not None:
             # vLLM names its cache of compiled graphs by the model's config, not by
             # the quantization config.
             hf_config.update(graph_key())
-        try:
-            headers = get_safetensors_params_metadata(model_name, revision=revision)
-        except Exception as error:
-            # What loads the file says better what is wrong with it.
-            logger.debug("Could not read headers of %s: %s", model_name, error)
-            return
-        self._headers = CheckpointHeaders(headers)
+        self.checkpoint.set_source(model_name, revision)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Name layers as vLLM does."""
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        self.checkpoint.add_mapper(hf_to_vllm_mapper)
+
+    def get_cache_scale_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Name scales of the KV cache; vLLM asks as it begins to load weights."""
+        self.checkpoint.before_loading()
+        mapper: WeightsMapper | None = super().get_cache_scale_mapper()
+        mapper = mapper or WeightsMapper()
+        if self._skips_kv_scales:
+            mapper |= WeightsMapper(orig_to_new_regex={_KV_SCALES: None})
+        return mapper
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None
@@ -141,29 +164,37 @@ class AscendCTConfig(CompressedTensorsConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
-            return self._experts_method(layer, prefix, tid2eid)
+            self._add_fused_moe_to_target_scheme_map()
+            return get_moe_method(self, layer, prefix, tid2eid)
+        if isinstance(layer, Attention) and self._skips_kv_scales:
+            return None
+        if not isinstance(layer, LinearBase):
+            return super().get_quant_method(layer, prefix)
+        args = self.get_scheme_dict(layer, prefix)
+        files = self.checkpoint.check_layer(layer, prefix, args)
         try:
             method = super().get_quant_method(layer, prefix)
         except ValueError as error:
             raise refused(str(error), prefix) from error
-        if type(method) is CompressedTensorsLinearMethod:
-            args = self.get_scheme_dict(layer, prefix) or {}
+        if type(method) is UnquantizedLinearMethod:
+            unquantized = watched(linear.unquantized_class() or type(method))()
+            method = unquantized.watch(self.checkpoint, prefix, files)
+            return method
+        if type(method) is CompressedTensorsLinearMethod and args is not None:
             settings.check_linear(prefix)
             if is_read_elsewhere(prefix):
                 return AscendCTDequantizedLinearMethod(self, args)
             return AscendCTLinearMethod(self, args)
-        if isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod:
-            return linear.unquantized_method() or method
         return method
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of an embedding or of an output head."""
         is_head = isinstance(layer, ParallelLMHead)
-        scheme = self.get_scheme(layer, prefix)
-        if scheme is None:
+        args = self.get_scheme_dict(layer, prefix)
+        self.checkpoint.check_layer(layer, prefix, args)
+        if args is None:
             return AscendCTUnquantizedHeadMethod() if is_head else None
-        layer.scheme = scheme
-        args = self.get_scheme_dict(layer, prefix) or {}
+        scheme = layer.scheme = self.get_scheme(layer, prefix)
         if is_head:
             return AscendCTHeadMethod(self, args)
         weight_only = args.get("input_activations") is None
@@ -173,49 +204,6 @@ class AscendCTConfig(CompressedTensorsConfig):
                 prefix,
             )
         return AscendCTEmbeddingMethod(self, args)
-
-    def check_bias(self, layer_name: str) -> None:
-        """Refuse a layer with a bias that the checkpoint lacks.
-
-        Raises:
-            UnsupportedCheckpointError: Names the tensor.
-
-        """
-        if self._headers is not None:
-            mapping = self.packed_modules_mapping
-            self._headers.check_bias(get_layer_partition_names(layer_name, mapping))
-
-    def _experts_method(
-        self, layer: Any, prefix: str, tid2eid: Any
-    ) -> QuantizeMethodBase | None:
-        """Choose the method of routed experts."""
-        self._add_fused_moe_to_target_scheme_map()
-        kinds = ("gate_proj", "up_proj", "down_proj")
-        shards = [getattr(layer, f"ckpt_{kind}_name", kind) for kind in kinds]
-        schemes = {
-            name: self.get_scheme_dict(layer, f"{prefix}.0.{name}")
-            for name in dict.fromkeys(shards)
-            if name is not None
-        }
-        scheme = schemes[shards[-1]]
-        for name, other in schemes.items():
-            if essence(other) != essence(scheme):
-                raise refused(
-                    "Projections of one expert are quantized differently: "
-                    f"{difference(name, other, scheme)}, "
-                    f"{difference(shards[-1], scheme, other)}",
-                    prefix,
-                )
-        if self._headers is not None:
-            experts = range(layer.global_num_experts)
-            self._headers.check_experts(prefix, experts, list(schemes), scheme)
-        if scheme is None:
-            method = fused_moe.unquantized_method(layer.moe_config, tid2eid)
-            return method or UnquantizedFusedMoEMethod(layer.moe_config)
-        method = get_moe_method(scheme, layer, prefix, tid2eid)
-        if self._headers is not None and is_upstreams(method):
-            check_tensors(self._headers, layer, prefix, shards, scheme)
-        return method
 
     def get_scheme(
         self, layer: torch.nn.Module, layer_name: str | None = None
@@ -262,21 +250,15 @@ class AscendCTConfig(CompressedTensorsConfig):
         """
         parts = get_layer_partition_names(layer_name or "", self.packed_modules_mapping)
         find = super().get_scheme_dict
+        headers = self.checkpoint.headers
         try:
+            schemes = {part: find(layer, part) for part in parts}
+            agreement.check_one_scheme(
+                "Shards of one layer", layer_name or "", schemes, self.ignore, headers
+            )
             found: dict[str, Any] | None = find(layer, layer_name)
-            by_part = {part: essence(find(layer, part)) for part in parts[1:]}
-            first = essence(find(layer, parts[0]))
         except ValueError as error:
-            raise refused(str(error), layer_name) from error
-        for part, scheme in by_part.items():
-            if scheme != first:
-                raise refused(
-                    "Shards of one layer are quantized differently: "
-                    f"{difference(parts[0], first, scheme)}, "
-                    f"{difference(part, scheme, first)}",
-                    layer_name,
-                )
-        headers = self._headers
+            raise refused(str(error), layer_name, Remedy.ONE_SCHEME) from error
         if (
             found is None
             and isinstance(layer, ParallelLMHead)
@@ -285,10 +267,6 @@ class AscendCTConfig(CompressedTensorsConfig):
         ):
             # A class target means the checkpoint's class, and there it is a Linear.
             found = find(Linear(), layer_name)
-        if headers is not None and isinstance(
-            layer, LinearBase | VocabParallelEmbedding
-        ):
-            headers.check_layer(parts, found)
         return found
 
 

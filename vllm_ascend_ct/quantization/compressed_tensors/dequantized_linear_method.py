@@ -12,10 +12,11 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_ascend_ct.ascend_base import linear
+from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
-    refused,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.weights import int4, pack_quantized
 
 logger = init_logger("vllm.ascend_ct.quantization")
@@ -50,7 +51,7 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
         self._quantized = AscendCTLinearMethod(
             quantization_config, {**args, "input_activations": None}
         )
-        self._unquantized = linear.unquantized_method() or UnquantizedLinearMethod()
+        self._unquantized = (linear.unquantized_class() or UnquantizedLinearMethod)()
 
     def create_weights(
         self,
@@ -66,6 +67,7 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
             raise refused(
                 "A weight that attention hands to an operator, which takes 16 bits",
                 layer.prefix,
+                Remedy.LEAVE_UNQUANTIZED,
             )
         if self._has_grid:
             raise refused(

@@ -1,220 +1,231 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Checks of a layer against the names and sizes of the checkpoint's tensors.
+"""The layers of a checkpoint as its files have them, by the names that vLLM gives them.
 
-vLLM does not name a tensor that a fused layer has no place for, and does not notice a
-bias that is missing. Where vLLM calls a layer otherwise than the file does, nothing is
-checked here.
+Headers are all that is read. A layer that the model's code renames, and no mapping of
+its class, is not found.
 """
 
+import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from compressed_tensors import CompressionFormat
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vllm_ascend_ct.errors import broken_checkpoint
-from vllm_ascend_ct.quantization.compressed_tensors.loading import (
-    OPTIONAL,
-    QuantizedShape,
-)
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
 
-_DTYPES = {
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
 _QUANTIZED = {"weight_packed", "weight_scale"}
-_KNOWN = {
-    "bias",
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-    "input_scale",
-    "input_zero_point",
-    "output_scale",
-    "output_zero_point",
-}
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """The tensors of one layer.
+
+    Attributes:
+        name: Of the layer, in the file.
+        shapes: By kind, as `weight_scale`.
+        dtypes: By kind, as safetensors names them.
+
+    """
+
+    name: str
+    shapes: dict[str, list[int]]
+    dtypes: dict[str, str]
+
+    @property
+    def is_quantized(self) -> bool:
+        return not _QUANTIZED.isdisjoint(self.shapes)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.dtypes.get("weight") in _FLOATS and not self.is_quantized
+
+    def is_like(self, other: "FileLayer") -> bool:
+        """Whether neither is quantized, or both in the same format."""
+        if not self.is_quantized:
+            return not other.is_quantized
+        return self._kinds == other._kinds
+
+    @property
+    def _kinds(self) -> dict[str, str]:
+        return {k: d for k, d in self.dtypes.items() if k != "bias"}
+
+    @property
+    def fused_experts(self) -> str | None:
+        """Kind of a tensor of all experts that is not quantized, or None."""
+        for kind, dtype in self.dtypes.items():
+            if len(self.shapes[kind]) == 3 and dtype in _FLOATS:
+                return kind
+        return None
+
+    @property
+    def quantized_tensor(self) -> str:
+        """Name of a tensor that tells that the layer is quantized."""
+        return f"{self.name}.{min(_QUANTIZED & self.shapes.keys())}"
+
+
+@dataclass(frozen=True)
+class LayerFiles:
+    """What the file has of a layer of vLLM's.
+
+    Attributes:
+        parts: By the names that the layer and its shards have in vLLM.
+        shards: Names of the shards, in order.
+        alike: Where no part is found, layers of the same block with like names.
+        biased: Names of those parts in the file that have a bias in some block.
+        is_read: Whether the headers were read.
+
+    """
+
+    parts: dict[str, FileLayer] = field(default_factory=dict)
+    shards: tuple[str, ...] = ()
+    alike: tuple[FileLayer, ...] = ()
+    biased: frozenset[str] = frozenset()
+    is_read: bool = False
+
+    def of_shard(self, number: int | None) -> list[FileLayer]:
+        """The parts of a shard, or all of them."""
+        if number is None or number >= len(self.shards):
+            return list(self.parts.values())
+        found = self.parts.get(self.shards[number])
+        return [] if found is None else [found]
 
 
 class CheckpointHeaders:
-    """The tensors of a checkpoint's quantized layers: kind to shape, by layer.
-
-    And kind to dtype, which is one of safetensors' names.
-    """
+    """The layers of a checkpoint."""
 
     def __init__(self, headers: Mapping[str, dict[str, Any]]) -> None:
         """Sort tensors by layer.
 
         Args:
-            headers: `shape` and more of each tensor, by name.
+            headers: `shape` and `dtype` of each tensor, by name.
 
         """
-        layers: dict[str, dict[str, list[int]]] = defaultdict(dict)
-        self._dtypes: dict[str, str] = {}
+        self.layers: dict[str, FileLayer] = {}
         for name, header in headers.items():
             layer, _, kind = name.rpartition(".")
-            if layer:
-                layers[layer][kind] = header["shape"]
-                self._dtypes[name] = header["dtype"]
-        self._layers = {
-            layer: shapes
-            for layer, shapes in layers.items()
-            if shapes.keys() & _QUANTIZED
+            if not layer:
+                continue
+            found = self.layers.get(layer) or FileLayer(layer, {}, {})
+            found.shapes[kind] = header["shape"]
+            found.dtypes[kind] = header["dtype"]
+            self.layers[layer] = found
+        self.by_name = self.layers
+
+    @classmethod
+    def read(cls, model: str, revision: str | None) -> "CheckpointHeaders":
+        """Read the headers of a model's safetensors files.
+
+        Raises:
+            ValueError: There are none.
+
+        """
+        headers = get_safetensors_params_metadata(model, revision=revision)
+        index = Path(model) / _INDEX
+        if index.exists():
+            # vLLM loads no other file.
+            listed = json.loads(index.read_text())["weight_map"]
+            headers = {name: headers[name] for name in headers.keys() & listed.keys()}
+        if not headers:
+            raise ValueError("there are no safetensors files")
+        return cls(headers)
+
+    def map_names(self, mappers: Sequence["WeightsMapper"]) -> None:
+        """Name layers as vLLM does, for which it maps the names of weights.
+
+        A model that contains others maps names for each of them, in turn or for itself
+        alone.
+        """
+        names = dict.fromkeys(self.layers)
+        self.by_name = dict(self.layers)
+        chain: dict[str, str] = {name: name for name in names}
+        for number, mapper in enumerate(mappers):
+            if number:
+                self._add(_mapped({name: name for name in names}, mapper))
+            chain = _mapped(chain, mapper)
+            self._add(chain)
+
+    def _add(self, names: Mapping[str, str]) -> None:
+        self.by_name |= {mapped: self.layers[name] for name, mapped in names.items()}
+
+    def find(self, name: str) -> FileLayer | None:
+        """The layer that vLLM calls `name`, None if that is not known."""
+        return self.by_name.get(name)
+
+    def files(self, names: Sequence[str]) -> LayerFiles:
+        """Find a layer.
+
+        Args:
+            names: Of the layer, and of its shards in order.
+
+        """
+        found = {name: self.find(name) for name in names}
+        parts = {name: layer for name, layer in found.items() if layer is not None}
+        alike: list[FileLayer] = []
+        if not parts:
+            for name in names:
+                alike += self._alike.get(_essence(name), ())
+        biased = {
+            layer.name
+            for layer in parts.values()
+            if _without_numbers(layer.name) in self._biased
         }
+        shards = tuple(names[1:])
+        return LayerFiles(parts, shards, tuple(alike), frozenset(biased), True)
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, ...], list[FileLayer]]:
+        found = defaultdict(list)
+        for layer in self.layers.values():
+            found[_essence(layer.name)].append(layer)
+        return found
 
     def has_quantized(self, name: str) -> bool:
         """Whether a layer whose name ends like this one's is quantized."""
         last = name.rpartition(".")[2]
-        return any(layer.rpartition(".")[2] == last for layer in self._layers)
-
-    def check_layer(self, parts: Iterable[str], scheme: dict[str, Any] | None) -> None:
-        """Refuse a layer that has other tensors than its scheme means.
-
-        Args:
-            parts: Names that the layer's shards have in the checkpoint.
-            scheme: As upstream's `get_scheme_dict` gives it.
-
-        Raises:
-            UnsupportedCheckpointError: Names the tensor.
-
-        """
-        places = _places(scheme) if scheme else set()
-        for part in parts:
-            shapes = self._layers.get(part, {})
-            if shapes and not scheme:
-                kind = min(shapes.keys() & _QUANTIZED)
-                raise broken_checkpoint(
-                    "The layer is quantized, and the config does not say how "
-                    "(config_groups, ignore)",
-                    f"tensor {part}.{kind}",
-                )
-            for kind in sorted(shapes.keys() & _KNOWN - places):
-                raise broken_checkpoint(
-                    "The layer's scheme in the config has no such tensor",
-                    f"tensor {part}.{kind}",
-                )
-            kind = "weight_packed" if "weight_packed" in shapes else "weight"
-            weight, bias = shapes.get(kind), shapes.get("bias")
-            if weight and bias and bias != weight[:1]:
-                raise broken_checkpoint(
-                    f"The bias is {bias}, the {kind} {weight}; expected as many rows",
-                    f"tensor {part}.bias",
-                )
-
-    def check_experts(
-        self,
-        prefix: str,
-        experts: Iterable[int],
-        shards: Iterable[str],
-        scheme: dict[str, Any] | None,
-    ) -> None:
-        """Refuse experts that are not all quantized as their scheme means.
-
-        Args:
-            prefix: Name of the layer.
-            experts: Numbers of all of them.
-            shards: Names of an expert's projections.
-            scheme: Of the first; all have one.
-
-        Raises:
-            UnsupportedCheckpointError: Names the tensor.
-
-        """
-        parts = [f"{prefix}.{expert}.{shard}" for expert in experts for shard in shards]
-        self.check_layer(parts, scheme)
-        quantized = [part in self._layers for part in parts]
-        if any(quantized) and not all(quantized):
-            part = parts[quantized.index(False)]
-            raise broken_checkpoint(
-                "Some experts of a layer are quantized, this one is missing or is not",
-                f"tensor {part}.weight",
-            )
-
-    def check_tensors(
-        self,
-        part: str,
-        scheme: dict[str, Any],
-        shape: QuantizedShape,
-        rows: int,
-    ) -> None:
-        """Refuse a shard of which a tensor is missing or is not what it has to be.
-
-        For layers of which nothing looks at what is loaded. Values are not known here.
-
-        Args:
-            part: Name of the shard in the checkpoint.
-            scheme: As upstream's `get_scheme_dict` gives it.
-            shape: What its tensors have to look like.
-            rows: Its output features.
-
-        Raises:
-            UnsupportedCheckpointError: Names the tensor.
-
-        """
-        shapes = self._layers.get(part)
-        if shapes is None:
-            return
-        for kind in sorted(_places(scheme) - {"bias", *OPTIONAL}):
-            name = f"{part}.{kind}"
-            if kind not in shapes:
-                raise broken_checkpoint(
-                    "A tensor of the layer is missing", f"tensor {name}"
-                )
-            dtype = _DTYPES.get(self._dtypes[name], torch.bool)
-            tensor = torch.empty(shapes[kind], dtype=dtype, device="meta")
-            if reason := shape.fault(kind, tensor, rows):
-                raise broken_checkpoint(
-                    f"The checkpoint's tensor {reason}", f"tensor {name}"
-                )
-
-    def check_bias(self, parts: Iterable[str]) -> None:
-        """Refuse a layer with a bias that the checkpoint lacks.
-
-        One shard alone may have none (vLLM fills it up) if it has none in any block.
-
-        Raises:
-            UnsupportedCheckpointError: Names the tensor.
-
-        """
-        known = [part for part in parts if part in self._layers]
-        without = [part for part in known if "bias" not in self._layers[part]]
-        for part in without:
-            if len(without) == len(known) or self._has_bias_elsewhere(part):
-                raise broken_checkpoint(
-                    "A tensor of the layer is missing", f"tensor {part}.bias"
-                )
-
-    def _has_bias_elsewhere(self, layer: str) -> bool:
-        """Whether the same layer of another block has a bias."""
-        pattern = re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(layer))
         return any(
-            "bias" in shapes and re.fullmatch(pattern, other)
-            for other, shapes in self._layers.items()
+            layer.is_quantized and layer.name.rpartition(".")[2] == last
+            for layer in self.layers.values()
         )
 
+    @cached_property
+    def _biased(self) -> set[str]:
+        return {
+            _without_numbers(layer.name)
+            for layer in self.layers.values()
+            if "bias" in layer.shapes
+        }
 
-def _places(scheme: dict[str, Any]) -> set[str]:
-    """The tensors that a layer of a scheme may have."""
-    weights, inputs = scheme["weights"], scheme.get("input_activations")
-    places = {"weight_scale", "bias"}
-    if scheme["format"] == CompressionFormat.pack_quantized.value:
-        places |= {"weight_packed", "weight_shape"}
-    else:
-        places.add("weight")
-    if not weights.symmetric:
-        places.add("weight_zero_point")
-    if inputs is not None and not inputs.dynamic:
-        places.add("input_scale")
-        if not inputs.symmetric:
-            places.add("input_zero_point")
-    if scheme.get("output_activations") is not None:
-        places.add("output_scale")
-    return places
+    def matching(self, pattern: str) -> Iterator[FileLayer]:
+        """The layers that a pattern matches as vLLM would."""
+        compiled = re.compile(pattern)
+        for name, layer in self.by_name.items():
+            if compiled.match(name):
+                yield layer
+
+
+def _mapped(names: Mapping[str, str], mapper: "WeightsMapper") -> dict[str, str]:
+    mapped = {}
+    for name, current in names.items():
+        # Some mappings are of whole names.
+        for new in mapper.apply_list([f"{current}.weight"]):
+            mapped[name] = new.rpartition(".")[0]
+    return mapped
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _essence(name: str) -> tuple[str, ...]:
+    """The numbers of a name and its last part."""
+    *path, last = name.split(".")
+    return *(part for part in path if part.isdigit()), last

@@ -23,20 +23,21 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from vllm_ascend_ct import compat
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
     AscendWNA8LinearKernel,
     with_quantized_activations,
 )
 from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.ops.soc import current_soc
-from vllm_ascend_ct.quantization.compressed_tensors.loading import (
-    LoadRecord,
-    QuantizedShape,
-)
+from vllm_ascend_ct.quantization.compressed_tensors import agreement, load_formats
+from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+from vllm_ascend_ct.quantization.compressed_tensors.loading import LoadRecord
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
     AscendCTWNA16,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.tensors import QuantizedShape
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -62,9 +63,10 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
 
     def __init__(self, quantization_config: Any, args: dict[str, Any]) -> None:
         super().__init__(quantization_config)
+        self._checkpoint: Checkpoint = quantization_config.checkpoint
         self._args = args
-        self._check_bias = quantization_config.check_bias
         self._record: LoadRecord | None = None
+        self._saving: Any = None
 
     def create_weights(
         self,
@@ -76,16 +78,20 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        prefix = getattr(layer, "prefix", None)
-        if reason := self._size_refusal(
+        prefix = str(getattr(layer, "prefix", None))
+        load_formats.check_load_format(prefix)
+        if refusal := self._size_refusal(
             layer,
             (input_size, input_size_per_partition),
             [size for size in output_partition_sizes if size != output_size],
             params_dtype,
         ):
-            raise refused(reason, prefix)
-        self._record = LoadRecord(layer, str(prefix), self._shape_on_disk(input_size))
+            reason, remedy = refusal
+            raise refused(reason, prefix, remedy)
+        shape = self._shape_on_disk(input_size)
+        self._record = self._checkpoint.record(layer, prefix, shape)
         loader = self._record.record(extra_weight_attrs["weight_loader"])
+        attributes = {**extra_weight_attrs, "weight_loader": loader}
         try:
             super().create_weights(
                 layer,
@@ -94,13 +100,17 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
                 input_size,
                 output_size,
                 params_dtype,
-                **{**extra_weight_attrs, "weight_loader": loader},
+                **attributes,
             )
         except (ValueError, AssertionError) as error:
-            raise refused(str(error), prefix) from error
+            sizes = input_size_per_partition, sum(output_partition_sizes)
+            is_split = sizes != (input_size, output_size)
+            remedy = Remedy.CHANGE_RANKS if is_split else Remedy.QUANTIZE_AGAIN
+            raise refused(str(error), prefix, remedy) from error
         if getattr(layer, "weight_packed", None) is getattr(layer, "weight", 0):
             # W4A8Int: a reload would take them to be two.
             del layer.weight_packed
+        load_formats.mark_scales(layer)
         _quantize_activations(layer.scheme, self._args)
         self.quant_method = layer.scheme
         # Upstream's layers do this in their constructors, vllm-ascend's do not.
@@ -108,17 +118,24 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
             layer.update_param_tp_status()
 
     def check_loaded(self, layer: Any) -> None:
-        """Refuse a layer that the checkpoint did not fill.
+        """Refuse a layer that the checkpoint did not fill, and to save it from now on.
 
         Raises:
             UnsupportedCheckpointError: Names the tensor.
 
         """
-        prefix = getattr(layer, "prefix", None)
+        self._checkpoint.after_loading()
         if self._record is not None:
-            self._record.check_complete()
-            if prefix is not None and getattr(layer, "bias", None) is not None:
-                self._check_bias(prefix)
+            if self._record.is_dummy:
+                load_formats.make_dummy(layer, self._args["weights"].num_bits)
+            else:
+                self._record.check_complete()
+                if getattr(layer, "bias", None) is not None:
+                    agreement.check_bias(self._record.files)
+            self._record.files = LayerFiles()
+        if self._saving is None:
+            hook = load_formats.check_saving
+            self._saving = layer.register_state_dict_pre_hook(hook)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.check_loaded(layer)
@@ -129,7 +146,8 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         try:
             super().process_weights_after_loading(layer)
         except ValueError as error:
-            raise refused(str(error), getattr(layer, "prefix", None)) from error
+            prefix = getattr(layer, "prefix", None)
+            raise refused(str(error), prefix, Remedy.CALIBRATE_AGAIN) from error
 
     def _size_refusal(
         self,
@@ -137,38 +155,40 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         input_sizes: tuple[int, int],
         shards: list[int],
         dtype: torch.dtype,
-    ) -> str | None:
-        """What upstream does not check or tell a kernel."""
+    ) -> tuple[str, Remedy] | None:
+        """What upstream does not check or tell a kernel, and what to do about it."""
         k, part = input_sizes
         scheme = layer.scheme
         weights = self._args["weights"]
-        limits = current_limits()
-        if isinstance(scheme, CompressedTensorsW8A8Int8):
-            dynamic = not scheme.is_static_input_scheme
-            reason = limits.dynamic_quant.refusal(dtype, part) if dynamic else None
-            return reason or limits.quant_matmul.refusal(dtype, [part])
         group_size = weights.group_size or 0
+        if isinstance(scheme, CompressedTensorsW8A8Int8):
+            if reason := _int8_refusal(scheme, dtype, part):
+                fits = part != k and _int8_refusal(scheme, dtype, k) is None
+                return reason, Remedy.CHANGE_RANKS if fits else Remedy.QUANTIZE_AGAIN
+            return None
         if group_size > 0 and k % group_size:
-            return f"K={k}, group_size={group_size}; supported: whole groups"
+            reason = f"K={k}, group_size={group_size}; supported: whole groups"
+            return reason, Remedy.QUANTIZE_AGAIN
         if part != k and self._args.get("output_activations") is not None:
             return (
                 "output_activations of a layer whose outputs are summed over ranks: a "
                 "rank would quantize its share; supported: tensor_parallel_size=1"
-            )
+            ), Remedy.CHANGE_RANKS
         if part != k and part * weights.num_bits % _WORD:
             return (
                 f"K={part} of {k} a rank, weights.num_bits={weights.num_bits}; "
                 "supported: ranks that begin with a whole word"
-            )
+            ), Remedy.CHANGE_RANKS
         # Upstream pads a vocabulary, and cuts it off before.
         shards = [*shards, getattr(layer, "org_vocab_size", 0)]
-        if not weights.symmetric and any(
-            size * weights.num_bits % _WORD for size in shards
-        ):
+        words = [size * weights.num_bits / _WORD for size in shards]
+        if not weights.symmetric and not all(map(float.is_integer, words)):
+            ranks = getattr(layer, "tp_size", 1)
+            fits = all((size * ranks).is_integer() for size in words)
             return (
                 f"N={shards} of shards, weights.num_bits={weights.num_bits}, "
                 "symmetric=False; supported: shards whose zero points fill whole words"
-            )
+            ), Remedy.CHANGE_RANKS if fits else Remedy.QUANTIZE_AGAIN
         return None
 
     def _shape_on_disk(self, k: int) -> QuantizedShape:
@@ -181,6 +201,16 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
             groups=groups if per_row else 0,
             zero_is_none=self._args.get("output_activations") is not None,
         )
+
+
+def _int8_refusal(
+    scheme: CompressedTensorsW8A8Int8, dtype: torch.dtype, k: int
+) -> str | None:
+    limits = current_limits()
+    reason = None
+    if not scheme.is_static_input_scheme:
+        reason = limits.dynamic_quant.refusal(dtype, k)
+    return reason or limits.quant_matmul.refusal(dtype, [k])
 
 
 def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
@@ -210,14 +240,3 @@ def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
             weights.num_bits,
             reason,
         )
-
-
-def refused(what: str, layer_name: str | None) -> UnsupportedCheckpointError:
-    """Refuse a layer."""
-    return UnsupportedCheckpointError(
-        what,
-        where=f"layer {layer_name} on Ascend {current_soc().value}",
-        supported="the schemes that the README lists, within the chip's limits",
-        remedy="Quantize the model again with a supported scheme, or add the layer to "
-        "`ignore`",
-    )

@@ -7,151 +7,64 @@ of another dtype or with too many rows, and asserts without a text.
 """
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 
-from vllm_ascend_ct.errors import UnsupportedCheckpointError, broken_checkpoint
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_SHARDS = {"q": 0, "k": 1, "v": 2}
-# Formats that go through the weight loaders of a layer's parameters; others may not.
-_CHECKED_LOAD_FORMATS = (
-    "auto",
-    "hf",
-    "fastsafetensors",
-    "instanttensor",
-    "mistral",
-    "npcache",
-    "pt",
-    "runai_streamer",
-    "safetensors",
+from vllm_ascend_ct.compat import load_format
+from vllm_ascend_ct.errors import (
+    Remedy,
+    UnsupportedCheckpointError,
+    broken_checkpoint,
 )
-# Upstream registers it and reads it nowhere; not all who write checkpoints write it.
-OPTIONAL = ("weight_shape",)
+from vllm_ascend_ct.quantization.compressed_tensors.headers import (
+    FileLayer,
+    LayerFiles,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.load_formats import marked_scale
+from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
+    COLUMNS,
+    FIELDS,
+    OPTIONAL,
+    QuantizedShape,
+    remedy_for,
+)
+
+_SHARDS = {"q": 0, "k": 1, "v": 2}
+# Kinds of tensors that are there or not by what the config says of a layer.
+_IMPLIED = ("weight_zero_point", "input_scale", "input_zero_point", "output_scale")
 
 _Shard = int | str | tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class QuantizedShape:
-    """What the checkpoint's tensors of a layer have to look like.
-
-    Attributes:
-        k: Input features, of all ranks.
-        bits: Of a weight.
-        groups: Scales in a row of the weight; 0 for one scale in all.
-        zero_is_none: Whether a static scale of 0 says "not quantized".
-
-    """
-
-    k: int
-    bits: int
-    groups: int
-    zero_is_none: bool = False
-
-    def fault(self, name: str, tensor: torch.Tensor, rows: int | None) -> str | None:
-        """Why a tensor cannot be right, or None.
-
-        Args:
-            name: Of the parameter.
-            tensor: As it is in the checkpoint.
-            rows: Output features of the layer or of the shard, of all ranks; None if
-                not known.
-
-        """
-        if name == "weight_shape":
-            given = tensor.reshape(-1).tolist()
-            if len(given) != 2 or given[1] != self.k or rows not in (None, given[0]):
-                return f"says {given}; expected [{rows or 'any'}, {self.k}]"
-            return None
-        if expected := self._expected(name, rows):
-            dtypes, shape = expected
-            if tensor.dtype not in dtypes or not _fits(tensor.shape, shape):
-                wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-                size = [-1 if s is None else s for s in shape]
-                return (
-                    f"is {str(tensor.dtype).removeprefix('torch.')} "
-                    f"{list(tensor.shape)}; expected {wanted} {size}"
-                    + _dense_hint(name, self.bits)
-                )
-        return self._value_fault(name, tensor)
-
-    def _expected(
-        self, name: str, rows: int | None
-    ) -> tuple[tuple[torch.dtype, ...], tuple[int | None, ...]] | None:
-        if name == "weight_packed":
-            return (torch.int32,), (rows, math.ceil(self.k * self.bits / 32))
-        if name == "weight":
-            return (torch.int8,), (rows, self.k)
-        if name == "weight_zero_point":
-            words = rows and math.ceil(rows * self.bits / 32)
-            return (torch.int32,), (words, self.groups)
-        if name == "weight_scale" and self.groups:
-            return _FLOATS, (rows, self.groups)
-        if name.endswith("_scale"):
-            return _FLOATS, ()
-        if name == "input_zero_point":
-            return (torch.int8, torch.int32, torch.int64), ()
-        if name == "bias":
-            return _FLOATS, (rows,)
-        return None
-
-    def _value_fault(self, name: str, tensor: torch.Tensor) -> str | None:
-        # Weights have no value that is wrong, and reading them all takes time.
-        if not name.endswith(("_scale", "input_zero_point")):
-            return None
-        if tensor.is_meta or tensor.numel() == 0:
-            return None
-        low, high = (float(value) for value in tensor.aminmax())
-        if name == "input_zero_point" and not (low >= -128 and high <= 127):
-            return f"is {low:.0f}; expected -128 to 127"
-        if name.endswith("_scale"):
-            zero = self.zero_is_none and name != "weight_scale"
-            if not ((low > 0 or (zero and low == 0)) and high < math.inf):
-                return f"has values from {low} to {high}; expected finite and above 0"
-        return None
-
-
-def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
-    if not expected:
-        return shape.numel() == 1
-    return len(shape) == len(expected) and all(
-        size in (given, None) for given, size in zip(shape, expected)
-    )
-
-
-def _dense_hint(name: str, bits: int) -> str:
-    if name == "weight_packed" and bits in (3, 5, 6, 7):
-        return f" (compressed-tensors packs {bits} bits without gaps since 0.18)"
-    return ""
-
-
-def is_filled_by_loader() -> bool:
-    """Whether a layer that was given no tensor at all has none."""
-    vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is None:
-        return True
-    return str(vllm_config.load_config.load_format) in _CHECKED_LOAD_FORMATS
-
-
 @dataclass
 class LoadRecord:
-    """What a layer's weight loader was given."""
+    """What a layer's weight loader was given.
+
+    Attributes:
+        layer: The layer.
+        prefix: Its name.
+        shape: Of its tensors in the checkpoint.
+        before: Called before a tensor is loaded.
+        files: What the file has of the layer.
+        loader: The recording one.
+        seen: Shards by parameter.
+
+    """
 
     layer: Any
     prefix: str
     shape: QuantizedShape
+    before: Callable[[], None] = lambda: None
+    files: LayerFiles = field(default_factory=LayerFiles)
     loader: Callable[..., Any] | None = None
     seen: dict[str, set[_Shard]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # While the layer is built; there may be no config when it is processed.
-        self.is_filled = is_filled_by_loader()
+        self.is_dummy = load_format() == "dummy"
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a layer's weight loader so that it checks and records."""
@@ -160,16 +73,17 @@ class LoadRecord:
         def load(
             param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
         ) -> Any:
+            self.before()
             shard = next(iter((*args, *kwargs.values())), None)
             name = self._name(param)
-            reason = self.shape.fault(name, loaded_weight, self._rows(shard))
-            if reason is not None:
-                raise self._refused(name, shard, reason)
+            if fault := self.shape.fault(name, loaded_weight, self._rows(shard)):
+                raise self._refused(name, shard, *fault)
             try:
                 result = weight_loader(param, loaded_weight, *args, **kwargs)
             except (AssertionError, ValueError, IndexError) as error:
                 reason = f"does not fit {list(param.shape)}: {error}"
-                raise self._refused(name, shard, reason) from error
+                remedy = remedy_for(COLUMNS.get(name))
+                raise self._refused(name, shard, reason, remedy) from error
             self.seen.setdefault(name, set()).add(shard)
             return result
 
@@ -184,7 +98,8 @@ class LoadRecord:
 
         """
         seen, self.seen = self.seen, {}
-        if not seen and not self.is_filled:
+        if not seen and marked_scale(self.layer) is None:
+            # Filled by something else than the weight loaders.
             return
         shards = set(range(len(getattr(self.layer, "output_sizes", ()))))
         for name, param in self.layer.named_parameters(recurse=False):
@@ -193,8 +108,9 @@ class LoadRecord:
             given = seen.get(name, set())
             missing = shards - {index for shard in given for index in _indices(shard)}
             if not given or (missing and None not in given):
-                which = f" of shards {sorted(missing)}" if given else ""
-                raise self._refused(name, None, f"is missing{which}")
+                raise self._missing(name, missing if given else set())
+        if not seen:
+            raise self._missing("weight_scale", set())
 
     def _name(self, param: torch.Tensor) -> str:
         for name, value in self.layer.named_parameters(recurse=False):
@@ -218,14 +134,68 @@ class LoadRecord:
             return sum(layer.output_sizes[index] for index in _indices(shard))
         return int(layer.output_size)
 
+    def _missing(self, name: str, shards: set[int]) -> UnsupportedCheckpointError:
+        files = self.files
+        known = files.of_shard(min(shards) if shards else None)
+        which = f" of shards {sorted(shards)}" if shards else ""
+        return missing_tensor(self.prefix, name, known, files.alike, which)
+
     def _refused(
-        self, name: str, shard: _Shard, reason: str
+        self, name: str, shard: _Shard, reason: str, remedy: str
     ) -> UnsupportedCheckpointError:
         of_shard = "" if shard is None else f" (shard {shard})"
         return broken_checkpoint(
             f"The checkpoint's {name}{of_shard} {reason}",
             f"layer {self.prefix}, tensor {name}",
+            remedy,
         )
+
+
+def missing_tensor(
+    layer_name: str,
+    tensor: str,
+    known: Sequence[FileLayer],
+    alike: Iterable[FileLayer] = (),
+    which: str = "",
+) -> UnsupportedCheckpointError:
+    """Refuse a layer that was not given a tensor.
+
+    Args:
+        layer_name: As vLLM calls it.
+        tensor: Name of the tensor in the layer.
+        known: What the file has of the layer, or of the shard that lacks it.
+        alike: Layers of the file that may be meant, if none is known.
+        which: Shards that lack it.
+
+    """
+    where = f"layer {layer_name}, tensor {tensor}"
+    kind = tensor.rpartition(".")[2]
+    for layer in known:
+        if kind not in layer.shapes:
+            # Of other shards there is one.
+            is_config = kind in _IMPLIED and not which
+            return broken_checkpoint(
+                "A tensor of the layer is missing",
+                f"layer {layer_name}, tensor {layer.name}.{kind}",
+                remedy_for(FIELDS[kind]) if is_config else Remedy.DOWNLOAD_AGAIN,
+            )
+    if known:
+        return UnsupportedCheckpointError(
+            f"vLLM's loader of this model did not load {known[0].name}.{kind}, which "
+            "the file has",
+            where=where,
+            supported="models whose loaders take the quantized tensors",
+            remedy=Remedy.OTHER_LOADER,
+        )
+    if names := sorted({layer.name for layer in alike}):
+        return UnsupportedCheckpointError(
+            f"Nothing was loaded to the layer's {tensor}, and the file has "
+            f"{', '.join(names)}",
+            where=where,
+            supported="layers that are quantized in the file as config.json says",
+            remedy=Remedy.COMPARE,
+        )
+    return broken_checkpoint(f"The checkpoint's {tensor} is missing{which}", where)
 
 
 def _indices(shard: _Shard) -> tuple[int, ...]:

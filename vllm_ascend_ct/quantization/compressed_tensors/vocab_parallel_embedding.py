@@ -13,8 +13,8 @@ from vllm_ascend_ct import compat
 from vllm_ascend_ct.kernels.embedding import dequantized_rows
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
-    refused,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 
 
 class AscendCTEmbeddingMethod(AscendCTLinearMethod):
@@ -40,7 +40,8 @@ class AscendCTHeadMethod(AscendCTLinearMethod):
     """A quantized output head."""
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
-        method = embed_tokens.quant_method
+        # Some models' embeddings are torch's.
+        method = getattr(embed_tokens, "quant_method", None)
         if not isinstance(method, AscendCTLinearMethod) or method._args != self._args:
             raise refused(
                 "The output head is tied to an embedding that is not quantized in the "
@@ -72,7 +73,9 @@ class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
     """An output head that is quantized only if it is tied to what is."""
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
-        if isinstance(embed_tokens.quant_method, AscendCTEmbeddingMethod):
+        # Some models' embeddings are torch's.
+        method = getattr(embed_tokens, "quant_method", None)
+        if isinstance(method, AscendCTEmbeddingMethod):
             tied: torch.nn.Module = embed_tokens
             return tied
         tied = super().tie_weights(layer, embed_tokens)

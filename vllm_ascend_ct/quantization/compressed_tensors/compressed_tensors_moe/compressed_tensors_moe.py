@@ -1,49 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What upstream's methods for experts are on Ascend."""
+"""Which method serves quantized experts, and with which kernels."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEConfig,
     FusedMoEMethodBase,
-    FusedMoEQuantConfig,
-)
-from vllm.model_executor.layers.fused_moe import modular_kernel as mk
-from vllm.model_executor.layers.fused_moe.all2all_utils import (
-    maybe_make_prepare_finalize,
+    UnquantizedFusedMoEMethod,
 )
 
-from vllm_ascend_ct.ascend_base import serves
-from vllm_ascend_ct.compat import UnfinalizedMoEOutput
-from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.ascend_base import fused_moe, serves
+from vllm_ascend_ct.errors import Remedy
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
     FusedMoEAscendMethod,
     experts_classes,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
-    ExpertsLoadRecord,
-    Transform,
-    expert_shapes,
+from vllm_ascend_ct.quantization.compressed_tensors import load_formats
+from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.base import (  # noqa: E501
+    AscendCTMoEMixin,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
+    AscendCTW4A8Int8MoEMethod,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
+    AscendCTW8A8Int8MoEMethod,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
+    AscendCTWNA16MoEMethod,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
     registered_method,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.linear_method import refused
+from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.rules import EXPERT_RULES, refusal
-
-if TYPE_CHECKING:
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E501
-        CompressedTensorsMoEMethod,
-    )
-
-    _Base = CompressedTensorsMoEMethod
-else:
-    _Base = object
+from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -51,43 +48,64 @@ _WORD = 32
 
 
 def get_moe_method(
-    scheme: dict[str, Any], layer: Any, layer_name: str, tid2eid: Any
+    quant_config: Any, layer: Any, layer_name: str, tid2eid: Any
 ) -> FusedMoEMethodBase:
-    """Choose the method that serves quantized experts.
+    """Choose the method that serves routed experts.
 
     Args:
-        scheme: As upstream's `get_scheme_dict` gives it.
+        quant_config: The model's `AscendCTConfig`.
         layer: The layer.
         layer_name: Its name.
         tid2eid: See `FusedMoEAscendMethod`.
 
     Raises:
-        UnsupportedCheckpointError: None does.
+        UnsupportedCheckpointError: None does, or the file has them otherwise.
 
     """
-    from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w4a8_int8,
-        compressed_tensors_moe_w8a8_int8,
-        compressed_tensors_moe_wna16,
+    shards = [
+        getattr(layer, f"ckpt_{kind}_name", kind)
+        for kind in ("gate_proj", "up_proj", "down_proj")
+    ]
+    schemes = {
+        name: quant_config.get_scheme_dict(layer, f"{layer_name}.0.{name}")
+        for name in shards
+        if name is not None
+    }
+    checkpoint: Checkpoint = quant_config.checkpoint
+    files = checkpoint.check_experts(layer, layer_name, schemes)
+    scheme = schemes[shards[-1]]
+    if scheme is not None:
+        return _quantized_method(scheme, layer, layer_name, tid2eid, checkpoint, files)
+    method_class, options = fused_moe.unquantized_class(tid2eid) or (
+        UnquantizedFusedMoEMethod,
+        {},
     )
+    unquantized = watched(method_class)(layer.moe_config, **options)
+    method: FusedMoEMethodBase = unquantized.watch(checkpoint, layer_name, files)
+    return method
 
+
+def _quantized_method(
+    scheme: dict[str, Any],
+    layer: Any,
+    layer_name: str,
+    tid2eid: Any,
+    checkpoint: Checkpoint,
+    files: LayerFiles,
+) -> FusedMoEMethodBase:
     if reason := refusal(scheme, EXPERT_RULES):
         raise refused(f"Experts with {reason}", layer_name)
+    load_formats.check_load_format(layer_name)
     weights = scheme["weights"]
-    method_cls: type[AscendCTMoEMixin] = (
-        compressed_tensors_moe_wna16.AscendCTWNA16MoEMethod
-    )
+    method_cls: type[AscendCTMoEMixin] = AscendCTWNA16MoEMethod
     if scheme["format"] != CompressionFormat.pack_quantized.value:
-        method_cls = (
-            compressed_tensors_moe_w4a8_int8.AscendCTW4A8Int8MoEMethod
-            if weights.num_bits == 4
-            else compressed_tensors_moe_w8a8_int8.AscendCTW8A8Int8MoEMethod
-        )
+        is_int4 = weights.num_bits == 4
+        method_cls = AscendCTW4A8Int8MoEMethod if is_int4 else AscendCTW8A8Int8MoEMethod
     moe, inputs = layer.moe_config, scheme["input_activations"]
     experts_cls = choose_experts(weights, inputs, moe, layer_name)
-    if registered := registered_method(scheme, experts_cls, layer, layer_name):
+    if registered := registered_method(scheme, experts_cls, layer, layer_name, files):
         return registered
-    method = method_cls(weights, inputs, moe, experts_cls)
+    method = method_cls(weights, inputs, moe, experts_cls, checkpoint, files)
     return FusedMoEAscendMethod(method, layer, tid2eid) if serves() else method
 
 
@@ -104,20 +122,23 @@ def choose_experts(
 
     """
     name = f"W{weights.num_bits}A{8 if inputs else 16}"
-    if reason := _size_refusal(weights, moe):
-        raise refused(f"{name} experts: {reason}", layer_name)
+    if size_refusal := _size_refusal(weights, moe):
+        what, remedy = size_refusal
+        raise refused(f"{name} experts: {what}", layer_name, remedy)
     group_size = max(weights.group_size or 0, 0)
     scheme = moe, weights.num_bits, group_size, weights.symmetric
     wna8, wna16 = experts_classes()
+    reason: str | None = "asymmetric activations"
     if inputs is not None:
-        reason = "asymmetric activations"
         if inputs.symmetric:
             reason = wna8.refusal(*scheme)
         if reason is None:
             logger.info_once("Using %s for %s experts.", wna8.__name__, name)
             return wna8
     if weight_reason := wna16.refusal(*scheme):
-        raise refused(f"{name} experts: {weight_reason}", layer_name)
+        is_split = moe.tp_size > 1
+        remedy = Remedy.CHANGE_RANKS if is_split else Remedy.QUANTIZE_AGAIN
+        raise refused(f"{name} experts: {weight_reason}", layer_name, remedy)
     logger.info_once("Using %s for %s experts.", wna16.__name__, name)
     if inputs is not None:
         logger.info_once(
@@ -129,8 +150,10 @@ def choose_experts(
     return wna16
 
 
-def _size_refusal(weights: QuantizationArgs, moe: FusedMoEConfig) -> str | None:
-    """Why a rank's share of the weights is not whole, or None."""
+def _size_refusal(
+    weights: QuantizationArgs, moe: FusedMoEConfig
+) -> tuple[str, Remedy] | None:
+    """Why a rank's share of the weights is not whole, and what to do about it."""
     bits, group_size = weights.num_bits, weights.group_size or -1
     shards = {
         "K": (moe.hidden_dim, moe.hidden_dim),
@@ -140,145 +163,23 @@ def _size_refusal(weights: QuantizationArgs, moe: FusedMoEConfig) -> str | None:
         ),
     }
     for name, (size, part) in shards.items():
+        remedy = Remedy.CHANGE_RANKS if part != size else Remedy.QUANTIZE_AGAIN
         if part < _WORD:
-            return f"{name} product is {part} a rank; supported: from {_WORD}"
+            reason = f"{name} product is {part} a rank; supported: from {_WORD}"
+            return reason, remedy
         if group_size > 0 and part % group_size:
             return (
                 f"{name} product is {part} a rank, group_size={group_size}; "
                 "supported: whole groups"
-            )
+            ), remedy
         if part != size and part * bits % _WORD:
             return (
                 f"{name} product is {part} of {size} a rank, weights.num_bits={bits}; "
                 "supported: ranks that begin with a whole word"
-            )
+            ), remedy
         if not weights.symmetric and part * bits % _WORD:
             return (
                 f"N={part}, weights.num_bits={bits}, symmetric=False; "
                 "supported: shards whose zero points fill whole words"
-            )
+            ), remedy
     return None
-
-
-class AscendCTMoEMixin(_Base):
-    """Goes before an upstream method, of which it uses `create_weights`.
-
-    Upstream's constructors look for experts among those of platforms in tree.
-    """
-
-    experts_cls: Any
-    transform: Transform | None = None
-
-    def __init__(
-        self,
-        weight_quant: QuantizationArgs,
-        input_quant: QuantizationArgs | None,
-        moe: FusedMoEConfig,
-        experts_cls: type[AscendExperts],
-    ) -> None:
-        FusedMoEMethodBase.__init__(self, moe)
-        self.weight_quant = weight_quant
-        self.input_quant = input_quant
-        self.num_bits = weight_quant.num_bits
-        self.symmetric = weight_quant.symmetric
-        self.strategy = weight_quant.strategy
-        # As upstream's methods have it: -1 for one scale per channel.
-        self.group_size = weight_quant.group_size or -1
-        self.experts_cls = experts_cls
-        self._record: ExpertsLoadRecord | None = None
-
-    def create_weights(
-        self,
-        layer: Any,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        self._record = ExpertsLoadRecord(
-            layer, expert_shapes(self.weight_quant, self.moe), self.transform
-        )
-        loader = self._record.record(extra_weight_attrs["weight_loader"])
-        super().create_weights(  # type: ignore[safe-super]
-            layer,
-            num_experts,
-            hidden_size,
-            intermediate_size_per_partition,
-            params_dtype,
-            **{**extra_weight_attrs, "weight_loader": loader},
-        )
-
-    def lay_out_weights(self, layer: Any) -> AscendExperts:
-        """Check what was loaded, and bring it to where experts compute with it.
-
-        Raises:
-            UnsupportedCheckpointError: Something is missing.
-
-        """
-        if self._record is not None:
-            self._record.check_complete()
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        experts: AscendExperts = self.experts_cls(self.moe, self.moe_quant_config)
-        experts.process_weights_after_loading(layer)
-        return experts
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        experts = self.lay_out_weights(layer)
-        prepare_finalize = maybe_make_prepare_finalize(
-            moe=self.moe,
-            quant_config=self.moe_quant_config,
-            routing_tables=layer._expert_routing_tables(),
-            allow_new_interface=True,
-            use_monolithic=False,
-        )
-        assert prepare_finalize is not None
-        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
-        defers = getattr(self.moe_kernel, "supports_deferred_moe_finalize", bool)
-        experts.defers_finalize = UnfinalizedMoEOutput is not None and defers()
-
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
-        # Scales are the layer's parameters; nothing is quantized before the experts.
-        return FusedMoEQuantConfig.make(
-            gemm1_alpha=getattr(layer, "swiglu_alpha", None),
-            gemm1_beta=getattr(layer, "swiglu_beta", None),
-            gemm1_clamp_limit=getattr(layer, "swiglu_limit", None),
-        )
-
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        assert self.moe_kernel is not None
-        output: Any = self.moe_kernel.apply(
-            x,
-            stored_weight(layer, "w13")[1],
-            stored_weight(layer, "w2")[1],
-            topk_weights,
-            topk_ids,
-            activation=layer.activation,
-            global_num_experts=layer.global_num_experts,
-            expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            shared_experts=shared_experts,
-            shared_experts_input=shared_experts_input,
-        )
-        if isinstance(output, torch.Tensor):
-            return output
-        experts: Any = self.moe_kernel.fused_experts
-        weighted = layer.apply_router_weight_on_input
-        result: torch.Tensor = experts.finalize(
-            output.gemm2_permuted,
-            output.expanded_idx_to_permuted_idx,
-            None if weighted else output.expert_weights,
-        )
-        return result
-
-    @property
-    def supports_eplb(self) -> bool:
-        return False

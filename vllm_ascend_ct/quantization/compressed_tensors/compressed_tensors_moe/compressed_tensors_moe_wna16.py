@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from vllm_ascend_ct.compat import CompressedTensorsWNA16MoEMethod
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.base import (  # noqa: E501
     AscendCTMoEMixin,
 )
 

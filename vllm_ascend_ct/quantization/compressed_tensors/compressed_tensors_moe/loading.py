@@ -14,11 +14,19 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 
-from vllm_ascend_ct.errors import UnsupportedCheckpointError, broken_checkpoint
-from vllm_ascend_ct.quantization.compressed_tensors.loading import (
+from vllm_ascend_ct.compat import load_format
+from vllm_ascend_ct.errors import (
+    Remedy,
+    UnsupportedCheckpointError,
+    broken_checkpoint,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+from vllm_ascend_ct.quantization.compressed_tensors.load_formats import marked_scale
+from vllm_ascend_ct.quantization.compressed_tensors.loading import missing_tensor
+from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     OPTIONAL,
+    Fault,
     QuantizedShape,
-    is_filled_by_loader,
 )
 
 # The shards of each parameter, as vLLM calls gate, down and up.
@@ -57,6 +65,8 @@ class ExpertsLoadRecord:
         self,
         layer: Any,
         shapes: dict[str, QuantizedShape],
+        before: Callable[[], None],
+        files: LayerFiles,
         transform: Transform | None = None,
     ) -> None:
         """Begin to record.
@@ -64,16 +74,20 @@ class ExpertsLoadRecord:
         Args:
             layer: The layer.
             shapes: Of the tensors of one shard, by the prefix of their parameters.
+            before: Called before a tensor is loaded.
+            files: What the file has of the layer.
             transform: Changes a tensor, whose kind it is told, before it is loaded.
 
         """
         self.layer = layer
+        self.files = files
         self._shapes = shapes
+        self._before = before
         self._transform = transform
         self._seen: dict[str, set[tuple[int, str]]] = {}
         self._loader: Callable[..., Any] | None = None
         # While the layer is built; there may be no config when it is processed.
-        self._is_filled = is_filled_by_loader()
+        self.is_dummy = load_format() == "dummy"
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a layer's weight loader so that it checks and records."""
@@ -87,15 +101,16 @@ class ExpertsLoadRecord:
             expert_id: int,
             return_success: bool = False,
         ) -> Any:
+            self._before()
             name = self._name(param)
             kind = name.partition("_")[2]
             local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local >= 0:
-                reason = self._fault(kind, shard_id, loaded_weight)
-                if reason is None and self._transform is not None:
-                    loaded_weight, reason = self._transformed(kind, loaded_weight)
-                if reason is not None:
-                    raise self._refused(kind, shard_id, expert_id, reason)
+                fault = self._fault(kind, shard_id, loaded_weight)
+                if fault is None and self._transform is not None:
+                    loaded_weight, fault = self._transformed(kind, loaded_weight)
+                if fault is not None:
+                    raise self._refused(kind, shard_id, expert_id, fault)
                 self._seen.setdefault(name, set()).add((local, shard_id))
             try:
                 return weight_loader(
@@ -108,7 +123,8 @@ class ExpertsLoadRecord:
                 )
             except (RuntimeError, ValueError, IndexError) as error:
                 reason = f"does not fit {list(param.shape)}: {error}"
-                raise self._refused(kind, shard_id, expert_id, reason) from error
+                fault = Fault(reason, Remedy.EXPORT_AGAIN)
+                raise self._refused(kind, shard_id, expert_id, fault) from error
 
         self._loader = load
         return load
@@ -121,7 +137,8 @@ class ExpertsLoadRecord:
 
         """
         seen, self._seen = self._seen, {}
-        if not seen and not self._is_filled:
+        if not seen and marked_scale(self.layer) is None:
+            # Filled by something else than the weight loaders.
             return
         experts = range(self.layer.local_num_experts)
         for name, param in self.layer.named_parameters(recurse=False):
@@ -132,7 +149,9 @@ class ExpertsLoadRecord:
             for shard in _SHARDS[prefix]:
                 missing = [e for e in experts if (e, shard) not in given]
                 if missing:
-                    raise self._refused(kind, shard, missing[0], "is missing")
+                    raise self._missing(kind, shard, missing[0])
+        if not seen:
+            raise self._missing("weight_scale", "w1", 0)
 
     def _name(self, param: torch.Tensor) -> str:
         for name, value in self.layer.named_parameters(recurse=False):
@@ -140,31 +159,50 @@ class ExpertsLoadRecord:
                 return str(name)
         return "parameter"
 
-    def _fault(self, kind: str, shard: str, tensor: torch.Tensor) -> str | None:
+    def _fault(self, kind: str, shard: str, tensor: torch.Tensor) -> Fault | None:
         prefix = "w2" if shard == "w2" else "w13"
         rows = expert_rows(self.layer.moe_config)[prefix]
         return self._shapes[prefix].fault(kind, tensor, rows)
 
     def _transformed(
         self, kind: str, tensor: torch.Tensor
-    ) -> tuple[torch.Tensor, str | None]:
+    ) -> tuple[torch.Tensor, Fault | None]:
         assert self._transform is not None
         try:
             return self._transform(kind, tensor), None
         except ValueError as error:
-            return tensor, str(error)
+            return tensor, Fault(str(error), Remedy.CALIBRATE_AGAIN)
 
-    def _refused(
-        self, kind: str, shard: str, expert: int, reason: str
-    ) -> UnsupportedCheckpointError:
+    def _projection(self, shard: str) -> str:
         layer = self.layer
         names = {
             "w1": getattr(layer, "ckpt_gate_proj_name", "gate_proj"),
             "w2": getattr(layer, "ckpt_down_proj_name", "down_proj"),
             "w3": getattr(layer, "ckpt_up_proj_name", "up_proj"),
         }
-        tensor = f"{expert}.{names.get(shard, shard)}.{kind}"
+        return str(names.get(shard, shard))
+
+    def _missing(self, kind: str, shard: str, local: int) -> UnsupportedCheckpointError:
+        """Refuse an expert of this rank that was not given a tensor."""
+        layer = self.layer
+        number = next(
+            expert
+            for expert in range(layer.global_num_experts)
+            if layer._map_global_expert_id_to_local_expert_id(expert) == local
+        )
+        part = f"{number}.{self._projection(shard)}"
+        known, alike = (
+            [found for found in layers if found.name.endswith(f".{part}")]
+            for layers in (self.files.parts.values(), self.files.alike)
+        )
+        return missing_tensor(layer.layer_name, f"{part}.{kind}", known, alike)
+
+    def _refused(
+        self, kind: str, shard: str, expert: int, fault: Fault
+    ) -> UnsupportedCheckpointError:
+        tensor = f"{expert}.{self._projection(shard)}.{kind}"
         return broken_checkpoint(
-            f"The checkpoint's {tensor} {reason}",
-            f"layer {layer.layer_name}, tensor {tensor}",
+            f"The checkpoint's {tensor} {fault.reason}",
+            f"layer {self.layer.layer_name}, tensor {tensor}",
+            fault.remedy,
         )

@@ -6,7 +6,6 @@ Needs the hooks `register_moe_experts` that `upstream_patches` stages. What upst
 methods do not create weights for, or lose on the way to experts, stays with ours.
 """
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -20,18 +19,28 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 from vllm_ascend_ct import ascend_base, compat
+from vllm_ascend_ct.errors import broken_checkpoint
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import (
     AscendW4A8Experts,
     AscendWNA8Experts,
 )
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.quantization.compressed_tensors.agreement import places
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
     expert_rows,
     expert_shapes,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
+from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+from vllm_ascend_ct.quantization.compressed_tensors.tensors import OPTIONAL
 
+_DTYPES = {
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 # Oracle -> what is registered for it, and the method that asks it.
 EXPERTS: dict[str, type[AscendExperts]] = {
     "int8": AscendWNA8Experts,
@@ -50,6 +59,7 @@ def registered_method(
     experts_cls: type[AscendExperts],
     layer: Any,
     layer_name: str,
+    files: LayerFiles,
 ) -> FusedMoEMethodBase | None:
     """Make upstream's method, if it serves a layer just as ours would.
 
@@ -58,6 +68,10 @@ def registered_method(
         experts_cls: What was chosen to compute the layer.
         layer: The layer.
         layer_name: Its name.
+        files: What the file has of the layer.
+
+    Raises:
+        UnsupportedCheckpointError: A tensor in the file is not as it has to be.
 
     """
     oracle = _oracle(scheme, experts_cls, layer)
@@ -66,6 +80,7 @@ def registered_method(
     if getattr(layer.moe_config, "moe_backend", "auto") != "auto":
         # Upstream then asks no registered experts; ours serve whatever is named.
         return None
+    _check_tensors(files, layer, scheme)
     method: FusedMoEMethodBase = _METHODS[oracle](
         scheme["weights"], scheme["input_activations"], layer.moe_config, layer_name
     )
@@ -77,32 +92,28 @@ def is_upstreams(method: FusedMoEMethodBase) -> bool:
     return type(method) in _METHODS.values()
 
 
-def check_tensors(
-    headers: CheckpointHeaders,
-    layer: Any,
-    prefix: str,
-    shards: list[str],
-    scheme: dict[str, Any],
-) -> None:
+def _check_tensors(files: LayerFiles, layer: Any, scheme: dict[str, Any]) -> None:
     """Check before loading what upstream's methods do not check while they load.
 
-    Args:
-        headers: The checkpoint's.
-        layer: The layer.
-        prefix: Its name.
-        shards: Names of an expert's projections, the one to the hidden size last.
-        scheme: As upstream's `get_scheme_dict` gives it.
-
-    Raises:
-        UnsupportedCheckpointError: Names the tensor.
-
+    Values are not known here.
     """
     moe = layer.moe_config
     shapes, rows = expert_shapes(scheme["weights"], moe), expert_rows(moe)
-    for expert, shard in product(range(layer.global_num_experts), shards):
-        name = "w2" if shard == shards[-1] else "w13"
-        part = f"{prefix}.{expert}.{shard}"
-        headers.check_tensors(part, scheme, shapes[name], rows[name])
+    kinds = sorted(places(scheme) - {"bias", *OPTIONAL})
+    down = getattr(layer, "ckpt_down_proj_name", "down_proj")
+    for name in files.shards:
+        prefix = "w2" if name.endswith(f".{down}") else "w13"
+        if (part := files.parts.get(name)) is None:
+            continue
+        for kind in kinds:
+            where = f"tensor {part.name}.{kind}"
+            if kind not in part.shapes:
+                raise broken_checkpoint("A tensor of the layer is missing", where)
+            dtype = _DTYPES.get(part.dtypes[kind], torch.bool)
+            tensor = torch.empty(part.shapes[kind], dtype=dtype, device="meta")
+            if fault := shapes[prefix].fault(kind, tensor, rows[prefix]):
+                what = f"The checkpoint's tensor {fault.reason}"
+                raise broken_checkpoint(what, where, fault.remedy)
 
 
 def _oracle(

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Small random models of vLLM's architectures, any of whose layers can be quantized.
+
+A checkpoint is made of tensors, not of modules: its file and its config need not agree.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import (
+    initialize_model,
+    process_weights_after_loading,
+)
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tools import tiny_model, tiny_moe
+from tools.make_checkpoint import SCHEMES, compress, prepare
+
+SCHEME = "w4a16-g32"
+_TEXT: dict[str, Any] = {
+    "vocab_size": tiny_model.VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 128,
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_TEXT))
+
+
+def _paligemma() -> Any:
+    text = transformers.Gemma2Config(**_TEXT, query_pre_attn_scalar=32)
+    vision = transformers.SiglipVisionConfig(**_TOWER, vision_use_head=False)
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=128, image_token_id=5
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def _modernbert() -> Any:
+    special = ("pad", "bos", "eos", "cls", "sep")
+    config = transformers.ModernBertConfig(
+        **{**_TEXT, **{f"{token}_token_id": 0 for token in special}}
+    )
+    return transformers.ModernBertModel(config)
+
+
+def _qwen2_5_vl() -> Any:
+    rope = {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]}
+    vision = {
+        "depth": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "fullatt_block_indexes": [1],
+        "window_size": 56,
+        "patch_size": 14,
+    }
+    tokens = ("vision_start", "vision_end", "vision", "image", "video")
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**_TEXT, "rope_scaling": rope},
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **{f"{token}_token_id": 1 + number for number, token in enumerate(tokens)},
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+_MODELS: dict[str, Callable[[], Any]] = {
+    "qwen3": _qwen3,
+    "paligemma": _paligemma,
+    "modernbert": _modernbert,
+    "qwen2_5_vl": _qwen2_5_vl,
+}
+
+
+def renamed(name: str) -> str:
+    """A name of a model with a tower as transformers has written it since 4.52."""
+    if name.startswith(("vision_tower", "multi_modal_projector", "visual")):
+        return f"model.{name}"
+    for old in ("language_model.model.", "model."):
+        if name.startswith(old):
+            return f"model.language_model.{name.removeprefix(old)}"
+    return name
+
+
+def _with_vision_model(name: str) -> str:
+    if "vision_model" in name:
+        return name
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+@cache
+def unquantized(name: str) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors and the config of a model, none of it quantized."""
+    torch.manual_seed(0)
+    with TemporaryDirectory() as directory:
+        path = Path(directory)
+        if name in _MODELS:
+            model = _MODELS[name]().bfloat16()
+            model.config.architectures = [type(model).__name__]
+            model.save_pretrained(path)
+        else:
+            tiny_moe.make(path, name.removesuffix("-mtp"))
+        tensors = load_file(path / "model.safetensors")
+        config = json.loads((path / "config.json").read_text())
+    if name == "paligemma":
+        # Its head is the embedding; and names as in published checkpoints.
+        tensors.pop("language_model.lm_head.weight", None)
+        tensors = {_with_vision_model(key): value for key, value in tensors.items()}
+    if name.endswith("-mtp"):
+        _add_mtp(tensors, config)
+    return tensors, config
+
+
+def _add_mtp(tensors: Tensors, config: dict[str, Any]) -> None:
+    """Add a layer of DeepSeek's that predicts a token more."""
+    number, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last = f"model.layers.{number - 1}."
+    new = f"model.layers.{number}."
+    for name in [name for name in tensors if name.startswith(last)]:
+        tensors[name.replace(last, new)] = tensors[name].clone()
+    tensors[f"{new}eh_proj.weight"] = torch.randn(hidden, 2 * hidden).bfloat16()
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{new}{norm}.weight"] = torch.ones(hidden).bfloat16()
+    tensors[f"{new}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{new}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    config["num_nextn_predict_layers"] = 1
+
+
+@cache
+def _compressed(model: str, layer: str, scheme: str) -> Tensors:
+    weight = unquantized(model)[0][f"{layer}.weight"]
+    module: Any = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    module.to(weight.dtype).weight.data.copy_(weight)
+    modules = torch.nn.ModuleDict({"layer": module})
+    prepare(modules, {"Linear": scheme})
+    compress(modules)
+    return {
+        name: parameter.data for name, parameter in modules["layer"].named_parameters()
+    }
+
+
+def linears(model: str) -> list[str]:
+    """Layers of a model that can be quantized, embeddings and heads among them."""
+    return [
+        name.removesuffix(".weight")
+        for name, tensor in unquantized(model)[0].items()
+        if name.endswith(".weight") and tensor.dim() == 2
+    ]
+
+
+def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    return [name for name in names if any(re.search(p, name) for p in patterns)]
+
+
+def make(
+    out: Path,
+    model: str,
+    quantized: Iterable[str],
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] = (),
+    *,
+    scheme: str = SCHEME,
+    rename: Callable[[str], str] = lambda name: name,
+) -> Path:
+    """Write a checkpoint.
+
+    Args:
+        out: Directory to make.
+        model: One of `_MODELS`, or of `tools.tiny_moe`, with "-mtp" for a layer more.
+        quantized: Layers that are, in the file.
+        targets: That the config says are, all of `scheme`.
+        ignore: That the config says are not.
+        scheme: One of `SCHEMES`.
+        rename: What the file calls a tensor.
+
+    """
+    tensors, config = unquantized(model)
+    tensors = dict(tensors)
+    for layer in quantized:
+        del tensors[f"{layer}.weight"]
+        for kind, tensor in _compressed(model, layer, scheme).items():
+            tensors[f"{layer}.{kind}"] = tensor
+    out.mkdir(parents=True)
+    named = {rename(name): tensor.clone() for name, tensor in tensors.items()}
+    save_file(named, out / "model.safetensors", {"format": "pt"})
+    group = SCHEMES[scheme].model_copy(update={"targets": list(targets)})
+    is_packed = "a16" in scheme or scheme.endswith("packed")
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": group.model_dump(mode="json")},
+        "format": "pack-quantized" if is_packed else "int-quantized",
+        "ignore": list(ignore),
+    }
+    config = {**config, "quantization_config": quantization}
+    (out / "config.json").write_text(json.dumps(config))
+    _tokenizer().save_pretrained(out)
+    return out
+
+
+@cache
+def _tokenizer() -> Any:
+    return tiny_model.train_tokenizer()
+
+
+def load(path: Path, **arguments: Any) -> torch.nn.Module:
+    """Load a model as a worker does, without the worker."""
+    vllm_config = config_of(path, **arguments)
+    return load_with(vllm_config, vllm_config.model_config)
+
+
+def config_of(path: Path, **arguments: Any) -> VllmConfig:
+    options = {"enforce_eager": True, "max_model_len": 128, **arguments}
+    return EngineArgs(str(path), **options).create_engine_config()
+
+
+def load_with(vllm_config: VllmConfig, model_config: Any) -> torch.nn.Module:
+    """Load a model, or a draft model beside it."""
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
+        model = initialize_model(vllm_config, model_config=model_config)
+        loader = get_model_loader(vllm_config.load_config)
+        loader.load_weights(model, model_config)
+        process_weights_after_loading(model, model_config, torch.device("cpu"))
+    return model
+
+
+def load_draft(path: Path) -> torch.nn.Module:
+    """Load a model that predicts tokens beside the main one, which is loaded first."""
+    speculation = {"method": "mtp", "num_speculative_tokens": 1}
+    vllm_config = config_of(path, speculative_config=speculation)
+    load_with(vllm_config, vllm_config.model_config)
+    assert vllm_config.speculative_config is not None
+    return load_with(vllm_config, vllm_config.speculative_config.draft_model_config)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What upstream's methods for experts are on Ascend."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoEQuantConfig,
+)
+from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.all2all_utils import (
+    maybe_make_prepare_finalize,
+)
+
+from vllm_ascend_ct.compat import UnfinalizedMoEOutput
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.quantization.compressed_tensors import load_formats
+from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
+    ExpertsLoadRecord,
+    Transform,
+    expert_shapes,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E501
+        CompressedTensorsMoEMethod,
+    )
+
+    _Base = CompressedTensorsMoEMethod
+else:
+    _Base = object
+
+
+class AscendCTMoEMixin(_Base):
+    """Goes before an upstream method, of which it uses `create_weights`.
+
+    Upstream's constructors look for experts among those of platforms in tree.
+    """
+
+    experts_cls: Any
+    transform: Transform | None = None
+
+    def __init__(
+        self,
+        weight_quant: QuantizationArgs,
+        input_quant: QuantizationArgs | None,
+        moe: FusedMoEConfig,
+        experts_cls: type[AscendExperts],
+        checkpoint: Checkpoint,
+        files: LayerFiles,
+    ) -> None:
+        FusedMoEMethodBase.__init__(self, moe)
+        self._checkpoint = checkpoint
+        self._files = files
+        self.weight_quant = weight_quant
+        self.input_quant = input_quant
+        self.num_bits = weight_quant.num_bits
+        self.symmetric = weight_quant.symmetric
+        self.strategy = weight_quant.strategy
+        # As upstream's methods have it: -1 for one scale per channel.
+        self.group_size = weight_quant.group_size or -1
+        self.experts_cls = experts_cls
+        self._record: ExpertsLoadRecord | None = None
+        self._saving: Any = None
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self._record = ExpertsLoadRecord(
+            layer,
+            expert_shapes(self.weight_quant, self.moe),
+            self._checkpoint.before_loading,
+            self._files,
+            self.transform,
+        )
+        loader = self._record.record(extra_weight_attrs["weight_loader"])
+        super().create_weights(  # type: ignore[safe-super]
+            layer,
+            num_experts,
+            hidden_size,
+            intermediate_size_per_partition,
+            params_dtype,
+            **{**extra_weight_attrs, "weight_loader": loader},
+        )
+        load_formats.mark_scales(layer)
+
+    def lay_out_weights(self, layer: Any) -> AscendExperts:
+        """Check what was loaded, and bring it to where experts compute with it.
+
+        Raises:
+            UnsupportedCheckpointError: Something is missing.
+
+        """
+        self._check_loaded(layer)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        experts: AscendExperts = self.experts_cls(self.moe, self.moe_quant_config)
+        experts.process_weights_after_loading(layer)
+        return experts
+
+    def _check_loaded(self, layer: Any) -> None:
+        self._checkpoint.after_loading()
+        if self._record is not None:
+            if self._record.is_dummy:
+                load_formats.make_dummy(layer, self.num_bits)
+            else:
+                self._record.check_complete()
+            self._files = self._record.files = LayerFiles()
+        if self._saving is None:
+            hook = load_formats.check_saving
+            self._saving = layer.register_state_dict_pre_hook(hook)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        experts = self.lay_out_weights(layer)
+        prepare_finalize = maybe_make_prepare_finalize(
+            moe=self.moe,
+            quant_config=self.moe_quant_config,
+            routing_tables=layer._expert_routing_tables(),
+            allow_new_interface=True,
+            use_monolithic=False,
+        )
+        assert prepare_finalize is not None
+        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
+        defers = getattr(self.moe_kernel, "supports_deferred_moe_finalize", bool)
+        experts.defers_finalize = UnfinalizedMoEOutput is not None and defers()
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
+        # Scales are the layer's parameters; nothing is quantized before the experts.
+        return FusedMoEQuantConfig.make(
+            gemm1_alpha=getattr(layer, "swiglu_alpha", None),
+            gemm1_beta=getattr(layer, "swiglu_beta", None),
+            gemm1_clamp_limit=getattr(layer, "swiglu_limit", None),
+        )
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert self.moe_kernel is not None
+        output: Any = self.moe_kernel.apply(
+            x,
+            stored_weight(layer, "w13")[1],
+            stored_weight(layer, "w2")[1],
+            topk_weights,
+            topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
+        if isinstance(output, torch.Tensor):
+            return output
+        experts: Any = self.moe_kernel.fused_experts
+        weighted = layer.apply_router_weight_on_input
+        result: torch.Tensor = experts.finalize(
+            output.gemm2_permuted,
+            output.expanded_idx_to_permuted_idx,
+            None if weighted else output.expert_weights,
+        )
+        return result
+
+    @property
+    def supports_eplb(self) -> bool:
+        return False

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Refusals of a layer."""
+
+from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
+from vllm_ascend_ct.ops.soc import current_soc
+
+
+def refused(
+    what: str, layer_name: str | None, remedy: str = Remedy.QUANTIZE_AGAIN
+) -> UnsupportedCheckpointError:
+    """Refuse a layer."""
+    return UnsupportedCheckpointError(
+        what,
+        where=f"layer {layer_name} on Ascend {current_soc().value}",
+        supported="the schemes that the README lists, within the chip's limits",
+        remedy=remedy,
+    )

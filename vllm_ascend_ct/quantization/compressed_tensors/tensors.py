@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What a tensor of a quantized layer looks like in a checkpoint."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from vllm_ascend_ct.errors import Remedy
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# The field of the config that says whether there is a tensor of each kind. None for
+# an order of activations, which nothing here can follow.
+FIELDS = {
+    "weight": "format",
+    "weight_packed": "format",
+    "weight_shape": "format",
+    "weight_scale": "weights",
+    "weight_zero_point": "weights.symmetric",
+    "weight_g_idx": None,
+    "input_scale": "input_activations",
+    "input_zero_point": "input_activations.symmetric",
+    "output_scale": "output_activations",
+    "output_zero_point": "output_activations.symmetric",
+}
+# Those that its columns follow from.
+COLUMNS = {
+    "weight_packed": "weights.num_bits",
+    "weight_scale": "weights.strategy or group_size",
+    "weight_zero_point": "weights.strategy, group_size or num_bits",
+    "input_scale": "input_activations.strategy",
+    "input_zero_point": "input_activations.strategy",
+}
+# Upstream registers it and reads it nowhere; not all who write checkpoints write it.
+OPTIONAL = ("weight_shape",)
+
+
+class Fault(NamedTuple):
+    """What is wrong with a tensor, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class QuantizedShape:
+    """What the checkpoint's tensors of a layer have to look like.
+
+    Attributes:
+        k: Input features, of all ranks.
+        bits: Of a weight.
+        groups: Scales in a row of the weight; 0 for one scale in all.
+        zero_is_none: Whether a static scale of 0 says "not quantized".
+
+    """
+
+    k: int
+    bits: int
+    groups: int
+    zero_is_none: bool = False
+
+    def fault(self, name: str, tensor: torch.Tensor, rows: int | None) -> Fault | None:
+        """Why a tensor cannot be right, or None.
+
+        Args:
+            name: Of the parameter.
+            tensor: As it is in the checkpoint.
+            rows: Output features of the layer or of the shard, of all ranks; None if
+                not known.
+
+        """
+        if name == "weight_shape":
+            given = tensor.reshape(-1).tolist()
+            if len(given) != 2 or given[1] != self.k or rows not in (None, given[0]):
+                reason = f"says {given}; expected [{rows or 'any'}, {self.k}]"
+                return Fault(reason, Remedy.EXPORT_AGAIN)
+        elif expected := self._expected(name, rows):
+            dtypes, shape = expected
+            if tensor.dtype not in dtypes or not _fits(tensor.shape, shape):
+                wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+                size = [-1 if s is None else s for s in shape]
+                reason = (
+                    f"is {str(tensor.dtype).removeprefix('torch.')} "
+                    f"{list(tensor.shape)}; expected {wanted} {size}"
+                    + _dense_hint(name, self.bits)
+                )
+                rows_fit = _fits(tensor.shape[:1], shape[:1]) or tensor.numel() == 1
+                is_config = tensor.dtype in dtypes and rows_fit
+                return Fault(
+                    reason, remedy_for(COLUMNS.get(name) if is_config else None)
+                )
+        if value := self._value_fault(name, tensor):
+            return Fault(value, Remedy.CALIBRATE_AGAIN)
+        return None
+
+    def _expected(
+        self, name: str, rows: int | None
+    ) -> tuple[tuple[torch.dtype, ...], tuple[int | None, ...]] | None:
+        if name == "weight_packed":
+            return (torch.int32,), (rows, math.ceil(self.k * self.bits / 32))
+        if name == "weight":
+            return (torch.int8,), (rows, self.k)
+        if name == "weight_zero_point":
+            words = rows and math.ceil(rows * self.bits / 32)
+            return (torch.int32,), (words, self.groups)
+        if name == "weight_scale" and self.groups:
+            return _FLOATS, (rows, self.groups)
+        if name.endswith("_scale"):
+            return _FLOATS, ()
+        if name == "input_zero_point":
+            return (torch.int8, torch.int32, torch.int64), ()
+        if name == "bias":
+            return _FLOATS, (rows,)
+        return None
+
+    def _value_fault(self, name: str, tensor: torch.Tensor) -> str | None:
+        # Weights have no value that is wrong, and reading them all takes time.
+        if not name.endswith(("_scale", "input_zero_point")):
+            return None
+        if tensor.is_meta or tensor.numel() == 0:
+            return None
+        low, high = (float(value) for value in tensor.aminmax())
+        if name == "input_zero_point" and not (low >= -128 and high <= 127):
+            return f"is {low:.0f}; expected -128 to 127"
+        if name.endswith("_scale"):
+            zero = self.zero_is_none and name != "weight_scale"
+            if not ((low > 0 or (zero and low == 0)) and high < math.inf):
+                return f"has values from {low} to {high}; expected finite and above 0"
+        return None
+
+
+def remedy_for(field: str | None) -> str:
+    """What to do where a field of the config may be wrong, or none can be."""
+    if field is None:
+        return Remedy.EXPORT_AGAIN
+    return Remedy.CORRECT_FIELD.format(field=field)
+
+
+def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
+    if not expected:
+        return shape.numel() == 1
+    return len(shape) == len(expected) and all(
+        size in (given, None) for given, size in zip(shape, expected)
+    )
+
+
+def _dense_hint(name: str, bits: int) -> str:
+    if name == "weight_packed" and bits in (3, 5, 6, 7):
+        return f" (compressed-tensors packs {bits} bits without gaps since 0.18)"
+    return ""
