@@ -9,6 +9,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import PlatformEnum
 
 from vllm_ascend_ct import envs
+from vllm_ascend_ct.errors import PlatformError, Remedy
 from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
 
 if TYPE_CHECKING:
@@ -26,12 +27,30 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
     """
 
     _enum = PlatformEnum.OOT
+    # Others' CPU kernels are registered for vLLM's own CPU platform.
+    supported_quantization = ["compressed-tensors"]
 
     def is_cpu(self) -> bool:
         return True
 
     def is_out_of_tree(self) -> bool:
         return False
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        """Refuse what is quantized in another way, when a model is configured.
+
+        Raises:
+            PlatformError: It is.
+
+        """
+        if quant not in cls.supported_quantization:
+            raise PlatformError(
+                f"{quant} models are not served by the emulated platform",
+                where=f"quantization={quant}",
+                supported=", ".join(cls.supported_quantization) + ", or none",
+                remedy=Remedy.WITHOUT_PLUGIN,
+            )
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:

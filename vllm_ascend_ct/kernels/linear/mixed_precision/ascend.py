@@ -3,6 +3,7 @@
 """Weight-only linear kernel, as upstream's `kernels/linear/mixed_precision`."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
@@ -13,8 +14,12 @@ from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.scalar_type import ScalarType, scalar_types
 
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
+from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
+
+# Of GPTQ's and AWQ's layouts, `[K, N]`.
+_FOREIGN = "qweight"
 
 
 def packed_type(bits: int, symmetric: bool) -> ScalarType:
@@ -33,15 +38,37 @@ WEIGHT_TYPES = (
 )
 
 
-class AscendWNA16LinearKernel(MPLinearKernel):
-    """16-bit activations by weights of 2 to 8 bits, in one launch."""
+class AscendMPLinearKernel(MPLinearKernel):
+    """Takes weights as compressed-tensors lays them out, and no others."""
+
+    def __init__(
+        self, c: MPLinearLayerConfig, w_q_param_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Note what a layer's parameters are called.
+
+        Raises:
+            ValueError: They are another quantization tool's.
+
+        """
+        if w_q_param_name == _FOREIGN:
+            raise ValueError(
+                f"{type(self).__name__} takes no `{w_q_param_name}`; supported: "
+                "weights as compressed-tensors lays them out"
+            )
+        super().__init__(c, w_q_param_name, *args, **kwargs)
 
     @classmethod
     def get_min_capability(cls) -> int:
         return -1
 
+
+class AscendWNA16LinearKernel(AscendMPLinearKernel):
+    """16-bit activations by weights of 2 to 8 bits, in one launch."""
+
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        if reason := foreign_layout():
+            return False, reason
         if c.weight_type not in WEIGHT_TYPES:
             supported = ", ".join(map(str, WEIGHT_TYPES))
             return False, f"weight type {c.weight_type}; supported: {supported}"

@@ -13,8 +13,10 @@ from vllm.model_executor.layers.quantization.utils import replace_parameter
 
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.kernels.linear.functional import dynamic_quant_int4_matmul
+from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     WEIGHT_TYPES,
+    AscendMPLinearKernel,
     int4_rows,
     operator_group_size,
     replace_weight,
@@ -27,7 +29,7 @@ from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, pack_quantized
 
 
-class AscendWNA8LinearKernel(MPLinearKernel):
+class AscendWNA8LinearKernel(AscendMPLinearKernel):
     """Activations quantized to int8 per token, by int4 or int8 weights.
 
     Where the config by which upstream chooses a kernel does not say how activations are
@@ -37,16 +39,14 @@ class AscendWNA8LinearKernel(MPLinearKernel):
     """
 
     @classmethod
-    def get_min_capability(cls) -> int:
-        return -1
-
-    @classmethod
     def quantizes_activations(cls, c: MPLinearLayerConfig) -> bool:
         """Whether activations are quantized as `c.activation_quant_key` asks."""
         return True
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        if reason := foreign_layout():
+            return False, reason
         if compat.KERNELS_KNOW_ACTIVATIONS:
             key: Any = getattr(c, "activation_quant_key", None)
             if key is None or key.dtype != torch.int8:

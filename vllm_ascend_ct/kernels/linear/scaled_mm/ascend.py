@@ -17,6 +17,7 @@ from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_quant_matmul,
     static_quant_matmul,
 )
+from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights.int_quantized import (
     int32_bias,
@@ -41,6 +42,8 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
 
     @classmethod
     def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
+        if reason := foreign_layout():
+            return False, reason
         if (
             not c.is_static_input_scheme
             and not c.input_symmetric
