@@ -10,6 +10,7 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 from torch.nn.functional import silu
+from vllm.config import LoRAConfig
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -19,6 +20,7 @@ from vllm.model_executor.model_loader.reload import (
 from tests.formula import relative_error
 from tests.layers.quantized_experts import (
     INT8_TOLERANCE,
+    PREFIX,
     ROUNDINGS,
     SERVED,
     FormulaExperts,
@@ -39,7 +41,7 @@ from tests.real_stack.ascend_experts import (
 from tests.real_stack.meta import MetaChecked
 from tools import check_npu, record_npu_calls
 from tools.make_checkpoint import SCHEMES
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.errors import PlatformError, Remedy, UnsupportedCheckpointError
 
 pytestmark = pytest.mark.vllm_ascend
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -193,6 +195,34 @@ def test_routed_experts_are_returned(vllm_config: Any, mocker: MockerFixture) ->
     (call,) = capturer.capture.call_args_list
     assert call.kwargs["layer_id"] == layer.layer_id
     assert torch.equal(call.kwargs["topk_ids"], routed[1])
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "experts"]])
+def test_adapters_of_experts_are_refused(
+    vllm_config: Any, mocker: MockerFixture, targets: list[str] | None
+) -> None:
+    adapters = LoRAConfig(max_lora_rank=8, target_modules=targets)
+    mocker.patch.object(vllm_config, "lora_config", adapters)
+    with pytest.raises(PlatformError, match=f"layer {PREFIX}, .*lora") as error:
+        load("w4a16-g32", vllm_config)
+    assert Remedy.LORA_TARGETS in str(error.value)
+
+
+def test_adapters_of_other_modules_are_not(
+    vllm_config: Any, mocker: MockerFixture
+) -> None:
+    adapters = LoRAConfig(max_lora_rank=8, target_modules=["q_proj"])
+    mocker.patch.object(vllm_config, "lora_config", adapters)
+    check(*load("w4a16-g32", vllm_config), vllm_config)
+
+
+def test_adapters_are_not_left_out(vllm_config: Any, mocker: MockerFixture) -> None:
+    """vllm-ascend leaves them on the layer, for a method that takes them."""
+    layer, _ = load("w4a16-g32", vllm_config)
+    layer.set_lora_context(mocker.Mock())
+    x = activations(20, SIZES.hidden, BF16)
+    with pytest.raises(PlatformError, match=f"layer {PREFIX}, a LoRA context"):
+        run(layer, x, routing(SIZES, 20), vllm_config)
 
 
 def test_weights_of_the_router_on_the_input(vllm_config: Any) -> None:

@@ -96,6 +96,14 @@ class QuantTypeHolder:
         self.quant_type = quant_type(name)
 
 
+def has_adapters(layer: Any) -> bool:
+    """Whether vllm-ascend wrapped a layer for LoRA.
+
+    It leaves the adapters on the layer, for the method to hand to the operators.
+    """
+    return getattr(layer, "_ascend_moe_lora_context", None) is not None
+
+
 def select_experts(
     layer: Any,
     x: torch.Tensor,

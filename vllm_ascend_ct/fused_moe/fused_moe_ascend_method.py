@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe import (
 )
 
 from vllm_ascend_ct.ascend_base import fused_moe, serves, settings
+from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
@@ -113,7 +114,12 @@ class FusedMoEAscendMethod(FusedMoEMethodBase):
         Returns:
             vllm-ascend's `FusedExpertsResult`.
 
+        Raises:
+            PlatformError: vllm-ascend gave the layer LoRA adapters.
+
         """
+        if fused_moe.has_adapters(layer):
+            raise lora.refused(f"layer {layer.layer_name}, a LoRA context")
         routing = {name: call.pop(name) for name in _ROUTING & call.keys()}
         logical = self.moe.num_logical_experts
         weights, ids, unchanged = fused_moe.select_experts(

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.fused_moe import (
 
 from vllm_ascend_ct.ascend_base import fused_moe, serves
 from vllm_ascend_ct.errors import Remedy
+from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
     FusedMoEAscendMethod,
@@ -96,6 +97,7 @@ def _quantized_method(
     if reason := refusal(scheme, EXPERT_RULES):
         raise refused(f"Experts with {reason}", layer_name)
     load_formats.check_load_format(layer_name)
+    lora.check_experts(layer_name)
     weights = scheme["weights"]
     method_cls: type[AscendCTMoEMixin] = AscendCTWNA16MoEMethod
     if scheme["format"] != CompressionFormat.pack_quantized.value:
