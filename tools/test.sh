@@ -7,6 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup.sh
+# What is imported is compiled once, not in each process.
+unset PYTHONDONTWRITEBYTECODE
 if [ "${1:-}" = --long ]; then
   .venv/bin/python -m pytest -m long
   .venv/bin/python -m tools.real_stack test -n logical --maxprocesses 4 --dist loadfile

@@ -98,8 +98,33 @@ def _qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _gpt_oss() -> Any:
+    """With a module for each projection of an expert, as llm-compressor makes them."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model: Any = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**_TEXT, **experts)
+    )
+    for layer in model.model.layers:
+        given = layer.mlp.experts
+        layer.mlp.experts = torch.nn.ModuleList(
+            torch.nn.ModuleDict(
+                {
+                    name: torch.nn.Linear(*weight.shape)
+                    for name, weight in (
+                        ("gate_proj", gate_up[:, ::2]),
+                        ("up_proj", gate_up[:, 1::2]),
+                        ("down_proj", down),
+                    )
+                }
+            )
+            for gate_up, down in zip(given.gate_up_proj, given.down_proj)
+        )
+    return model
+
+
 _MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": _qwen3,
+    "gpt_oss": _gpt_oss,
     "paligemma": _paligemma,
     "modernbert": _modernbert,
     "qwen2_5_vl": _qwen2_5_vl,

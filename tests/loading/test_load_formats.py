@@ -150,8 +150,25 @@ class FillsByItself(FillsNothing):
 def test_a_loader_that_fills_nothing(
     model: str, request: pytest.FixtureRequest
 ) -> None:
-    with pytest.raises(UnsupportedCheckpointError, match=r"layer model\.layers\.0\."):
+    with pytest.raises(
+        UnsupportedCheckpointError,
+        match=r"did not load model\.layers\.0\.\S+, which the file has",
+    ) as error:
         models.load(request.getfixturevalue(model), load_format="fills_nothing")
+    assert Remedy.OTHER_LOADER in str(error.value)
+
+
+def test_a_loader_that_knows_no_such_names(tmp_path: Path) -> None:
+    """That of gpt-oss takes experts in parts of its own, or leaves tensors out."""
+    experts = models.matching([r"experts\.\d"], models.linears("gpt_oss"))
+    path = models.make(
+        tmp_path / "checkpoint", "gpt_oss", experts, [r"re:.*experts.*_proj$"]
+    )
+    with pytest.raises(
+        UnsupportedCheckpointError, match=r"layer model\.layers\.0\.mlp\.experts"
+    ) as error:
+        models.load(path)
+    assert Remedy.OTHER_LOADER in str(error.value)
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])

@@ -104,6 +104,8 @@ class ExpertsLoadRecord:
             self._before()
             name = self._name(param)
             kind = name.partition("_")[2]
+            if shard_id not in (*_SHARDS["w13"], *_SHARDS["w2"]):
+                raise self._other_loader(f"{expert_id}, {weight_name}", shard_id)
             local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local >= 0:
                 fault = self._fault(kind, shard_id, loaded_weight)
@@ -196,6 +198,15 @@ class ExpertsLoadRecord:
             for layers in (self.files.parts.values(), self.files.alike)
         )
         return missing_tensor(layer.layer_name, f"{part}.{kind}", known, alike)
+
+    def _other_loader(self, tensor: str, shard: str) -> UnsupportedCheckpointError:
+        return UnsupportedCheckpointError(
+            f"vLLM's loader of this model loads experts in parts of its own ({shard})",
+            where=f"layer {self.layer.layer_name}, expert {tensor}",
+            supported="models whose loaders take gate, up and down projections of "
+            "quantized experts",
+            remedy=Remedy.OTHER_LOADER,
+        )
 
     def _refused(
         self, kind: str, shard: str, expert: int, fault: Fault
