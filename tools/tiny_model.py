@@ -21,7 +21,7 @@ from transformers import (
 
 VOCABULARY = 1024
 END = "<|endoftext|>"
-STEPS = 800
+STEPS = 600
 BATCH, LENGTH = 8, 128
 HELD_OUT = 0.05
 
