@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tools import real_stack
+from tools import real_stack, stacks
 from tools.patch_series import Patch, Target
 
 CACHE = Path("build/upstream-patches")
@@ -121,7 +121,7 @@ def installed_vllm() -> Path:
 def link_built(target: Target, tree: Path) -> None:
     """Give a tree what the installed package has beyond its source."""
     if target.stack:
-        installed = real_stack.install(target.stack) / target.package
+        installed = stacks.install(target.stack) / target.package
     else:
         installed = installed_vllm()
     generated = [installed / name for name in target.generated]
@@ -209,7 +209,7 @@ def requirements(target: Target) -> list[Path]:
     if not target.requirements:
         return []
     directory = CACHE / f"{target.project}-requirements"
-    return [real_stack.install_into(directory, target.requirements)]
+    return [stacks.install_into(directory, target.requirements)]
 
 
 Outcomes = dict[str, tuple[str, str]]

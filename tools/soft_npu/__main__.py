@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""vllm-ascend's engine, unmodified, on a machine without an NPU.
+
+    python -m tools.soft_npu run [options] -- vllm serve CHECKPOINT
+    python -m tools.soft_npu run [options] -- pytest tests/soft_npu
+    python -m tools.soft_npu set-up [--release R]
+    python -m tools.soft_npu stand-ins
+
+`run` gives a command, and all that it starts, NPUs: torch_npu over a runtime in the
+host's memory, which computes on the CPU. What it needs is downloaded and compiled once.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tools import stacks
+from tools.soft_npu import environment, stand_ins
+from tools.soft_npu.environment import Device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("run", help="a command on software NPUs")
+    make = actions.add_parser("set-up", help="download and compile only")
+    actions.add_parser("stand-ins", help="list what stands in for what")
+    default = Device()
+    for action in (run, make):
+        action.add_argument(
+            "--release", choices=stacks.RELEASES, default=default.release
+        )
+    run.add_argument("--soc", choices=environment.SOCS, default=default.soc)
+    run.add_argument("--devices", type=int, default=default.devices)
+    run.add_argument("--memory", default=default.memory, help="of each, as 8G")
+    run.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND[:NAME]@N",
+        help="allocate, operator or hang: the N-th, or with a + from there on, fails",
+    )
+    run.add_argument("--verbose", action="store_true", help="print the stand-ins")
+    run.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    if arguments.action == "set-up":
+        environment.set_up(arguments.release)
+    if arguments.action == "stand-ins" or getattr(arguments, "verbose", False):
+        print("\n".join(stand_ins.describe()))
+    if arguments.action == "run":
+        sys.exit(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    device = Device(
+        arguments.release,
+        arguments.soc,
+        arguments.devices,
+        arguments.memory,
+        ",".join(arguments.fault),
+    )
+    command = arguments.command
+    if command[:1] == ["--"]:
+        command = command[1:]
+    if not command:
+        raise SystemExit("soft_npu: no command. Name one after `--`.")
+    with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
+        variables = environment.variables(device, Path(state))
+        return subprocess.run(command, env=variables).returncode
+
+
+if __name__ == "__main__":
+    main()

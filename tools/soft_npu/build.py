@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Compile the runtime, the dispatch library, and vllm-ascend's own library."""
+
+import subprocess
+import sysconfig
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tools import elf, stacks
+from tools.real_stack import LIBRARIES
+from tools.soft_npu.cpu_torch import SOURCES, strip_cuda
+
+ROOT = Path("build/soft-npu")
+DISPATCH = "libsoft_npu.so"
+_MISSING = "long soft_npu_missing(const char *);\n"
+_STUB = 'return soft_npu_missing("{name}");'
+
+
+def libraries() -> Path:
+    """The directory of the runtime, under the names of CANN, and of the dispatch."""
+    torch, torch_npu = _packages()
+    strip_cuda(torch)
+
+    def make(directory: Path) -> None:
+        print("soft_npu: compiling the runtime and the dispatch library", flush=True)
+        acl = [torch_npu / "include/third_party/acl/inc"]
+        runtime = compile_objects(directory, _sources("runtime"), acl)
+        stubs = directory / "stubs.c"
+        own = [*torch_npu.glob("_C*.so"), *torch_npu.glob("lib/*.so")]
+        others = torch.glob("lib/*.so*")
+        names = set(elf.missing_symbols(own, others)) - _defined(runtime)
+        stubs.write_text(_MISSING + elf.stub_source(sorted(names), _STUB))
+        runtime += compile_objects(directory, [stubs], [])
+        link(directory / "libascendcl.so", runtime)
+        for name in LIBRARIES[1:]:
+            (directory / f"{name}.so").symlink_to("libascendcl.so")
+        dispatch = compile_objects(
+            directory, _sources("dispatch"), _include(torch, torch_npu)
+        )
+        places = (directory, torch / "lib", torch_npu / "lib")
+        needs = ("ascendcl", "torch_npu", "torch_cpu", "c10")
+        link(directory / DISPATCH, dispatch, places, needs)
+
+    code = [path.read_text() for path in sorted(SOURCES.rglob("*")) if path.is_file()]
+    contents = "\n".join([*code, str(torch), str(torch_npu)])
+    return stacks.once(ROOT / "lib", contents, make)
+
+
+def custom_operators(part: str) -> Path:
+    """vllm-ascend's own library, compiled of its source distribution.
+
+    It has its operators' schemas and meta functions. The kernels of the chip are stubs.
+
+    Args:
+        part: One of `stacks.SOURCES`.
+
+    Returns:
+        The directory that the library is in, as a package beside vllm-ascend's.
+
+    """
+    torch, torch_npu = _packages()
+    source = stacks.install(part) / "source" / "csrc"
+
+    def make(directory: Path) -> None:
+        print(f"soft_npu: compiling the operators of {part}, some minutes", flush=True)
+        sources = [*source.glob("*.cpp"), *source.glob("aclnn_torch_adapter/*.cpp")]
+        include = [*_include(torch, torch_npu), SOURCES / "cann", source]
+        objects = compile_objects(
+            directory,
+            sources,
+            include,
+            "-O0",
+            "-DVLLM_ENABLE_ATB_AND_DIRECT_KERNELS",
+            "-DTORCH_EXTENSION_NAME=vllm_ascend_C",
+        )
+        target = directory / f"vllm_ascend_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        places = (torch / "lib", torch_npu / "lib", libraries())
+        needs = ("torch_npu", "torch_python", "torch", "c10", "ascendcl")
+        link(target, objects, places, needs)
+        known = [path for place in places for path in place.glob("*.so*")]
+        stubs = directory / "stubs.c"
+        names = elf.missing_symbols([target], known)
+        stubs.write_text(_MISSING + elf.stub_source(names, _STUB))
+        objects += compile_objects(directory, [stubs], [])
+        link(target, objects, places, needs)
+        for path in objects:
+            path.unlink()
+
+    return stacks.once(ROOT / part, f"{stacks.SOURCES[part]} {SOURCES}", make)
+
+
+def _packages() -> tuple[Path, Path]:
+    torch, torch_npu, *_ = map(stacks.install, stacks.STACKS[stacks.RELEASES[-1]])
+    return torch / "torch", torch_npu / "torch_npu"
+
+
+def _sources(part: str) -> list[Path]:
+    return sorted((SOURCES / part).glob("*.cpp"))
+
+
+def _include(torch: Path, torch_npu: Path) -> list[Path]:
+    return [
+        torch / "include",
+        torch / "include/torch/csrc/api/include",
+        torch_npu / "include",
+        torch_npu / "include/third_party/acl/inc",
+        Path(sysconfig.get_path("include")),
+    ]
+
+
+def compile_objects(
+    directory: Path, sources: Sequence[Path], include: Iterable[Path], *options: str
+) -> list[Path]:
+    """Compile C and C++ files, two at a time."""
+    headers = [f"-isystem{path}" for path in include]
+
+    def compile_one(source: Path) -> Path:
+        target = directory / f"{source.parent.name}-{source.stem}.o"
+        command = [elf.compiler("c"), "-w", "-fPIC"]
+        if source.suffix != ".c":
+            command = [elf.compiler("c++"), "-std=c++17", "-O2", "-fPIC", "-Wall"]
+        command += [*headers, *options, "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link(
+    target: Path,
+    objects: Sequence[Path],
+    places: Iterable[Path] = (),
+    needs: Iterable[str] = (),
+) -> None:
+    """Link a shared library."""
+    command = [elf.compiler("c++"), "-shared", "-o", str(target), *map(str, objects)]
+    command += [f"-L{place}" for place in places] + [f"-l{name}" for name in needs]
+    subprocess.run(command, check=True)
+
+
+def _defined(objects: Iterable[Path]) -> set[str]:
+    command = ["nm", "--defined-only", *map(str, objects)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in output.splitlines() if len(line.split()) == 3}

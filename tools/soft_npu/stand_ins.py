@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What stands in for something that this machine has not.
+
+`python -m tools.soft_npu stand-ins` prints the list.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+# Modules that are imported and hardly used.
+MODULES = {
+    "acl": "CANN's Python interface, which vllm-ascend's sleep mode uses",
+    "torchvision": "images; the build for this torch is for CUDA",
+    "fla_npu": "operators of linear attention, which vllm-ascend 0.30 asks for by name",
+}
+
+
+class AnyAttribute(type):
+    """A class whose attributes are their names."""
+
+    def __getattr__(cls, name: str) -> str:
+        return name
+
+
+class Module(types.ModuleType):
+    """A module that has every name."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AnyAttribute(name, (), {})
+
+
+def _after_torch() -> None:
+    import torch
+
+    # A build without CUDA has it not.
+    del torch._C._host_emptyCache
+
+
+def _after_triton() -> None:
+    from tools.soft_npu import triton_kernels
+
+    triton_kernels.provide_extension()
+    triton_kernels.install()
+
+
+def _after_build_info() -> None:
+    import os
+
+    from vllm_ascend import _build_info
+
+    soc = os.environ["SOFT_NPU_SOC"]
+    _build_info.__device_type__ = f"_{soc}" if soc[0].isdigit() else soc
+
+
+# What is replaced in a module when it has been imported, and why.
+AFTER: dict[str, Callable[[], None]] = {
+    "torch": _after_torch,
+    "triton": _after_triton,
+    "vllm_ascend._build_info": _after_build_info,
+}
+REPLACED = {
+    "torch._C._host_emptyCache": "removed, as from a build without CUDA, which this is",
+    "triton.runtime.driver.active": "names the chip's cores; there is no compiler",
+    "triton.runtime.interpreter.GridExecutor": "its own launches, by the dispatcher",
+    "triton.language.extra.cann.extension": "three functions, for the interpreter",
+    "vllm_ascend._build_info.__device_type__": "the chip that --soc names",
+    "vllm-*.dist-info": "names vLLM's build for no device, which an NPU host has",
+}
+
+
+def describe() -> list[str]:
+    """One line for each, of all that is not what production has."""
+    return [f"{name}: {reason}" for name, reason in {**MODULES, **REPLACED}.items()]

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Triton kernels: triton-ascend's own interpreter runs them, on the NPU's memory.
+
+A launch is an operator of the software NPU, so that a graph holds it as any other.
+"""
+
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_launches: dict[int, tuple[Any, list[Any], dict[str, Any]]] = {}
+_TENSOR = object()
+
+
+def install() -> None:
+    """Replace driver and launcher of the `triton` that was just imported."""
+    from triton.backends import backends
+    from triton.runtime import interpreter
+    from triton.runtime.driver import driver
+
+    backends["ascend"].driver.is_active = classmethod(lambda _: True)
+    driver.set_active(_Driver())
+    original = interpreter.GridExecutor
+
+    class Executor(original):  # type: ignore[misc, valid-type]
+        """Launches through the dispatcher."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> None:
+            values = [*args, *kwargs.values()]
+            tensors = [x for x in values if isinstance(x, torch.Tensor)]
+            blanks = [_TENSOR if isinstance(x, torch.Tensor) else x for x in values]
+            run = super().__call__
+            named = dict(zip(kwargs, blanks[len(args) :]))
+            number = len(_launches)
+            _launches[number] = run, blanks[: len(args)], named
+            torch.ops.soft_npu.launch_triton(tensors, number)
+
+    interpreter.GridExecutor = Executor
+
+
+def launch(tensors: list[torch.Tensor], number: int) -> None:
+    """Run a kernel on tensors of the CPU, which are where the NPU's are."""
+    run, args, kwargs = _launches[number]
+    given = iter(tensors)
+    args = [next(given) if x is _TENSOR else x for x in args]
+    kwargs = {k: next(given) if x is _TENSOR else x for k, x in kwargs.items()}
+    run(*args, **kwargs)
+
+
+class _Utils:
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        import torch_npu
+
+        properties = torch_npu.npu.get_device_properties(device)
+        return {
+            "num_aicore": properties.cube_core_num,
+            "num_vectorcore": properties.vector_core_num,
+        }
+
+
+class _Driver:
+    """Of triton-ascend's driver what kernels' callers ask for."""
+
+    utils = _Utils()
+
+    def get_current_device(self) -> int:
+        import torch_npu
+
+        return int(torch_npu.npu.current_device())
+
+    def get_current_target(self) -> Any:
+        import torch_npu
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("npu", torch_npu.npu.get_device_name(), 0)
+
+    def get_device_interface(self) -> Any:
+        import torch_npu
+
+        return torch_npu.npu
+
+    def get_benchmarker(self) -> Any:
+        # All configurations are as fast: the first is taken.
+        return lambda function, quantiles, **_: [1.0] * len(quantiles)
+
+
+def _number(value: Any) -> int:
+    return int(getattr(getattr(value, "handle", value), "data", value))
+
+
+def _slices(offsets: Any, sizes: Any, strides: Any) -> tuple[slice, ...]:
+    return tuple(
+        slice(_number(o), _number(o) + _number(n) * _number(s), _number(s))
+        for o, n, s in zip(offsets, sizes, strides)
+    )
+
+
+def _tensor(data: Any, like: Any) -> Any:
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    shape = list(data.shape)
+    kind = tl.block_type(like.type.scalar, shape) if shape else like.type.scalar
+    return tl.tensor(TensorHandle(data, like.handle.dtype), kind)
+
+
+def extract_slice(ful: Any, offsets: Any, sizes: Any, strides: Any, **_: Any) -> Any:
+    """A part of a tensor, as triton-ascend's extension."""
+    return _tensor(ful.handle.data[_slices(offsets, sizes, strides)].copy(), ful)
+
+
+def insert_slice(
+    ful: Any, sub: Any, offsets: Any, sizes: Any, strides: Any, **_: Any
+) -> Any:
+    """A tensor with a part replaced, as triton-ascend's extension."""
+    data = ful.handle.data.copy()
+    data[_slices(offsets, sizes, strides)] = sub.handle.data
+    return _tensor(data, ful)
+
+
+def get_element(src: Any, indice: Sequence[Any], **_: Any) -> Any:
+    """One element, as triton-ascend's extension."""
+    import numpy as np
+
+    element = src.handle.data[tuple(_number(i) for i in indice)]
+    return _tensor(np.array([element]).reshape(()), src)
+
+
+def provide_extension() -> None:
+    """Provide `triton.language.extra.cann.extension`, which 3.2.0 has not."""
+    names = ("triton.language.extra.cann", "triton.language.extra.cann.extension")
+    for name in names:
+        module = types.ModuleType(name)
+        module.__path__ = []
+        sys.modules.setdefault(name, module)
+    for function in (extract_slice, insert_slice, get_element):
+        setattr(sys.modules[names[1]], function.__name__, function)

