@@ -17,6 +17,7 @@ class Soc(Enum):
 
 
 _default = Soc.A2
+# torch 2.10 cannot trace iterating over the class, which a compiled forward does.
 _BY_NAME = {soc.value: soc for soc in Soc}
 
 
