@@ -25,27 +25,33 @@ def libraries() -> Path:
 
     def make(directory: Path) -> None:
         print("soft_npu: compiling the runtime and the dispatch library", flush=True)
-        acl = [torch_npu / "include/third_party/acl/inc"]
-        runtime = compile_objects(directory, _sources("runtime"), acl)
-        stubs = directory / "stubs.c"
-        own = [*torch_npu.glob("_C*.so"), *torch_npu.glob("lib/*.so")]
-        others = torch.glob("lib/*.so*")
-        names = set(elf.missing_symbols(own, others)) - _defined(runtime)
-        stubs.write_text(_MISSING + elf.stub_source(sorted(names), _STUB))
-        runtime += compile_objects(directory, [stubs], [])
-        link(directory / "libascendcl.so", runtime)
-        for name in LIBRARIES[1:]:
-            (directory / f"{name}.so").symlink_to("libascendcl.so")
-        dispatch = compile_objects(
-            directory, _sources("dispatch"), _include(torch, torch_npu)
+        include = _include(torch, torch_npu)
+        runtime, hccl, dispatch = (
+            compile_objects(directory, sorted((SOURCES / part).glob("*.cpp")), include)
+            for part in ("runtime", "hccl", "dispatch")
         )
+        own = [*torch_npu.glob("_C*.so"), *torch_npu.glob("lib/*.so")]
+        missing = set(elf.missing_symbols(own, torch.glob("lib/*.so*")))
+        runtime += _stubs(directory, missing - _defined([*runtime, *hccl]))
+        link(directory / "libascendcl.so", runtime)
+        link(directory / "libhccl.so", hccl, [directory], ["ascendcl"])
+        for name in {*LIBRARIES} - {"libascendcl", "libhccl"}:
+            (directory / f"{name}.so").symlink_to("libascendcl.so")
         places = (directory, torch / "lib", torch_npu / "lib")
-        needs = ("ascendcl", "torch_npu", "torch_cpu", "c10")
+        needs = ("ascendcl", "hccl", "torch_npu", "torch_cpu", "c10")
         link(directory / DISPATCH, dispatch, places, needs)
 
-    code = [path.read_text() for path in sorted(SOURCES.rglob("*")) if path.is_file()]
-    contents = "\n".join([*code, str(torch), str(torch_npu)])
+    parts = ("runtime", "hccl", "dispatch")
+    code = [path for part in parts for path in sorted((SOURCES / part).iterdir())]
+    contents = "\n".join([*(path.read_text() for path in code), str(torch_npu)])
     return stacks.once(ROOT / "lib", contents, make)
+
+
+def _stubs(directory: Path, names: Iterable[str]) -> list[Path]:
+    """Compile functions that say their name and fail."""
+    source = directory / "stubs.c"
+    source.write_text(_MISSING + elf.stub_source(sorted(names), _STUB))
+    return compile_objects(directory, [source], [])
 
 
 def custom_operators(part: str) -> Path:
@@ -72,6 +78,7 @@ def custom_operators(part: str) -> Path:
             sources,
             include,
             "-O0",
+            "-w",
             "-DVLLM_ENABLE_ATB_AND_DIRECT_KERNELS",
             "-DTORCH_EXTENSION_NAME=vllm_ascend_C",
         )
@@ -80,24 +87,17 @@ def custom_operators(part: str) -> Path:
         needs = ("torch_npu", "torch_python", "torch", "c10", "ascendcl")
         link(target, objects, places, needs)
         known = [path for place in places for path in place.glob("*.so*")]
-        stubs = directory / "stubs.c"
-        names = elf.missing_symbols([target], known)
-        stubs.write_text(_MISSING + elf.stub_source(names, _STUB))
-        objects += compile_objects(directory, [stubs], [])
+        objects += _stubs(directory, elf.missing_symbols([target], known))
         link(target, objects, places, needs)
         for path in objects:
             path.unlink()
 
-    return stacks.once(ROOT / part, f"{stacks.SOURCES[part]} {SOURCES}", make)
+    return stacks.once(ROOT / part, stacks.SOURCES[part], make)
 
 
 def _packages() -> tuple[Path, Path]:
     torch, torch_npu, *_ = map(stacks.install, stacks.STACKS[stacks.RELEASES[-1]])
     return torch / "torch", torch_npu / "torch_npu"
-
-
-def _sources(part: str) -> list[Path]:
-    return sorted((SOURCES / part).glob("*.cpp"))
 
 
 def _include(torch: Path, torch_npu: Path) -> list[Path]:

@@ -199,6 +199,8 @@ std::vector<c10::IValue> Call::compute() {
   if (generator_ >= 0)
     stack[generator_] = cpu_generator(given_.empty() ? c10::IValue() : given_[generator_],
                                       given_.empty());
+  TORCH_CHECK(op_.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU), name_,
+              " is not emulated by the software NPU: see tools/soft_npu/ops");
   op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
   return stack;
 }
@@ -219,6 +221,12 @@ void Call::write_back() {
 std::vector<c10::IValue> Call::written() const {
   const auto &schema = op_.schema();
   std::vector<c10::IValue> values;
+  // torch_npu's out= variants do not say that they write to it.
+  const auto out = schema.argumentIndexWithName("out");
+  if (out && given_[*out].isTensorList()) {
+    for (const at::Tensor &t : given_[*out].toTensorVector()) values.push_back(t);
+    return values;
+  }
   for (const auto &result : schema.returns()) {
     const auto *info = result.alias_info();
     TORCH_CHECK(info && info->isWrite(), name_,
@@ -264,10 +272,8 @@ void Call::record(Graph *graph, const std::vector<c10::IValue> &results) {
         graph->at_end.push_back([cpu] { poison(cpu.mutable_data_ptr(), cpu.nbytes()); });
       return cpu;
     }));
-  // The graph's own memory is its pool's, which stays.
   for (const auto &t : inputs_)
-    if (t.has_storage() && !allocated_in(graph, t.storage().data()))
-      needed_.push_back(weak(t.storage()));
+    if (!in_pool(t.storage().data())) needed_.push_back(weak(t.storage()));
   given_.clear();
   inputs_.clear();
 }
@@ -277,7 +283,7 @@ void Call::exchange(Call &&other) {
   layouts_ = std::move(other.layouts_);
   needed_.clear();
   for (const auto &t : other.inputs_)
-    if (t.has_storage()) needed_.push_back(weak(t.storage()));
+    if (!in_pool(t.storage().data())) needed_.push_back(weak(t.storage()));
 }
 
 bool Call::run() {

@@ -88,9 +88,8 @@ class Call : public Task {
   int generator_ = -1;
 };
 
-// Notes that memory belongs to a graph, whose pool keeps it.
-void note_allocation(Graph *graph, const void *memory);
-bool allocated_in(Graph *graph, const void *memory);
+// Whether memory was allocated for a graph: it stays, for that one and those that follow.
+bool in_pool(const void *memory);
 
 // Counts of calls, by name.
 std::vector<std::string> report();

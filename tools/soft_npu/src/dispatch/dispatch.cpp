@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 
+#include "../hccl/comm.h"
 #include "layout.h"
 #include "torch_npu/csrc/core/npu/NPUStream.h"
 
@@ -32,7 +33,8 @@ std::mutex lock;
 std::deque<torch::Library> libraries;
 // What torch_npu registered, of the operators that are wrapped.
 std::map<std::string, c10::SafeKernelFunction> originals;
-std::map<Graph *, std::unordered_set<const void *>> allocations;
+// Memory of the graphs' pools.
+std::unordered_set<const void *> pools;
 // Results are written at once: they need no poison.
 thread_local bool fills = false;
 
@@ -122,7 +124,10 @@ void allocate(const OperatorHandle &op, DispatchKeySet keys, Stack *stack) {
   call_original(op, keys, stack);
   const auto &result = stack->back().toTensor();
   if (!on_npu(result) || result.storage().nbytes() == 0) return;
-  if (auto *graph = capturing(current_stream())) note_allocation(graph, result.storage().data());
+  if (capturing(current_stream())) {
+    std::lock_guard<std::mutex> guard(lock);
+    pools.insert(result.storage().data());
+  }
   if (!fills) poison(result.storage().mutable_data(), result.storage().nbytes());
 }
 
@@ -260,16 +265,27 @@ std::vector<int64_t> memory(int64_t device) {
   return {int64_t(info.total), int64_t(info.used), int64_t(info.peak)};
 }
 
-}  // namespace
-
-void note_allocation(Graph *graph, const void *memory) {
-  std::lock_guard<std::mutex> guard(lock);
-  allocations[graph].insert(memory);
+// What the ranks of HCCL's group have each, of the same sizes: [ranks, ...].
+at::Tensor all_gather(const std::string &group, const at::Tensor &tensor) {
+  auto *comm = find_comm(group);
+  TORCH_CHECK(comm, "soft_npu: there is no HCCL group ", group);
+  const auto own = tensor.contiguous();
+  std::vector<int64_t> sizes{int64_t(comm->ranks)};
+  sizes.insert(sizes.end(), own.sizes().begin(), own.sizes().end());
+  auto all = at::empty(sizes, own.options());
+  comm->exchange("all_gather", own.const_data_ptr(), own.nbytes(), [&] {
+    for (uint32_t rank = 0; rank < comm->ranks; rank++)
+      comm->fetch(rank, 0, static_cast<char *>(all.mutable_data_ptr()) + rank * own.nbytes(),
+                  own.nbytes());
+  });
+  return all;
 }
 
-bool allocated_in(Graph *graph, const void *memory) {
+}  // namespace
+
+bool in_pool(const void *memory) {
   std::lock_guard<std::mutex> guard(lock);
-  return allocations[graph].count(memory);
+  return pools.count(memory);
 }
 
 }  // namespace soft_npu
@@ -283,6 +299,7 @@ TORCH_LIBRARY(soft_npu, m) {
   m.def("memory(int device) -> int[]", soft_npu::memory);
   m.def("reset_peak(int device) -> ()",
         [](int64_t device) { soft_npu::reset_peak(int32_t(device)); });
+  m.def("all_gather(str group, Tensor t) -> Tensor");
   m.def("set_faults(str list) -> ()", [](std::string list) { soft_npu::set_faults(list); });
   m.def("alias(Tensor t) -> Tensor");
   // In Python: what came from FRACTAL_NZ, and a kernel of Triton.
@@ -290,4 +307,7 @@ TORCH_LIBRARY(soft_npu, m) {
   m.def("launch_triton(Tensor(a!)[] tensors, int number) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(soft_npu, CompositeExplicitAutograd, m) { m.impl("alias", soft_npu::cpu_alias); }
+TORCH_LIBRARY_IMPL(soft_npu, CompositeExplicitAutograd, m) {
+  m.impl("alias", soft_npu::cpu_alias);
+}
+TORCH_LIBRARY_IMPL(soft_npu, CPU, m) { m.impl("all_gather", soft_npu::all_gather); }

@@ -183,6 +183,9 @@ aclError aclGetCompileopt(aclCompileOpt, char *value, size_t length) {
 }
 aclError aclSetCompileopt(aclCompileOpt, const char *) { return ACL_SUCCESS; }
 
+// CANN's log, which nobody reads here.
+void aclAppLog(aclLogLevel, const char *, const char *, uint32_t, const char *, ...) {}
+
 aclError aclrtPeekAtLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
 aclError aclrtGetLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
 
