@@ -25,11 +25,16 @@ def install() -> None:
     backends["ascend"].driver.is_active = classmethod(lambda _: True)
     driver.set_active(_Driver())
     original = interpreter.GridExecutor
+    compiler = backends["ascend"].compiler
+    # What its compiler takes, and an interpreter does not.
+    options = compiler.parse_options.__globals__["NPUOptions"].__dataclass_fields__
 
     class Executor(original):  # type: ignore[misc, valid-type]
         """Launches through the dispatcher."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> None:
+            for name in options.keys() - {*self.arg_names}:
+                kwargs.pop(name, None)
             values = [*args, *kwargs.values()]
             tensors = [x for x in values if isinstance(x, torch.Tensor)]
             blanks = [_TENSOR if isinstance(x, torch.Tensor) else x for x in values]
@@ -40,6 +45,15 @@ def install() -> None:
             torch.ops.soft_npu.launch_triton(tensors, number)
 
     interpreter.GridExecutor = Executor
+    interpreter.InterpreterBuilder.create_gather = _gather
+
+
+def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
+    """As upstream's interpreter has it; triton-ascend's has not."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    return TensorHandle(np.take_along_axis(src.data, index.data, axis), src.dtype)
 
 
 def launch(tensors: list[torch.Tensor], number: int) -> None:
