@@ -7,12 +7,12 @@ A launch is an operator of the software NPU, so that a graph holds it as any oth
 
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-_launches: dict[int, tuple[Any, list[Any], dict[str, Any]]] = {}
+_launches: dict[int, tuple[Any, str, dict[str, Any]]] = {}
 _TENSOR = object()
 
 
@@ -35,17 +35,20 @@ def install() -> None:
         def __call__(self, *args: Any, **kwargs: Any) -> None:
             for name in options.keys() - {*self.arg_names}:
                 kwargs.pop(name, None)
-            values = [*args, *kwargs.values()]
-            tensors = [x for x in values if isinstance(x, torch.Tensor)]
-            blanks = [_TENSOR if isinstance(x, torch.Tensor) else x for x in values]
-            run = super().__call__
-            named = dict(zip(kwargs, blanks[len(args) :]))
+            named = dict(zip(self.arg_names, args)) | kwargs
+            tensors = [x for x in named.values() if isinstance(x, torch.Tensor)]
+            blanks = {
+                name: _TENSOR if isinstance(x, torch.Tensor) else x
+                for name, x in named.items()
+            }
             number = len(_launches)
-            _launches[number] = run, blanks[: len(args)], named
+            _launches[number] = super().__call__, self.fn.__name__, blanks
             torch.ops.soft_npu.launch_triton(tensors, number)
 
     interpreter.GridExecutor = Executor
-    interpreter.InterpreterBuilder.create_gather = _gather
+    builder = interpreter.InterpreterBuilder
+    builder.create_gather = _gather
+    builder.cast_impl = _with_bfloat16(builder.cast_impl)
 
 
 def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
@@ -56,13 +59,61 @@ def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
     return TensorHandle(np.take_along_axis(src.data, index.data, axis), src.dtype)
 
 
+def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
+    """Round to bfloat16 to nearest even, as a chip: triton's interpreter truncates."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def cast_impl(builder: Any, src: Any, dst_type: Any) -> Any:
+        pair = src.dtype.scalar, dst_type.scalar
+        if pair == (tl.bfloat16, tl.float32):
+            data = (src.data.astype(np.uint32) << 16).view(np.float32)
+        elif pair == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(src.data).view(np.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            data = np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16)
+        else:
+            return cast(builder, src, dst_type)
+        return TensorHandle(data, dst_type.scalar)
+
+    return cast_impl
+
+
 def launch(tensors: list[torch.Tensor], number: int) -> None:
     """Run a kernel on tensors of the CPU, which are where the NPU's are."""
-    run, args, kwargs = _launches[number]
+    run, name, blanks = _launches[number]
     given = iter(tensors)
-    args = [next(given) if x is _TENSOR else x for x in args]
-    kwargs = {k: next(given) if x is _TENSOR else x for k, x in kwargs.items()}
-    run(*args, **kwargs)
+    named = {k: next(given) if x is _TENSOR else x for k, x in blanks.items()}
+    if name not in FAST or not FAST[name](named):
+        run(**named)
+
+
+def _rope(o: dict[str, Any]) -> bool:
+    """vllm-ascend's `_triton_rope`: turn q and k in place."""
+    if o["rope_dim"] != o["pad_rope_dim"]:
+        return False
+    tokens, half = o["num_tokens"], o["rope_dim"] // 2
+    if o["USE_COS_SIN"]:
+        rows = o["cos_sin_ptr"][o["pos_ptr"][:tokens].long()]
+        cos, sin = rows[:, :half], rows[:, half : 2 * half]
+    else:
+        cos, sin = o["cos_ptr"][:tokens, :half], o["sin_ptr"][:tokens, :half]
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    for x in (o["q_ptr"], o["k_ptr"]):
+        turned = x[:tokens].view(tokens, -1, o["hd"])[..., : 2 * half]
+        pairs = turned.unflatten(-1, (2, half) if o["IS_NEOX_STYLE"] else (half, 2))
+        a, b = pairs.float().unbind(-2 if o["IS_NEOX_STYLE"] else -1)
+        results = torch.stack(
+            (a * cos - b * sin, b * cos + a * sin), -2 if o["IS_NEOX_STYLE"] else -1
+        )
+        pairs.copy_(results)
+    return True
+
+
+# Kernels in Python: the same numbers in a hundredth of the interpreter's time. A
+# function returns whether it could do the call.
+FAST: dict[str, Callable[[dict[str, Any]], bool]] = {"_triton_rope": _rope}
 
 
 class _Utils:
