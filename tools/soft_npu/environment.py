@@ -60,6 +60,8 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
         # Operators run when they are called, so copies have to.
         "TASK_QUEUE_ENABLE": "0",
         "TRITON_INTERPRET": "1",
+        # tests/conftest.py: operators are the NPU's.
+        "REAL_STACK_EMULATE": "0",
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
     if state is not None:

@@ -265,6 +265,12 @@ std::vector<int64_t> memory(int64_t device) {
   return {int64_t(info.total), int64_t(info.used), int64_t(info.peak)};
 }
 
+at::Tensor storage_bytes(const at::Tensor &tensor) {
+  auto bytes = at::empty({int64_t(tensor.storage().nbytes())}, at::kByte);
+  memcpy(bytes.mutable_data_ptr(), tensor.storage().data(), bytes.nbytes());
+  return bytes;
+}
+
 // What the ranks of HCCL's group have each, of the same sizes: [ranks, ...].
 at::Tensor all_gather(const std::string &group, const at::Tensor &tensor) {
   auto *comm = find_comm(group);
@@ -302,6 +308,7 @@ TORCH_LIBRARY(soft_npu, m) {
   m.def("all_gather(str group, Tensor t) -> Tensor");
   m.def("set_faults(str list) -> ()", [](std::string list) { soft_npu::set_faults(list); });
   m.def("alias(Tensor t) -> Tensor");
+  m.def("storage_bytes(Tensor t) -> Tensor");
   // In Python: what came from FRACTAL_NZ, and a kernel of Triton.
   m.def("decoded(Tensor t) -> ()");
   m.def("launch_triton(Tensor(a!)[] tensors, int number) -> ()");
@@ -309,5 +316,6 @@ TORCH_LIBRARY(soft_npu, m) {
 
 TORCH_LIBRARY_IMPL(soft_npu, CompositeExplicitAutograd, m) {
   m.impl("alias", soft_npu::cpu_alias);
+  m.impl("storage_bytes", soft_npu::storage_bytes);
 }
 TORCH_LIBRARY_IMPL(soft_npu, CPU, m) { m.impl("all_gather", soft_npu::all_gather); }

@@ -2,7 +2,8 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 //
 // Operators that torch_npu compiles and runs by name, with a description of each tensor:
-// only "Identity", which copies from one layout into another.
+// "Identity", which copies from one layout into another, and what torch_npu calls itself,
+// not by way of torch's dispatcher: "Fill" and "PadV3".
 #include <cstdio>
 #include <cstring>
 
@@ -70,6 +71,27 @@ aclError identity(const aclTensorDesc *from, const aclDataBuffer *source,
   }
   return refuse("Identity: from format " + std::to_string(int(from->storage_format)) +
                 " to " + std::to_string(int(to->storage_format)));
+}
+
+aclError fill(const aclTensorDesc *from, const aclDataBuffer *value, const aclTensorDesc *to,
+              aclDataBuffer *target) {
+  const size_t item = aclDataTypeSize(to->type);
+  if (from->type != to->type || !is_rows(to)) return refuse("Fill: of another type");
+  for (size_t at = 0; at + item <= target->size; at += item)
+    memcpy(static_cast<char *>(target->data) + at, value->data, item);
+  return ACL_SUCCESS;
+}
+
+// Of one row zeros behind it: torch_npu aligns what it hands to HCCL.
+aclError pad(const aclTensorDesc *from, const aclDataBuffer *source, const aclTensorDesc *to,
+             aclDataBuffer *target) {
+  const size_t item = aclDataTypeSize(from->type);
+  const auto count = size_t(product(from->dims, from->dims.size()));
+  if (size_t(from->dims.back()) != count || !is_rows(from) || !is_rows(to))
+    return refuse("PadV3: of more than one row");
+  memcpy(target->data, source->data, count * item);
+  memset(static_cast<char *>(target->data) + count * item, 0, target->size - count * item);
+  return ACL_SUCCESS;
 }
 
 // Calls `copy(tile address, row address, bytes)` for each piece of a row in a tile.
@@ -157,6 +179,9 @@ aclError aclDestroyDataBuffer(const aclDataBuffer *buffer) {
 
 aclopAttr *aclopCreateAttr() { return new aclopAttr; }
 void aclopDestroyAttr(const aclopAttr *attribute) { delete attribute; }
+aclError aclopSetAttrBool(aclopAttr *, const char *, uint8_t) { return ACL_SUCCESS; }
+aclError aclopSetAttrInt(aclopAttr *, const char *, int64_t) { return ACL_SUCCESS; }
+aclError aclopSetAttrString(aclopAttr *, const char *, const char *) { return ACL_SUCCESS; }
 
 aclError aclopCompileAndExecute(const char *type, int inputs, const aclTensorDesc *const from[],
                                 const aclDataBuffer *const sources[], int outputs,
@@ -166,9 +191,12 @@ aclError aclopCompileAndExecute(const char *type, int inputs, const aclTensorDes
   const std::string name(type);
   if (capturing(stream))
     return refuse("operator " + name + " is not in aclnn and cannot be captured in a graph");
-  if (name != "Identity" || inputs != 1 || outputs != 1)
-    return refuse("operator " + name + " is not emulated");
-  return identity(from[0], sources[0], to[0], targets[0]);
+  if (name == "Identity" && inputs == 1 && outputs == 1)
+    return identity(from[0], sources[0], to[0], targets[0]);
+  if (name == "Fill" && inputs == 2 && outputs == 1)
+    return fill(from[1], sources[1], to[0], targets[0]);
+  if (name == "PadV3" && outputs == 1) return pad(from[0], sources[0], to[0], targets[0]);
+  return refuse("operator " + name + " is not emulated");
 }
 
 aclError aclopCompileAndExecuteV2(const char *type, int inputs, aclTensorDesc *from[],

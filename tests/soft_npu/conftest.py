@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Tests that run on software NPUs.
+
+python -m tools.soft_npu run --devices 2 -- pytest -m soft_npu tests/soft_npu
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def software_npu(platform: None) -> None:
+    """Without this, tests could pass on something else."""
+    assert os.environ.get("SOFT_NPU_LIBRARY"), "start pytest by `tools.soft_npu run`"
+    import torch_npu
+
+    assert torch_npu.npu.is_available() and hasattr(torch.ops.soft_npu, "memory")
+
+
+@pytest.fixture(autouse=True)
+def no_faults() -> Iterator[None]:
+    """What one test plants must not fail another."""
+    yield
+    torch.ops.soft_npu.set_faults("")
+
+
+@pytest.fixture
+def internal_format() -> Iterator[None]:
+    """Casts to FRACTAL_NZ are done, as vllm-ascend's runner sets it."""
+    import torch_npu
+
+    torch_npu.npu.config.allow_internal_format = True
+    yield
+    torch_npu.npu.config.allow_internal_format = False

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Graphs: what they hold is done again on the same memory; what cannot be, refused."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_npu
+
+from vllm_ascend_ct.kernels.linear import functional
+
+pytestmark = pytest.mark.soft_npu
+
+
+def captured(function: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+    graph = torch_npu.npu.NPUGraph()
+    with torch_npu.npu.graph(graph):
+        result = function()
+    return graph, result
+
+
+def test_replay_computes_anew() -> None:
+    x = torch.ones(4, device="npu")
+    graph, y = captured(lambda: (x * 2 + 1).relu())
+    assert y.isnan().all(), "a capture computes nothing"
+    graph.replay()
+    assert y.tolist() == [3, 3, 3, 3]
+    x.fill_(-5)
+    graph.replay()
+    assert y.tolist() == [0, 0, 0, 0]
+
+
+def test_in_place_and_views() -> None:
+    x, total = torch.ones(2, 3, device="npu"), torch.zeros(3, 2, device="npu")
+
+    def function() -> torch.Tensor:
+        total.add_(x.t())
+        return total[1:].reshape(-1)
+
+    graph, y = captured(function)
+    total.zero_()
+    for count in (1, 2):
+        graph.replay()
+        assert torch.equal(total.cpu(), torch.full((3, 2), float(count)))
+        assert y.tolist() == [count] * 4
+
+
+def test_our_kernels_and_triton_in_a_graph() -> None:
+    """A product, as the engine captures it."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 64).bfloat16().npu()
+    weight = torch.randint(-8, 8, (64, 32), dtype=torch.int8).npu()
+    scale = torch.rand(32).npu()
+    expected = functional.dynamic_quant_matmul(x, weight, scale)
+    graph, y = captured(lambda: functional.dynamic_quant_matmul(x, weight, scale))
+    graph.replay()
+    assert torch.equal(y.cpu(), expected.cpu())
+
+
+def test_stream_that_joins_is_captured() -> None:
+    side = torch_npu.npu.Stream()
+    x = torch.ones(2, device="npu")
+
+    def function() -> torch.Tensor:
+        side.wait_stream(torch_npu.npu.current_stream())
+        with torch_npu.npu.stream(side):
+            y = x + 1
+        torch_npu.npu.current_stream().wait_stream(side)
+        return y * 2
+
+    graph, y = captured(function)
+    x.fill_(4)
+    graph.replay()
+    assert y.tolist() == [10, 10]
+
+
+def test_pinned_copies_are_captured() -> None:
+    host = torch.ones(3).pin_memory()
+    back = torch.zeros(3).pin_memory()
+    x = torch.empty(3, device="npu")
+
+    def function() -> torch.Tensor:
+        x.copy_(host, non_blocking=True)
+        y = x * 3
+        back.copy_(y, non_blocking=True)
+        return y
+
+    graph, _ = captured(function)
+    host.fill_(5)
+    graph.replay()
+    assert back.tolist() == [15, 15, 15]
+
+
+def weight() -> torch.Tensor:
+    return torch.ones(32, 32, dtype=torch.int8, device="npu")
+
+
+def x() -> torch.Tensor:
+    return torch.ones(4, device="npu")
+
+
+# What a chip cannot capture, and how the error names it.
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "item": (lambda: x().sum().item(), "aten::_local_scalar_dense cannot be captured"),
+    "truth": (lambda: bool(x().sum() > 1), "cannot be captured"),
+    "to the host": (lambda: x().cpu(), "aten::_to_copy cannot be captured"),
+    "from the host": (lambda: torch.ones(3).npu(), "aten::_to_copy cannot be captured"),
+    "copy_": (lambda: x().copy_(torch.ones(4)), "aten::copy_ cannot be captured"),
+    "mask": (lambda: x()[x() > 0], "aten::index.Tensor cannot be captured"),
+    "nonzero": (lambda: x().nonzero(), "aten::nonzero cannot be captured"),
+    "format cast": (
+        lambda: torch_npu.npu_format_cast(weight(), 29),
+        "npu::npu_format_cast cannot be captured",
+    ),
+    "stream": (
+        lambda: torch_npu.npu.current_stream().synchronize(),
+        "synchronizing a stream that is captured",
+    ),
+    "device": (lambda: torch_npu.npu.synchronize(), "synchronizing a device"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, internal_format: None) -> None:
+    function, error = REFUSED[case]
+    function()
+    graph = torch_npu.npu.NPUGraph()
+    with pytest.raises(RuntimeError, match=error), torch_npu.npu.graph(graph):
+        function()
+    assert torch.equal((x() + 1).cpu(), torch.full((4,), 2.0)), "all goes on"
+
+
+def test_planted_synchronization_is_found() -> None:
+    """In a forward of this package: a check of values, as somebody could add it."""
+    activations = torch.randn(3, 64).bfloat16().npu()
+    matrix = torch.randint(-8, 8, (64, 32), dtype=torch.int8).npu()
+    scale = torch.rand(32).npu()
+
+    def forward() -> torch.Tensor:
+        if activations.abs().max() > 1e6:
+            raise ValueError("too large")
+        return functional.dynamic_quant_matmul(activations, matrix, scale)
+
+    forward()
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        captured(forward)
+
+
+def test_memory_that_was_freed() -> None:
+    """On a chip a replay would read what somebody else has written there."""
+    held = [torch.ones(1 << 20, device="npu")]
+    graph, y = captured(lambda: held[0] + 1)
+    graph.replay()
+    assert y[0].item() == 2
+    held.clear()
+    with pytest.raises(RuntimeError, match=re.escape("memory freed since it was")):
+        graph.replay()
+
+
+def test_external_event_holds_a_replay_back() -> None:
+    """And arguments that are exchanged meanwhile are those that it uses."""
+    event = torch_npu.npu.ExternalEvent()
+    side = torch_npu.npu.Stream()
+    q = torch.randn(2, 1, 16).half().npu()
+    cache = torch.randn(4, 128, 16).half().npu()
+    table = torch.arange(2, dtype=torch.int32, device="npu").view(2, 1)
+    out, lse = torch.empty_like(q), torch.empty(1, device="npu")
+    options = {"input_layout": "TND", "block_table": table, "block_size": 128}
+    stream = torch_npu.npu.current_stream
+
+    def attend(lengths: list[int]) -> None:
+        torch_npu.npu_fused_infer_attention_score.out(
+            q,
+            cache,
+            cache,
+            actual_seq_lengths=[1, 2],
+            actual_seq_lengths_kv=lengths,
+            out=[out, lse],
+            **options,
+        )
+
+    graph = torch_npu.npu.NPUGraph()
+    with torch_npu.npu.graph(graph):
+        event.wait(stream())
+        event.reset(stream())
+        torch_npu.npu.graph_task_group_begin(stream())
+        attend([5, 5])
+        handle = torch_npu.npu.graph_task_group_end(stream())
+    expected = []
+    for lengths in ([3, 7], [9, 2]):
+        attend(lengths)
+        expected.append(out.cpu())
+    assert not torch.equal(*expected)
+    for lengths, right in zip(([3, 7], [9, 2]), expected):
+        out.zero_()
+        graph.replay()
+        with torch_npu.npu.stream(side):
+            torch_npu.npu.graph_task_update_begin(side, handle)
+            attend(lengths)
+            torch_npu.npu.graph_task_update_end(side)
+            event.record(side)
+        assert torch.equal(out.cpu(), right)
+
+
+def test_operator_behind_a_graph_that_waits() -> None:
+    event = torch_npu.npu.ExternalEvent()
+    y = torch.ones(2, device="npu")
+    graph = torch_npu.npu.NPUGraph()
+    with torch_npu.npu.graph(graph):
+        event.wait(torch_npu.npu.current_stream())
+        event.reset(torch_npu.npu.current_stream())
+        y.add_(1)
+    y.fill_(1)
+    graph.replay()
+    with pytest.raises(RuntimeError, match="after a graph that waits for an event"):
+        y + 1
+    with torch_npu.npu.stream(torch_npu.npu.Stream()) as _:
+        event.record(torch_npu.npu.current_stream())
+    assert (y + 1).tolist() == [3, 3]

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""FRACTAL_NZ, and what an operator finds in memory that is laid out otherwise."""
+
+import pytest
+import torch
+import torch_npu
+
+from vllm_ascend_ct.kernels.linear import functional
+from vllm_ascend_ct.ops.emulated.weights import unpack_int4
+from vllm_ascend_ct.weights import experts
+
+pytestmark = pytest.mark.soft_npu
+NZ, ND = 29, 2
+E, N, K = 2, 64, 96
+
+
+def nz(tensor: torch.Tensor) -> torch.Tensor:
+    return torch_npu.npu_format_cast(tensor, NZ)
+
+
+def in_nz(tensor: torch.Tensor) -> bool:
+    return int(torch_npu.get_npu_format(tensor)) == NZ
+
+
+def int8(*sizes: int) -> torch.Tensor:
+    return torch.randint(-127, 128, sizes, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("sizes", [(64, 96), (17, 33), (3, 16, 32), (2, 5, 70)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16])
+def test_there_and_back(
+    sizes: tuple[int, ...], dtype: torch.dtype, internal_format: None
+) -> None:
+    values = int8(*sizes).to(dtype)
+    cast = nz(values.npu())
+    assert in_nz(cast) and cast.shape == values.shape
+    assert torch.equal(cast.cpu(), values)
+    assert torch.equal(torch_npu.npu_format_cast(cast, ND).cpu(), values)
+
+
+def test_tiles_are_in_memory(internal_format: None) -> None:
+    """16 rows of 32 bytes; the tiles of a column lie one behind the other."""
+    values = int8(32, 64)
+    tiles = values.view(2, 16, 2, 32).permute(2, 0, 1, 3).flatten()
+    memory = torch.ops.soft_npu.storage_bytes(nz(values.npu()))
+    assert torch.equal(memory.view(torch.int8), tiles)
+
+
+def test_default_stays_in_rows() -> None:
+    """As on a chip: nothing says so."""
+    torch_npu.npu.config.allow_internal_format = False
+    assert not in_nz(nz(int8(32, 64).npu()))
+
+
+def quant_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    scale = torch.ones(weight.shape[-1], device="npu")
+    pertoken = torch.ones(len(x), device="npu")
+    result: torch.Tensor = torch_npu.npu_quant_matmul(
+        x, weight, scale, pertoken_scale=pertoken, output_dtype=torch.bfloat16
+    )
+    return result.cpu()
+
+
+def test_products_read_tiles(internal_format: None) -> None:
+    x, weight = int8(4, K).npu(), int8(K, N).npu()
+    assert torch.equal(quant_matmul(x, nz(weight)), quant_matmul(x, weight))
+    transposed = nz(weight.t().contiguous()).t()
+    assert torch.equal(quant_matmul(x, transposed), quant_matmul(x, weight))
+
+
+def test_what_is_written_anew_is_read_anew(internal_format: None) -> None:
+    """A reload copies into the parameter."""
+    x, weight, other = int8(4, K).npu(), nz(int8(K, N).npu()), int8(K, N).npu()
+    before = quant_matmul(x, weight)
+    weight.copy_(other)
+    assert in_nz(weight)
+    after = quant_matmul(x, weight)
+    assert torch.equal(after, quant_matmul(x, other))
+    assert not torch.equal(after, before)
+
+
+def test_other_operators_refuse_tiles(internal_format: None) -> None:
+    with pytest.raises(RuntimeError, match=r"aten::add.Tensor\(self\): FRACTAL_NZ"):
+        nz(int8(32, 64).npu()) + 1
+
+
+def test_view_that_is_cast_comes_out_wrong(internal_format: None) -> None:
+    """torch_npu converts by the sizes that the memory had when it was allocated."""
+    x, weight = int8(4, K).npu(), int8(N, K).npu()
+    rows = weight.cpu().t().contiguous()
+    weight.view(K, N).copy_(rows)
+    view = weight.view(K, N)
+    right = quant_matmul(x, rows.npu())
+    assert torch.equal(quant_matmul(x, view), right), "in rows it does not matter"
+    assert torch.equal(quant_matmul(x, nz(rows.npu())), right)
+    assert not torch.equal(quant_matmul(x, nz(view)), right)
+
+
+def test_view_as_another_type_cannot_be_cast(internal_format: None) -> None:
+    packed = torch.zeros(K, N // 4, dtype=torch.int32, device="npu")
+    with pytest.raises(RuntimeError, match="resize storage without base format"):
+        nz(packed.view(torch.int8))
+
+
+def grouped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of x by the first expert's weight, with scales of 1."""
+    counts = torch.tensor([len(x), *[0] * (E - 1)], device="npu")
+    (result,) = torch_npu.npu_grouped_matmul(
+        [x],
+        [weight],
+        scale=[torch.ones(E, N, dtype=torch.bfloat16, device="npu")],
+        per_token_scale=[torch.ones(len(x), device="npu")],
+        group_list=counts,
+        split_item=3,
+        group_type=0,
+        group_list_type=1,
+        output_dtype=torch.bfloat16,
+    )
+    return result.cpu()
+
+
+@pytest.mark.xfail(strict=True, reason="transpose_ returns a view, and to_nz casts it")
+def test_layout_of_int8_experts(internal_format: None) -> None:
+    stacked = int8(E, N, K)
+    x = int8(4, K).npu()
+    expected = grouped(x, stacked.transpose(1, 2).contiguous().npu())
+    weight = experts.to_nz(experts.transpose_(stacked.npu()))
+    assert in_nz(weight)
+    assert torch.equal(grouped(x, weight), expected)
+
+
+@pytest.mark.xfail(strict=True, reason="to_nz casts int32 as int8", raises=RuntimeError)
+def test_layout_of_int4_experts(internal_format: None) -> None:
+    packed = torch.randint(-(2**31), 2**31, (E, N, K // 8), dtype=torch.int32)
+    weight, _ = experts.pack_outputs_(packed.npu(), torch.ones(E, N, 1).npu(), 4, K)
+    assert in_nz(experts.to_nz(weight))
+
+
+def weight_quant_matmul(packed: torch.Tensor, max_n: int | None) -> torch.Tensor:
+    """The int4 in packed `[N, K / 8]`, by a product with 1, in parts of `max_n`."""
+    x = torch.eye(K, dtype=torch.bfloat16, device="npu")
+    scale = torch.ones(1, len(packed), dtype=x.dtype, device="npu")
+    weight = packed.npu().t()
+    return functional.weight_quant_matmul(x, weight, scale, max_n=max_n).cpu()
+
+
+def packed_rows() -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, (2 * N, K // 8), dtype=torch.int32)
+
+
+def test_slice_of_int4_is_misread() -> None:
+    """op-plugin counts its offset in int32, aclnn then in int4."""
+    packed = packed_rows()
+    values = unpack_int4(packed).t().to(torch.bfloat16)
+    assert torch.equal(weight_quant_matmul(packed, None), values)
+    parts = weight_quant_matmul(packed, N)
+    assert torch.equal(parts[:, :N], values[:, :N]), "its offset is 0"
+    # 64 rows of 12 words: 768 int4 further, which are 96 words or 8 rows.
+    assert torch.equal(parts[:, N:], values[:, 8 : 8 + N])
+
+
+@pytest.mark.xfail(strict=True, reason="weight_quant_matmul slices its weight")
+def test_parts_of_int4_weights() -> None:
+    packed = packed_rows()
+    values = unpack_int4(packed).t().to(torch.bfloat16)
+    assert torch.equal(weight_quant_matmul(packed, N), values)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Triton kernels on the NPU's memory."""
+
+import pytest
+import torch
+
+from tools.soft_npu import triton_kernels
+
+pytestmark = pytest.mark.soft_npu
+
+
+@pytest.fixture(autouse=True)
+def cores() -> None:
+    from vllm_ascend.ops.triton.triton_utils import init_device_properties_triton
+
+    init_device_properties_triton()
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("rope_dim", [32, 64])
+def test_rope_is_the_interpreters(
+    monkeypatch: pytest.MonkeyPatch, halves: bool, by_position: bool, rope_dim: int
+) -> None:
+    """What replaces the kernel gives each bit of it."""
+    from vllm_ascend.ops.triton.rope import rope_forward_triton
+
+    q, k = (
+        torch.randn(5, 4, 64).bfloat16().npu(),
+        torch.randn(5, 2, 64).bfloat16().npu(),
+    )
+    if by_position:
+        options = {
+            "cos_sin_cache": torch.randn(50, rope_dim).npu(),
+            "positions": torch.tensor([3, 1, 49, 1, 0]).npu(),
+        }
+    else:
+        table = torch.randn(2, 5, rope_dim // 2).npu()
+        options = {"cos": table[0], "sin": table[1]}
+
+    def turn() -> list[torch.Tensor]:
+        results = rope_forward_triton(
+            q.clone(), k.clone(), rope_dim=rope_dim, is_neox_style=halves, **options
+        )
+        return [result.cpu() for result in results]
+
+    fast = turn()
+    monkeypatch.setattr(triton_kernels, "FAST", {})
+    interpreted = turn()
+    assert all(map(torch.equal, fast, interpreted))
+    assert not torch.equal(fast[0], q.cpu())
+
+
+def test_rounds_as_a_chip() -> None:
+    """To the nearest bfloat16, to even of two: triton's own interpreter truncates."""
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        tl.store(y + offsets, tl.load(x + offsets) * 1.5)
+
+    x = torch.cat((torch.randn(61), torch.tensor([0, torch.inf, torch.nan])))
+    y = torch.empty(64, dtype=torch.bfloat16, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=64)
+    expected = (x * 1.5).bfloat16()
+    assert torch.equal(y.cpu().nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_kernel_in_a_graph() -> None:
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, y, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+        mask = offsets < count
+        tl.store(y + offsets, tl.load(x + offsets, mask=mask) + 1, mask=mask)
+
+    import torch_npu
+
+    x, y = torch.zeros(10, device="npu"), torch.zeros(10, device="npu")
+    graph = torch_npu.npu.NPUGraph()
+    with torch_npu.npu.graph(graph):
+        kernel[(3,)](x, y, 10, SIZE=4)
+    x.copy_(torch.arange(10.0))
+    graph.replay()
+    assert torch.equal(y.cpu(), torch.arange(1.0, 11.0))
