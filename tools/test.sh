@@ -3,7 +3,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 #
 # Lint, type-check and test; arguments go to pytest. With --long instead what takes
-# minutes: two ranks, the real torch_npu and vllm-ascend, and the staged patches.
+# minutes: two ranks, the real torch_npu and vllm-ascend, software NPUs, and the
+# staged patches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup.sh
@@ -12,6 +13,7 @@ unset PYTHONDONTWRITEBYTECODE
 if [ "${1:-}" = --long ]; then
   .venv/bin/python -m pytest -m long
   .venv/bin/python -m tools.real_stack test -n logical --maxprocesses 4 --dist loadfile
+  .venv/bin/python -m tools.soft_npu test
   .venv/bin/python -m tools.upstream_patches verify --no-tests
   .venv/bin/python -m tools.upstream_patches verify --base
   exec .venv/bin/python -m tools.upstream_patches test \

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Tests that run on software NPUs.
 
-python -m tools.soft_npu run --devices 2 -- pytest -m soft_npu tests/soft_npu
+python -m tools.soft_npu test
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def software_npu(platform: None) -> None:
     """Without this, tests could pass on something else."""
-    assert os.environ.get("SOFT_NPU_LIBRARY"), "start pytest by `tools.soft_npu run`"
+    assert os.environ.get("SOFT_NPU_LIBRARY"), "start by `tools.soft_npu test`"
     import torch_npu
 
     assert torch_npu.npu.is_available() and hasattr(torch.ops.soft_npu, "memory")

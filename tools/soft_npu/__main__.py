@@ -3,7 +3,8 @@
 """vllm-ascend's engine, unmodified, on a machine without an NPU.
 
     python -m tools.soft_npu run [options] -- vllm serve CHECKPOINT
-    python -m tools.soft_npu run [options] -- pytest tests/soft_npu
+    python -m tools.soft_npu run [options] -- python -m tools.soft_npu.serve OUT RUN
+    python -m tools.soft_npu test [pytest arguments]
     python -m tools.soft_npu set-up [--release R]
     python -m tools.soft_npu stand-ins
 
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from tools import stacks
-from tools.soft_npu import environment, stand_ins
+from tools.soft_npu import environment, stand_ins, suite
 from tools.soft_npu.environment import Device
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     run = actions.add_parser("run", help="a command on software NPUs")
     make = actions.add_parser("set-up", help="download and compile only")
     actions.add_parser("stand-ins", help="list what stands in for what")
+    actions.add_parser("test", help="run tests/soft_npu; arguments are pytest's")
     default = Device()
     for action in (run, make):
         action.add_argument(
@@ -47,11 +49,15 @@ def main() -> None:
     )
     run.add_argument("--verbose", action="store_true", help="print the stand-ins")
     run.add_argument("command", nargs=argparse.REMAINDER)
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if others and arguments.action != "test":
+        parser.error(f"unknown arguments: {' '.join(others)}")
     if arguments.action == "set-up":
         environment.set_up(arguments.release)
     if arguments.action == "stand-ins" or getattr(arguments, "verbose", False):
         print("\n".join(stand_ins.describe()))
+    if arguments.action == "test":
+        sys.exit(suite.test(others))
     if arguments.action == "run":
         sys.exit(_run(arguments))
 

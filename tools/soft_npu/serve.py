@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Serve checkpoints one after the other in this process, and say what served them.
+
+    python -m tools.soft_npu run -- python -m tools.soft_npu.serve OUT.json RUN...
+
+A run is JSON: {"checkpoint": DIRECTORY, and arguments of vLLM's `LLM`}.
+"""
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+from tools.logprobs import held_out_tokens
+
+LENGTH = 128
+PROMPTS = ["The function", "A class definition", "import", "def f(self, x):\n"]
+NEW_TOKENS = 12
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What the process that has the model computes it with."""
+    from vllm.platforms import current_platform
+
+    methods, kernels = set(), set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        scheme = getattr(module, "scheme", None)
+        for found in (scheme, method, getattr(method, "quant_method", None)):
+            methods.add(type(found).__name__)
+            kernels.add(type(getattr(found, "kernel", None)).__name__)
+    return {
+        "platform": type(current_platform).__name__,
+        "devices": sorted({p.device.type for p in model.parameters()}),
+        "methods": sorted(methods - {"NoneType"}),
+        "kernels": sorted(kernels - {"NoneType"}),
+    }
+
+
+def serve(checkpoint: str, **options: Any) -> dict[str, Any]:
+    """Serve one checkpoint.
+
+    Returns:
+        The config's class; what `describe` says of each rank; log-probabilities of a
+        text that the model was not trained on; greedy tokens of `PROMPTS`.
+
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults: dict[str, Any] = {
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "dtype": "bfloat16",
+        "disable_log_stats": True,
+        "gpu_memory_utilization": 0.5,
+    }
+    llm = LLM(checkpoint, **(defaults | options))
+    greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
+    tokens = held_out_tokens(Path(checkpoint))[:LENGTH]
+    (output,) = llm.generate(
+        {"prompt_token_ids": tokens},
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    of_positions: Any = output.prompt_logprobs
+    config = type(llm.llm_engine.vllm_config.quant_config)
+    result = {
+        "config": f"{config.__module__}.{config.__name__}",
+        "ranks": llm.apply_model(describe),
+        "logprobs": [
+            of_position[token].logprob
+            for token, of_position in zip(tokens[1:], of_positions[1:])
+        ],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+    }
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", nargs="+", type=json.loads, metavar="RUN")
+    arguments = parser.parse_args()
+    # By its name: other processes are sent `describe`, and their `__main__` is another.
+    from tools.soft_npu.serve import serve
+
+    results = [serve(**run) for run in arguments.runs]
+    arguments.out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
