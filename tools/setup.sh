@@ -14,7 +14,7 @@ fail() {
 
 show_progress() {
   while sleep 5; do
-    packages=$(find .venv/lib -maxdepth 3 -name '*.dist-info' | wc -l)
+    packages=$(find .venv/lib -maxdepth 3 -name '*.dist-info' 2>/dev/null | wc -l)
     echo "setup: $SECONDS s, $packages packages installed"
   done
 }
