@@ -14,7 +14,8 @@ fail() {
 
 show_progress() {
   while sleep 5; do
-    packages=$(find .venv/lib -maxdepth 3 -name '*.dist-info' 2>/dev/null | wc -l)
+    # pip may be removing one.
+    packages=$(find .venv/lib -maxdepth 3 -name '*.dist-info' 2>/dev/null | wc -l) || true
     echo "setup: $SECONDS s, $packages packages installed"
   done
 }
@@ -47,7 +48,7 @@ echo "not finished" >"$stamp"
 # Python compiles what it imports; pip would compile all files, on one core.
 unset PYTHONDONTWRITEBYTECODE
 show_progress &
-trap "kill $!" EXIT
+trap "kill $! 2>/dev/null || true" EXIT
 if ! .venv/bin/python -m pip install -qq --no-compile \
   --editable '.[emulated,test,lint]' tools/vllm_metadata; then
   fail "installation failed." \
