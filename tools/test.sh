@@ -11,7 +11,7 @@ tools/setup.sh
 # What is imported is compiled once, not in each process.
 unset PYTHONDONTWRITEBYTECODE
 if [ "${1:-}" = --long ]; then
-  .venv/bin/python -m pytest -m long
+  .venv/bin/python -m pytest -m long -n logical --maxprocesses 2 --dist loadfile
   .venv/bin/python -m tools.real_stack test -n logical --maxprocesses 4 --dist loadfile
   .venv/bin/python -m tools.soft_npu test
   .venv/bin/python -m tools.upstream_patches verify --no-tests

@@ -18,6 +18,7 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 
+from tests.engine.selection import mostly_long
 from tools.compare_logprobs import two_ranks
 from tools.logprobs import mean_difference, reference, served
 from tools.make_checkpoint import SCHEMES
@@ -113,7 +114,7 @@ def test_eager(
     assert called == OPERATORS[family]
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize("family", mostly_long(RECIPES, "w4a16", "w8a8"))
 def test_compiled(
     checkpoint: MakeCheckpoint,
     reference_of: Callable[[str], list[float]],
@@ -132,7 +133,11 @@ def test_float16(checkpoint: MakeCheckpoint, scheme: str) -> None:
     assert difference < TOLERANCES[family] / 2
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "eager",
+    [True, pytest.param(False, marks=pytest.mark.long)],
+    ids=["eager", "compiled"],
+)
 def test_embedding_and_output_head(checkpoint: MakeCheckpoint, eager: bool) -> None:
     """A class target means the head as well, which is a Linear in the checkpoint."""
     recipe = {"Embedding": "w8a16-g64-asym", "Linear": "w4a16-g32"}
@@ -146,6 +151,7 @@ def test_output_head_tied_to_a_quantized_embedding(checkpoint: MakeCheckpoint) -
     assert mean_difference(served(path), reference(path)) < TOLERANCES["w4a16"]
 
 
+@pytest.mark.long
 def test_two_ranks(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
     path, out = checkpoint(TWO_RANKS), tmp_path / "logprobs.json"
     environment = {

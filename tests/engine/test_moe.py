@@ -14,6 +14,7 @@ import torch
 from pytest_mock import MockerFixture
 from safetensors.torch import load_file, save_file
 
+from tests.engine.selection import mostly_long
 from tools.compare_logprobs import two_ranks
 from tools.logprobs import mean_difference, reference, served
 from tools.tiny_moe import IGNORE
@@ -81,7 +82,7 @@ def test_eager(mocker: MockerFixture, make: MakeCheckpoint, name: str) -> None:
     assert called == OPERATORS[name]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", mostly_long(RECIPES, "qwen3-moe"))
 def test_compiled(make: MakeCheckpoint, name: str) -> None:
     path = make(name)
     difference = mean_difference(served(path, eager=False), reference(path))

@@ -156,6 +156,7 @@ def _check_refusals() -> None:
             load(sizes, scheme, DTYPE)
 
 
+@pytest.mark.long
 def test_output_is_the_formula_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     # The name of the shared memory that CPU ranks reduce through.
     monkeypatch.setenv("VLLM_DIST_IDENT", "test_experts_parallel")

@@ -152,6 +152,7 @@ def _check_refusals() -> None:
         load(gate_up_case(256, 2 * 20), "w5a16-g64-asym", torch.bfloat16, bias=False)
 
 
+@pytest.mark.long
 def test_output_is_the_formula_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     # The name of the shared memory that CPU ranks reduce through.
     monkeypatch.setenv("VLLM_DIST_IDENT", "test_tensor_parallel")
