@@ -11,6 +11,7 @@ import pytest
 from tools import demo
 
 
+@pytest.mark.long
 def test_serve_and_ask(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
