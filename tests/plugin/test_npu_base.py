@@ -15,6 +15,9 @@ import vllm
 from tests.plugin.fresh import run, run_ok
 from tests.plugin.test_register import OURS, STATE
 
+# Each starts interpreters.
+pytestmark = pytest.mark.long
+
 FILES = {
     "torch_npu/__init__.py": """
 import os
