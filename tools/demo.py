@@ -87,6 +87,8 @@ def serve_and_ask(checkpoint: Path) -> str:
     vllm = Path(sys.executable).with_name("vllm")
     command = [str(vllm), "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", "512"]
+    # To compile it takes longer than all that is asked here.
+    command += ["--enforce-eager"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     environment["VLLM_PLUGINS"] = "ascend_ct"
     print(f"$ VLLM_PLUGINS=ascend_ct {' '.join(command)}   (log: {LOG})", flush=True)
