@@ -18,7 +18,8 @@ if [ "${1:-}" = --long ]; then
   .venv/bin/python -m tools.upstream_patches verify --base
   # Where the patches change what is called.
   exec .venv/bin/python -m tools.upstream_patches test \
-    tests/plugin tests/quantization tests/kernels tests/layers tests/engine \
+    tests/plugin tests/quantization tests/kernels tests/layers/test_experts.py \
+    tests/engine \
     -n logical --maxprocesses 4 --dist loadfile
 fi
 .venv/bin/ruff check .

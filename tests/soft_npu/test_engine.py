@@ -134,6 +134,7 @@ def test_bit_equal_to_vllm_ascends_own(results: Results) -> None:
     assert theirs["tokens"] == ours["tokens"]
 
 
+@pytest.mark.long
 def test_release_to_come(tmp_path: Path) -> None:
     """vllm-ascend 0.30.0rc2 alone, not quantized: this package refuses to serve it."""
     device = environment.Device("0.30.0rc2")

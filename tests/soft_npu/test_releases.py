@@ -50,6 +50,7 @@ def test_supported(plugins: str, process: str) -> None:
     assert "SERVES AscendCTConfig" in output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("process", ["main", "other"])
 @pytest.mark.parametrize("plugins", PLUGINS)
 def test_not_supported(plugins: str, process: str) -> None:

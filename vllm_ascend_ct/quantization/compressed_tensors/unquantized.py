@@ -101,7 +101,8 @@ def watched(method_class: Any) -> Any:
         method_class: Its name is what tells vLLM's layers which loader to use.
 
     """
-    return type(method_class.__name__, (WatchedMixin, method_class), {})
+    module = {"__module__": method_class.__module__}
+    return type(method_class.__name__, (WatchedMixin, method_class), module)
 
 
 def _weights(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
