@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tools import stacks
 from tools.soft_npu import build
+from vllm_ascend_ct.ops.soc import Soc
 
 SITE = Path(__file__).parent / "site"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-SOCS = ("A2", "A3", "310P", "A5")
+SOCS = tuple(soc.value for soc in Soc)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Attention: in fp32, rounded once, which is not how the NPU rounds inside."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -299,32 +299,24 @@ def _into(
     return out[0], out[1]
 
 
-@implements("npu::npu_fused_infer_attention_score.out")
-def npu_fused_infer_attention_score_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    workspace: torch.Tensor | None = None,
-    out: list[torch.Tensor],
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As without `out`."""
-    return _into(npu_fused_infer_attention_score(query, key, value, **options), out)
+def _implement_out(function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+    """Declare the variant of an operator that writes to tensors it is given."""
+
+    @implements(f"npu::{function.__name__}.out")
+    def with_out(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        workspace: torch.Tensor | None = None,
+        out: list[torch.Tensor],
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _into(function(query, key, value, **options), out)
 
 
-@implements("npu::npu_fused_infer_attention_score_v2.out")
-def npu_fused_infer_attention_score_v2_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    workspace: torch.Tensor | None = None,
-    out: list[torch.Tensor],
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As without `out`."""
-    return _into(npu_fused_infer_attention_score_v2(query, key, value, **options), out)
+_implement_out(npu_fused_infer_attention_score)
+_implement_out(npu_fused_infer_attention_score_v2)
 
 
 @implements(
