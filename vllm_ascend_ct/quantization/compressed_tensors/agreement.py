@@ -82,8 +82,9 @@ def check_layer(
     if plain:
         mixed = any(layer.is_quantized for layer in parts.values())
         raise _plain_in_file(layer_name, plain, mixed, headers)
+    kinds = places(scheme)
     for layer in parts.values():
-        _check_kinds(layer, places(scheme))
+        _check_kinds(layer, kinds)
         _check_bias_rows(layer)
 
 
