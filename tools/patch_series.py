@@ -3,6 +3,7 @@
 """The staged patches as files: what they say, and whether they say all they have to."""
 
 import ast
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -73,6 +74,25 @@ class Target:
         """The patch's text for a version, where that has one of its own."""
         backport = self.directory / "backports" / version / patch.name
         return backport if backport.exists() else patch.path
+
+    def digest(self, version: str) -> str:
+        """The sha256 of what upstream's tests of a version run with."""
+        files = [self.directory / "BASE", self.directory / "series"]
+        files += [self.file(patch, version) for patch in self.patches]
+        texts = b"".join(path.read_bytes() for path in files)
+        return hashlib.sha256(texts).hexdigest()
+
+    @property
+    def verified(self) -> dict[str, str]:
+        """The digests with which upstream's tests passed, by version."""
+        path = self.directory / "VERIFIED"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return dict(line.split() for line in lines)
+
+    def write_verified(self) -> None:
+        """Say that upstream's tests passed."""
+        lines = [f"{version} {self.digest(version)}\n" for version in self.versions]
+        (self.directory / "VERIFIED").write_text("".join(lines))
 
     def needed(self, patch: "Patch") -> list["Patch"]:
         """A patch and, before it, what it depends on."""

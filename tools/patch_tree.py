@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
+import torch
+
 from tools import real_stack, stacks
 from tools.patch_series import Patch, Target
 
@@ -127,9 +129,17 @@ def link_built(target: Target, tree: Path) -> None:
     generated = [installed / name for name in target.generated]
     for built in [*installed.rglob("*.so"), *generated]:
         link = tree / target.package / built.relative_to(installed)
+        if built.name == _ANY_CPU and not torch.cpu._is_avx512_bf16_supported():
+            built = built.with_name(_AVX2)
         if not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(built)
+
+
+# vLLM's CPU platform imports it on CPUs with AVX512_BF16 only, other platforms
+# everywhere: with the instructions that it was compiled for they die of SIGILL.
+_ANY_CPU = "_C.abi3.so"
+_AVX2 = "_C_AVX2.abi3.so"
 
 
 def scratch(
@@ -292,7 +302,8 @@ def _pytest(
     # Passed, failed, or a file that cannot be collected.
     if result.returncode not in (0, 1, 2) or not report.exists():
         raise SystemExit(
-            f"upstream_patches: pytest did not run:\n{result.stdout[-4000:]}"
+            f"upstream_patches: pytest ended with {result.returncode} for "
+            f"{' '.join(arguments)}:\n{(result.stdout + result.stderr)[-4000:]}"
         )
     return outcomes(report)
 

@@ -14,8 +14,7 @@ if [ "${1:-}" = --long ]; then
   .venv/bin/python -m pytest -m long -n logical --maxprocesses 2 --dist loadfile
   .venv/bin/python -m tools.real_stack test -n logical --maxprocesses 4 --dist loadfile
   .venv/bin/python -m tools.soft_npu test
-  .venv/bin/python -m tools.upstream_patches verify --no-tests
-  .venv/bin/python -m tools.upstream_patches verify --base
+  .venv/bin/python -m tools.upstream_patches verify --changed
   # Where the patches change what is called.
   exec .venv/bin/python -m tools.upstream_patches test \
     tests/plugin tests/quantization tests/kernels tests/layers/test_experts.py \

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The pull requests that `upstream_patches/` stages.
 
-    python -m tools.upstream_patches verify [--base] [--no-tests] [PATCH...]
+    python -m tools.upstream_patches verify [--changed] [PATCH...]
     python -m tools.upstream_patches test [pytest arguments]
     python -m tools.upstream_patches apply OUT [--version V] [PATCH...]
     python -m tools.upstream_patches edit OUT [--version V]
@@ -12,7 +12,8 @@
 
 `verify` checks headers, that each patch and all of them apply, compile and pass ruff,
 that upstream's tests of each fail without it for the stated reason and pass with it,
-and that neighbouring tests give the same results. `test` runs this project's own
+and that neighbouring tests give the same results, and writes down for what series this
+is so. With --changed it runs upstream's tests only for another series. `test` runs this project's own
 suite on patched vLLM. `apply` makes a patched copy of the source tree. `edit` makes a
 git repository with a commit for each patch; change them there, then `refresh` writes
 them back. `status` prints the table of the README, which --write puts there. `drop`
@@ -154,11 +155,16 @@ def verify(arguments: argparse.Namespace) -> int:
         if not patches:
             continue
         faults = list(verify_headers(target, patches))
-        versions = [target.base] if arguments.base else list(target.versions)
-        for version in versions:
+        for version in target.versions:
             faults += verify_applies(target, version, patches)
-        if not arguments.no_tests and not faults:
+        versions = list(target.versions)
+        if arguments.changed:
+            verified = target.verified
+            versions = [v for v in versions if verified.get(v) != target.digest(v)]
+        if versions and not faults:
             faults += verify_by_tests(target, versions, patches)
+            if not faults and patches == target.patches:
+                target.write_verified()
         for fault in faults:
             print(f"upstream_patches: {fault}")
         wrong = wrong or bool(faults)
@@ -360,8 +366,7 @@ def main() -> int:
         if command in (verify, apply):
             sub.add_argument("patches", nargs="*", metavar="PATCH")
         if command is verify:
-            sub.add_argument("--no-tests", action="store_true")
-            sub.add_argument("--base", action="store_true", help="not other versions")
+            sub.add_argument("--changed", action="store_true")
         if command is status:
             sub.add_argument("--write", action="store_true")
     arguments, rest = parser.parse_known_args()
