@@ -12,6 +12,7 @@ int4 through one int32 a value.
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,11 +84,17 @@ SCHEMES = (
 
 def config(sizes: Sizes) -> FusedMoEConfig:
     """Make upstream's config of a layer on one rank."""
+    names = {field.name for field in dataclasses.fields(FusedMoEConfig)}
+    # Releases before 0.27 take that of the rank.
+    width = "intermediate_size"
+    if width not in names:
+        width = "intermediate_size_per_partition"
+    sizes_of_rank: dict[str, Any] = {width: sizes.intermediate}
     return FusedMoEConfig(
+        **sizes_of_rank,
         num_experts=sizes.experts,
         experts_per_token=TOP_K,
         hidden_dim=sizes.hidden,
-        intermediate_size=sizes.intermediate,
         num_local_experts=sizes.experts,
         num_logical_experts=sizes.experts,
         activation=MoEActivation.SILU,

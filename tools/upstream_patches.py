@@ -12,12 +12,12 @@
 
 `verify` checks headers, that each patch and all of them apply, compile and pass ruff,
 that upstream's tests of each fail without it for the stated reason and pass with it,
-and that neighbouring tests give the same results, and writes down for what series this
-is so. With --changed it runs upstream's tests only for another series. `test` runs this project's own
-suite on patched vLLM. `apply` makes a patched copy of the source tree. `edit` makes a
-git repository with a commit for each patch; change them there, then `refresh` writes
-them back. `status` prints the table of the README, which --write puts there. `drop`
-names patches that a release has already.
+and that neighbouring tests give the same results, and writes to VERIFIED for what
+series this is so. With --changed it runs upstream's tests only for another series.
+`test` runs this project's own suite on patched vLLM. `apply` makes a patched copy of
+the source tree. `edit` makes a git repository with a commit for each patch; change
+them there, then `refresh` writes them back. `status` prints the table of the README,
+which --write puts there. `drop` names patches that a release has already.
 """
 
 import argparse

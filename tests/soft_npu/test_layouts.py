@@ -2,13 +2,19 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """FRACTAL_NZ, and what an operator finds in memory that is laid out otherwise."""
 
+import copy
+
 import pytest
 import torch
 import torch_npu
+from pytest_mock import MockerFixture
 
+from tools.bench_load_experts import SCHEMES, Sizes, loaded
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import stored_weight
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
+from vllm_ascend_ct.fused_moe.functional import SortedTokens
 from vllm_ascend_ct.kernels.linear import functional
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
-from vllm_ascend_ct.weights import experts
 
 pytestmark = pytest.mark.soft_npu
 NZ, ND = 29, 2
@@ -103,38 +109,29 @@ def test_view_as_another_type_cannot_be_cast(internal_format: None) -> None:
         nz(packed.view(torch.int8))
 
 
-def grouped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of x by the first expert's weight, with scales of 1."""
-    counts = torch.tensor([len(x), *[0] * (E - 1)], device="npu")
-    (result,) = torch_npu.npu_grouped_matmul(
-        [x],
-        [weight],
-        scale=[torch.ones(E, N, dtype=torch.bfloat16, device="npu")],
-        per_token_scale=[torch.ones(len(x), device="npu")],
-        group_list=counts,
-        split_item=3,
-        group_type=0,
-        group_list_type=1,
-        output_dtype=torch.bfloat16,
-    )
-    return result.cpu()
-
-
-@pytest.mark.xfail(strict=True, reason="transpose_ returns a view, and to_nz casts it")
-def test_layout_of_int8_experts(internal_format: None) -> None:
-    stacked = int8(E, N, K)
-    x = int8(4, K).npu()
-    expected = grouped(x, stacked.transpose(1, 2).contiguous().npu())
-    weight = experts.to_nz(experts.transpose_(stacked.npu()))
-    assert in_nz(weight)
-    assert torch.equal(grouped(x, weight), expected)
-
-
-@pytest.mark.xfail(strict=True, reason="to_nz casts int32 as int8", raises=RuntimeError)
-def test_layout_of_int4_experts(internal_format: None) -> None:
-    packed = torch.randint(-(2**31), 2**31, (E, N, K // 8), dtype=torch.int32)
-    weight, _ = experts.pack_outputs_(packed.npu(), torch.ones(E, N, 1).npu(), 4, K)
-    assert in_nz(experts.to_nz(weight))
+@pytest.mark.parametrize("name", ["w8a8-channel", "w4a8-channel", "w4a8-g256"])
+def test_layout_of_experts(
+    name: str, internal_format: None, mocker: MockerFixture
+) -> None:
+    """Cast to tiles or not, they multiply by the same."""
+    (scheme,) = (scheme for scheme in SCHEMES if scheme.name == name)
+    sizes = Sizes(experts=E, hidden=512, intermediate=256)
+    rows, row_scale = int8(6, 512).npu(), torch.rand(6).npu()
+    tokens = SortedTokens(rows, rows, torch.tensor([4, 2]).npu(), row_scale)
+    results = []
+    made, loaded_layer = loaded(sizes, scheme)
+    for prefers_nz in (True, False):
+        mocker.patch("vllm_ascend_ct.ascend_base.prefers_nz", return_value=prefers_nz)
+        mocker.patch.object(AscendWNA8Experts, "_is_fused", return_value=False)
+        layer = copy.deepcopy(loaded_layer).npu()
+        made._layer = layer
+        for product, (k, n) in sizes.products.items():
+            made._lay_out(layer, product, k, n)
+            assert in_nz(stored_weight(layer, product)[1]) == prefers_nz
+        operands = made.operands("w13"), made.operands("w2")
+        results.append(made._multiply(tokens, *operands, torch.bfloat16).cpu())
+    assert results[0].isfinite().all() and results[0].count_nonzero()
+    assert torch.equal(*results)
 
 
 def weight_quant_matmul(packed: torch.Tensor, max_n: int | None) -> torch.Tensor:

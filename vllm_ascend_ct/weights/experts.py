@@ -64,35 +64,33 @@ def to_nz(stacked: torch.Tensor) -> torch.Tensor:
     """Copy `[E, K, N]` to the memory format that the matrix unit reads fastest.
 
     Args:
-        stacked: int8, or int4 packed to int32 along N.
+        stacked: int8, or int4 as bytes of two. Not a view: torch_npu (2.10.0,
+            `FormatCastKernelNpu.cpp`) casts one by the sizes that its memory was
+            allocated with.
 
     """
-    # The format's tiles are as wide for int4 as for bytes of two.
-    cast: torch.Tensor = torch.ops.npu.npu_format_cast(
-        stacked.view(torch.int8), _FRACTAL_NZ
-    )
-    return cast.view(stacked.dtype)
+    cast: torch.Tensor = torch.ops.npu.npu_format_cast(stacked, _FRACTAL_NZ)
+    return cast
 
 
-def pack_outputs_(
-    packed: torch.Tensor, scale: torch.Tensor, bits: int, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_outputs(
+    packed: torch.Tensor, scale: torch.Tensor, bits: int, weight: torch.Tensor
+) -> torch.Tensor:
     """Pack along N what is packed along K, with what halving activations needs.
 
     Args:
-        packed: int32 `[E, N, ceil(K * bits / 32)]`; of 4 bits it is overwritten.
+        packed: int32 `[E, N, ceil(K * bits / 32)]`.
         scale: `[E, N, G]`, as the operator uses it.
         bits: 2 to 4.
-        k: Input features, a multiple of 8.
+        weight: int32 `[E, K, N / 8]`, K a multiple of 8: what to write to. It may be in
+            the memory of packed 4-bit weights.
 
     Returns:
-        int32 `[E, K, N / 8]`, and fp32 `[E, N]` as of `int4.pack_outputs`.
+        fp32 `[E, N]` as of `int4.pack_outputs`.
 
     """
-    experts, n, _ = packed.shape
-    shape = (experts, k, n // 8)
-    weight = packed.view(shape) if bits == 4 else packed.new_empty(shape)
-    assist = scale.new_empty((experts, n), dtype=torch.float32)
+    k = weight.shape[1]
+    assist = scale.new_empty(scale.shape[:2], dtype=torch.float32)
     for old, new, of_scale, of_assist in zip(packed, weight, scale, assist):
         rows = pack_quantized.rows(old, bits, k)
         words, sums = int4.pack_outputs(rows, of_scale, k)
@@ -100,7 +98,7 @@ def pack_outputs_(
         of_assist.copy_(sums)
         # Or there would be two of them while the next is packed.
         del words
-    return weight, assist
+    return assist
 
 
 def to_raw_scale(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

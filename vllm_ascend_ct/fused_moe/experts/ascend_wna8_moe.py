@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-from vllm.model_executor.layers.quantization.utils import replace_parameter
 
 from vllm_ascend_ct import ascend_base
 from vllm_ascend_ct.compat import load_format
 from vllm_ascend_ct.fused_moe.activation import is_swiglu
-from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import (
+    AscendExperts,
+    replace,
+    stored_weight,
+)
 from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, int8_mlp
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import experts
@@ -61,30 +64,39 @@ class AscendWNA8Experts(AscendExperts):
         )
 
     def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:
-        weight_name, parameter = stored_weight(layer, name)
-        weight = parameter.data
-        scale = getattr(layer, f"{name}_weight_scale").data
-        bits = 8 if weight.dtype == torch.int8 else weight.shape[2] * 32 // k
-        groups = scale.shape[2]
+        _, parameter = stored_weight(layer, name)
+        bits = 8 if parameter.dtype == torch.int8 else parameter.shape[2] * 32 // k
+        groups = getattr(layer, f"{name}_weight_scale").shape[2]
         is_int4 = operator_bits(bits) == 4
         weight_dtype = torch.int32 if is_int4 else torch.int8
         fused = self._is_fused(weight_dtype, k // groups if groups > 1 else 0)
         if name == "w13":
             self._fused = fused
         fused = fused and name == "w13"
+        # They let go of what was loaded as soon as it is copied.
+        del parameter
         if is_int4:
-            self._lay_out_int4(layer, name, weight, scale, bits, k, fused)
-            return
+            self._lay_out_int4(layer, name, bits, k, fused)
+        else:
+            self._lay_out_int8(layer, name, bits, k, fused)
+
+    def _lay_out_int8(
+        self, layer: Any, name: str, bits: int, k: int, fused: bool
+    ) -> None:
+        weight_name, parameter = stored_weight(layer, name)
+        weight = parameter.data
         if weight.dtype != torch.int8:
             weight = experts.to_int8(weight, bits, k)
+        weight = weight.transpose(1, 2)
         if fused or ascend_base.prefers_nz():
-            npu_weight = experts.to_nz(experts.transpose_(weight))
-        else:
-            npu_weight = weight.transpose(1, 2)
-        replace_parameter(layer, weight_name, npu_weight)
-        replace_parameter(
-            layer, f"{name}_weight_scale", scale.squeeze(2).to(self._scale_dtype(fused))
-        )
+            weight = weight.contiguous()
+            replace(layer, weight_name, weight)
+            del parameter
+            weight = experts.to_nz(weight)
+        replace(layer, weight_name, weight)
+        scale_name = f"{name}_weight_scale"
+        scale = getattr(layer, scale_name).data.squeeze(2)
+        replace(layer, scale_name, scale.to(self._scale_dtype(fused)))
 
     def _scale_dtype(self, fused: bool) -> torch.dtype:
         """Dtype of an int8 product's scale."""
@@ -96,26 +108,27 @@ class AscendWNA8Experts(AscendExperts):
         return dtype
 
     def _lay_out_int4(
-        self,
-        layer: Any,
-        name: str,
-        packed: torch.Tensor,
-        scale: torch.Tensor,
-        bits: int,
-        k: int,
-        fused: bool,
+        self, layer: Any, name: str, bits: int, k: int, fused: bool
     ) -> None:
-        raw_scale, rounded = experts.to_raw_scale(scale)
-        weight, assist = experts.pack_outputs_(packed, rounded, bits, k)
-        if ascend_base.prefers_nz():
-            weight = experts.to_nz(weight)
+        weight_name, parameter = stored_weight(layer, name)
+        scale_name = f"{name}_weight_scale"
+        raw_scale, rounded = experts.to_raw_scale(getattr(layer, scale_name).data)
         if fused and raw_scale.shape[1] == 1:
             raw_scale = raw_scale.squeeze(1)
-        replace_parameter(layer, stored_weight(layer, name)[0], weight)
-        replace_parameter(layer, f"{name}_weight_scale", raw_scale)
-        layer.register_parameter(
-            f"{name}_assist", torch.nn.Parameter(assist, requires_grad=False)
-        )
+        packed = parameter.data
+        count, n, _ = packed.shape
+        if ascend_base.prefers_nz() or bits < 4:
+            pairs = packed.new_empty((count, k, n // 2), dtype=torch.int8)
+        else:
+            pairs = packed.view(torch.int8).view(count, k, n // 2)
+        assist = experts.pack_outputs(packed, rounded, bits, pairs.view(torch.int32))
+        if ascend_base.prefers_nz():
+            replace(layer, weight_name, pairs)
+            del parameter, packed
+            pairs = experts.to_nz(pairs)
+        replace(layer, weight_name, pairs.view(torch.int32))
+        replace(layer, scale_name, raw_scale)
+        replace(layer, f"{name}_assist", assist)
 
     def operands(self, name: str) -> Operands:
         layer = self._layer
@@ -149,5 +162,5 @@ class AscendW4A8Experts(AscendWNA8Experts):
             if load_format() == "dummy":
                 # vLLM leaves integers as the memory was.
                 parameter.data.clamp_(-8, 7)
-            replace_parameter(layer, weight_name, experts.pack_int4(parameter.data))
+            replace(layer, weight_name, experts.pack_int4(parameter.data))
         super().process_weights_after_loading(layer)
