@@ -3,18 +3,31 @@
 """FRACTAL_NZ, and what an operator finds in memory that is laid out otherwise."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch_npu
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from pytest_mock import MockerFixture
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+    MPLinearLayerConfig,
+)
+from vllm.scalar_type import ScalarType, scalar_types
 
+from tools.bench_load import parameters
 from tools.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import stored_weight
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.functional import SortedTokens
 from vllm_ascend_ct.kernels.linear import functional
+from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
+    AscendWNA16LinearKernel,
+    packed_type,
+)
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
+from vllm_ascend_ct.ops.limits import LIMITS, WeightQuantBatchMatmulLimits
+from vllm_ascend_ct.ops.soc import Soc
 
 pytestmark = pytest.mark.soft_npu
 NZ, ND = 29, 2
@@ -134,31 +147,57 @@ def test_layout_of_experts(
     assert torch.equal(*results)
 
 
-def weight_quant_matmul(packed: torch.Tensor, max_n: int | None) -> torch.Tensor:
-    """The int4 in packed `[N, K / 8]`, by a product with 1, in parts of `max_n`."""
-    x = torch.eye(K, dtype=torch.bfloat16, device="npu")
-    scale = torch.ones(1, len(packed), dtype=x.dtype, device="npu")
-    weight = packed.npu().t()
-    return functional.weight_quant_matmul(x, weight, scale, max_n=max_n).cpu()
-
-
-def packed_rows() -> torch.Tensor:
-    return torch.randint(-(2**31), 2**31, (2 * N, K // 8), dtype=torch.int32)
-
-
 def test_slice_of_int4_is_misread() -> None:
     """op-plugin counts its offset in int32, aclnn then in int4."""
-    packed = packed_rows()
+    packed = torch.randint(-(2**31), 2**31, (2 * N, K // 8), dtype=torch.int32)
     values = unpack_int4(packed).t().to(torch.bfloat16)
-    assert torch.equal(weight_quant_matmul(packed, None), values)
-    parts = weight_quant_matmul(packed, N)
+    x = torch.eye(K, dtype=torch.bfloat16, device="npu")
+    scale = torch.ones(1, 2 * N, dtype=x.dtype, device="npu")
+    operands = x, packed.npu().t(), scale
+    assert torch.equal(functional.weight_quant_matmul(*operands).cpu(), values)
+    parts = functional.weight_quant_matmul(*operands, max_n=N).cpu()
     assert torch.equal(parts[:, :N], values[:, :N]), "its offset is 0"
     # 64 rows of 12 words: 768 int4 further, which are 96 words or 8 rows.
     assert torch.equal(parts[:, N:], values[:, 8 : 8 + N])
 
 
-@pytest.mark.xfail(strict=True, reason="weight_quant_matmul slices its weight")
-def test_parts_of_int4_weights() -> None:
-    packed = packed_rows()
-    values = unpack_int4(packed).t().to(torch.bfloat16)
-    assert torch.equal(weight_quant_matmul(packed, N), values)
+INT4 = [packed_type(4, True), packed_type(4, False), scalar_types.int4]
+
+
+@pytest.mark.parametrize("weight_type", INT4, ids=str)
+def test_layer_in_parts(weight_type: ScalarType, mocker: MockerFixture) -> None:
+    """More outputs than the operator takes at once, as heads have."""
+    limits = dataclasses.replace(
+        LIMITS[Soc.A2],
+        weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=K),
+    )
+    mocker.patch.dict(LIMITS, {Soc.A2: limits})
+    groups, zero_points = 3, weight_type == scalar_types.uint4
+    config = MPLinearLayerConfig(
+        full_weight_shape=(K, 2 * N),
+        partition_weight_shape=(K, 2 * N),
+        weight_type=weight_type,
+        act_type=torch.bfloat16,
+        group_size=K // groups,
+        zero_points=zero_points,
+        has_g_idx=False,
+    )
+    values = torch.randint(-8, 8, (2 * N, K), dtype=torch.int8)
+    scale = torch.rand(2 * N, groups).bfloat16()
+    packed = pack_to_int32(values, 4)
+    tensors = {"weight_packed": packed, "weight_scale": scale}
+    if weight_type == scalar_types.int4:
+        tensors["weight_packed"] = values
+    shift = torch.zeros(2 * N, groups, dtype=torch.int8)
+    if zero_points:
+        shift = torch.randint(-8, 8, (2 * N, groups), dtype=torch.int8)
+        tensors["weight_zero_point"] = pack_to_int32(shift, 4, packed_dim=0)
+    layer = parameters(**tensors).npu()
+    kernel = AscendWNA16LinearKernel(
+        config, "weight_packed", "weight_scale", "weight_zero_point", None
+    )
+    kernel.process_weights_after_loading(layer)
+    x = torch.eye(K, dtype=torch.bfloat16, device="npu")
+    shifted = values.view(2 * N, groups, -1).float() - shift.unsqueeze(-1)
+    expected = (shifted * scale.float().unsqueeze(-1)).view(2 * N, K).t()
+    assert torch.equal(kernel.apply_weights(layer, x).cpu(), expected.bfloat16())

@@ -33,7 +33,7 @@ def weight_quant_matmul(
         bias: `[N]`, fp32 for bf16 x, fp16 for fp16 x.
         group_size: Elements of K that share a scale; 0 for one scale per channel.
         max_n: Outputs that the operator can compute at once, if fewer than N; then
-            weight, scale and offset have to be transposed views.
+            the weight has to be int8, and scale and offset transposed views like it.
 
     Returns:
         `[..., N]`, dtype of x.

@@ -96,14 +96,7 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
             zero_point = getattr(layer, self.w_zp_name).data
             offset = pack_quantized.to_npu_offset(zero_point, scale, bits)
             replace_parameter(layer, self.w_zp_name, offset)
-        k, n = c.partition_weight_shape
-        if c.weight_type == scalar_types.int4:
-            npu_weight = int4.pack_inputs(int4_rows(c, weight), n, k, weight.device).t()
-        elif c.weight_type == scalar_types.int8:
-            npu_weight = weight.t()
-        else:
-            npu_weight = pack_quantized.to_npu_weight(weight, bits, k)
-        replace_weight(layer, self.w_q_name, npu_weight)
+        replace_weight(layer, self.w_q_name, weight_only_layout(c, weight))
         replace_parameter(layer, self.w_s_name, pack_quantized.to_npu_scale(scale))
         _convert_bias(layer, c.act_type)
 
@@ -126,6 +119,32 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
             operator_group_size(self.config),
             current_limits().weight_quant_batchmatmul.max_size,
         )
+
+
+def weight_only_layout(c: MPLinearLayerConfig, weight: torch.Tensor) -> torch.Tensor:
+    """Lay a weight out for the weight-only operator.
+
+    int4 weights with more outputs than it takes at once become int8: it would misread
+    the parts. op-plugin (`op_api_common.cpp`) gives the offset of a part in int32, and
+    aclnn (`aclnn_weight_quant_batch_matmul_v2.cpp`) takes it for one in int4.
+
+    Returns:
+        A transposed view: int32 `[K / 8, N]`, or int8 `[K, N]`.
+
+    """
+    k, n = c.partition_weight_shape
+    bits = c.weight_type.size_bits
+    in_parts = n > current_limits().weight_quant_batchmatmul.max_size
+    if c.weight_type == scalar_types.int8:
+        return weight.t()
+    if c.weight_type == scalar_types.int4:
+        rows = int4_rows(c, weight)
+        if in_parts:
+            return torch.cat(list(rows)).t()
+        return int4.pack_inputs(rows, n, k, weight.device).t()
+    if in_parts:
+        return pack_quantized.to_int8(weight, bits, k).t()
+    return pack_quantized.to_npu_weight(weight, bits, k)
 
 
 def operator_group_size(c: MPLinearLayerConfig) -> int:
