@@ -28,6 +28,7 @@ from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 from vllm_ascend_ct.ops.limits import LIMITS, WeightQuantBatchMatmulLimits
 from vllm_ascend_ct.ops.soc import Soc
+from vllm_ascend_ct.weights import int_quantized, pack_quantized
 
 pytestmark = pytest.mark.soft_npu
 NZ, ND = 29, 2
@@ -145,6 +146,17 @@ def test_layout_of_experts(
         results.append(made._multiply(tokens, *operands, torch.bfloat16).cpu())
     assert results[0].isfinite().all() and results[0].count_nonzero()
     assert torch.equal(*results)
+
+
+def test_layout_of_packed_int8(internal_format: None) -> None:
+    """As 310P takes it."""
+    x, values = int8(4, K).npu(), int8(N, K)
+    packed = pack_to_int32(values, 8).npu()
+    rows = pack_quantized.to_int8(packed, 8, K)
+    weight = int_quantized.to_npu_weight(rows, nz=False, transposed_nz=True)
+    assert in_nz(weight.t())
+    expected = quant_matmul(x, values.t().contiguous().npu())
+    assert torch.equal(quant_matmul(x, weight), expected)
 
 
 def test_slice_of_int4_is_misread() -> None:

@@ -31,7 +31,8 @@ def to_npu_weight(weight: torch.Tensor, nz: bool, transposed_nz: bool) -> torch.
 
     """
     if transposed_nz:
-        return torch.ops.npu.npu_format_cast(weight, _FRACTAL_NZ).t()
+        # Unpacked weights are views, which torch_npu does not cast.
+        return torch.ops.npu.npu_format_cast(weight.clone(), _FRACTAL_NZ).t()
     if nz:
         return torch.ops.npu.npu_format_cast(weight.t().contiguous(), _FRACTAL_NZ)
     return weight.t()
