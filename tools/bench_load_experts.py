@@ -12,10 +12,9 @@ int4 through one int32 a value.
 """
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ SCHEMES = (
 
 def config(sizes: Sizes) -> FusedMoEConfig:
     """Make upstream's config of a layer on one rank."""
-    names = {field.name for field in dataclasses.fields(FusedMoEConfig)}
+    names = {field.name for field in fields(FusedMoEConfig)}
     # Releases before 0.27 take that of the rank.
     width = "intermediate_size"
     if width not in names:

@@ -21,8 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
-import torch
-
 from tools import real_stack, stacks
 from tools.patch_series import Patch, Target
 
@@ -122,14 +120,17 @@ def installed_vllm() -> Path:
 
 def link_built(target: Target, tree: Path) -> None:
     """Give a tree what the installed package has beyond its source."""
+    import torch
+
     if target.stack:
         installed = stacks.install(target.stack) / target.package
     else:
         installed = installed_vllm()
     generated = [installed / name for name in target.generated]
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()
     for built in [*installed.rglob("*.so"), *generated]:
         link = tree / target.package / built.relative_to(installed)
-        if built.name == _ANY_CPU and not torch.cpu._is_avx512_bf16_supported():
+        if built.name == _AVX512_BF16 and not has_bf16:
             built = built.with_name(_AVX2)
         if not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ def link_built(target: Target, tree: Path) -> None:
 
 # vLLM's CPU platform imports it on CPUs with AVX512_BF16 only, other platforms
 # everywhere: with the instructions that it was compiled for they die of SIGILL.
-_ANY_CPU = "_C.abi3.so"
+_AVX512_BF16 = "_C.abi3.so"
 _AVX2 = "_C_AVX2.abi3.so"
 
 

@@ -140,8 +140,11 @@ def test_layout_of_experts(
         layer = copy.deepcopy(loaded_layer).npu()
         made._layer = layer
         for product, (k, n) in sizes.products.items():
+            place = stored_weight(layer, product)[1].data_ptr()
             made._lay_out(layer, product, k, n)
-            assert in_nz(stored_weight(layer, product)[1]) == prefers_nz
+            weight = stored_weight(layer, product)[1]
+            assert in_nz(weight) == prefers_nz
+            assert prefers_nz or weight.data_ptr() == place, "it was copied"
         operands = made.operands("w13"), made.operands("w2")
         results.append(made._multiply(tokens, *operands, torch.bfloat16).cpu())
     assert results[0].isfinite().all() and results[0].count_nonzero()

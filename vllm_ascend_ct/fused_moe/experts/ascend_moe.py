@@ -238,15 +238,6 @@ def stored_weight(layer: Any, name: str) -> tuple[str, torch.Tensor]:
     return f"{name}_weight", getattr(layer, f"{name}_weight")
 
 
-def replace(layer: Any, name: str, tensor: torch.Tensor) -> None:
-    """Let go of a layer's parameter, and hold a tensor as it.
-
-    Upstream's `replace_parameter` may copy to the old parameter, in its format.
-    """
-    parameter = torch.nn.Parameter(tensor, requires_grad=False)
-    layer.register_parameter(name, parameter)
-
-
 def _check_scales(layer: Any) -> None:
     """Refuse scales that are not finite and above 0."""
     for name in ("w13", "w2"):

@@ -9,10 +9,10 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import (
     AscendExperts,
-    replace,
     stored_weight,
 )
 from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, weight_only_mlp
+from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.moe_limits import GroupedMatmulMode
@@ -53,10 +53,10 @@ class AscendWNA16Experts(AscendExperts):
             npu_weight = experts.to_weight_only(weight, bits, k)
             if zero_point is not None:
                 offset = experts.to_npu_offset(zero_point.data, bits, n, dtype)
-                replace(layer, f"{name}_weight_zero_point", offset)
-        replace(layer, weight_name, npu_weight)
+                set_parameter(layer, f"{name}_weight_zero_point", offset)
+        set_parameter(layer, weight_name, npu_weight)
         npu_scale = experts.to_npu_scale(scale)
-        replace(layer, f"{name}_weight_scale", npu_scale)
+        set_parameter(layer, f"{name}_weight_scale", npu_scale)
         mode = _mode(dtype, npu_weight.dtype)
         assert mode is not None
         if zero_point is None and self._needs_offset(mode):
@@ -65,7 +65,7 @@ class AscendWNA16Experts(AscendExperts):
         bias = getattr(layer, f"{name}_bias", None)
         if bias is not None:
             bias_dtype = current_limits().weight_quant_batchmatmul.bias_dtype(dtype)
-            replace(layer, f"{name}_bias", bias.data.to(bias_dtype))
+            set_parameter(layer, f"{name}_bias", bias.data.to(bias_dtype))
 
     def _needs_offset(self, mode: GroupedMatmulMode) -> bool:
         return mode.needs_offset(self.moe_config.in_dtype)

@@ -12,10 +12,10 @@ from vllm_ascend_ct.compat import load_format
 from vllm_ascend_ct.fused_moe.activation import is_swiglu
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import (
     AscendExperts,
-    replace,
     stored_weight,
 )
 from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, int8_mlp
+from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import experts
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
@@ -90,13 +90,13 @@ class AscendWNA8Experts(AscendExperts):
         weight = weight.transpose(1, 2)
         if fused or ascend_base.prefers_nz():
             weight = weight.contiguous()
-            replace(layer, weight_name, weight)
+            set_parameter(layer, weight_name, weight)
             del parameter
             weight = experts.to_nz(weight)
-        replace(layer, weight_name, weight)
+        set_parameter(layer, weight_name, weight)
         scale_name = f"{name}_weight_scale"
         scale = getattr(layer, scale_name).data.squeeze(2)
-        replace(layer, scale_name, scale.to(self._scale_dtype(fused)))
+        set_parameter(layer, scale_name, scale.to(self._scale_dtype(fused)))
 
     def _scale_dtype(self, fused: bool) -> torch.dtype:
         """Dtype of an int8 product's scale."""
@@ -123,12 +123,12 @@ class AscendWNA8Experts(AscendExperts):
             pairs = packed.view(torch.int8).view(count, k, n // 2)
         assist = experts.pack_outputs(packed, rounded, bits, pairs.view(torch.int32))
         if ascend_base.prefers_nz():
-            replace(layer, weight_name, pairs)
+            set_parameter(layer, weight_name, pairs)
             del parameter, packed
             pairs = experts.to_nz(pairs)
-        replace(layer, weight_name, pairs.view(torch.int32))
-        replace(layer, scale_name, raw_scale)
-        replace(layer, f"{name}_assist", assist)
+        set_parameter(layer, weight_name, pairs.view(torch.int32))
+        set_parameter(layer, scale_name, raw_scale)
+        set_parameter(layer, f"{name}_assist", assist)
 
     def operands(self, name: str) -> Operands:
         layer = self._layer
@@ -162,5 +162,5 @@ class AscendW4A8Experts(AscendWNA8Experts):
             if load_format() == "dummy":
                 # vLLM leaves integers as the memory was.
                 parameter.data.clamp_(-8, 7)
-            replace(layer, weight_name, experts.pack_int4(parameter.data))
+            set_parameter(layer, weight_name, experts.pack_int4(parameter.data))
         super().process_weights_after_loading(layer)

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_ascend_ct.ascend_base import linear
 from vllm_ascend_ct.errors import Remedy
+from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
@@ -93,9 +94,7 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
         weight = dequantized(layer, self._shape, self._bits)
         for name in [name for name in layer._parameters if name != "bias"]:
             delattr(layer, name)
-        layer.register_parameter(
-            "weight", torch.nn.Parameter(weight, requires_grad=False)
-        )
+        set_parameter(layer, "weight", weight)
         self._unquantized.process_weights_after_loading(layer)
 
     def apply(

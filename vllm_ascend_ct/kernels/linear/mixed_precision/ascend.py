@@ -10,11 +10,11 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearKernel,
     MPLinearLayerConfig,
 )
-from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.scalar_type import ScalarType, scalar_types
 
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
+from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
@@ -95,9 +95,9 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
             assert self.w_zp_name is not None
             zero_point = getattr(layer, self.w_zp_name).data
             offset = pack_quantized.to_npu_offset(zero_point, scale, bits)
-            replace_parameter(layer, self.w_zp_name, offset)
+            set_parameter(layer, self.w_zp_name, offset)
         replace_weight(layer, self.w_q_name, weight_only_layout(c, weight))
-        replace_parameter(layer, self.w_s_name, pack_quantized.to_npu_scale(scale))
+        set_parameter(layer, self.w_s_name, pack_quantized.to_npu_scale(scale))
         _convert_bias(layer, c.act_type)
 
     def apply_weights(
@@ -172,7 +172,7 @@ def replace_weight(layer: torch.nn.Module, name: str, weight: torch.Tensor) -> N
     """
     for loaded in {name, "weight"} & layer._parameters.keys():
         delattr(layer, loaded)
-    layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+    set_parameter(layer, "weight", weight)
 
 
 def _convert_bias(layer: torch.nn.Module, act_type: torch.dtype) -> None:

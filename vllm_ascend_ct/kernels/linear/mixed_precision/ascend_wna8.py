@@ -9,7 +9,6 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearKernel,
     MPLinearLayerConfig,
 )
-from vllm.model_executor.layers.quantization.utils import replace_parameter
 
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.kernels.linear.functional import dynamic_quant_int4_matmul
@@ -25,6 +24,7 @@ from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     biased_quant_matmul,
     npu_int8_weight,
 )
+from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, pack_quantized
 
@@ -81,7 +81,7 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         bits = self.config.weight_type.size_bits
         weight = pack_quantized.to_int8(getattr(layer, self.w_q_name).data, bits, k)
         replace_weight(layer, self.w_q_name, npu_int8_weight(weight))
-        replace_parameter(layer, self.w_s_name, scale.reshape(-1).float())
+        set_parameter(layer, self.w_s_name, scale.reshape(-1).float())
 
     def _process_int4(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
         k, n = self.config.partition_weight_shape
@@ -93,10 +93,8 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
         groups = (len(scale), n) if operator_group_size(self.config) else (n,)
         replace_weight(layer, self.w_q_name, npu_weight)
-        replace_parameter(layer, self.w_s_name, packed.reshape(groups))
-        layer.register_parameter(
-            "activation_assist", torch.nn.Parameter(assist, requires_grad=False)
-        )
+        set_parameter(layer, self.w_s_name, packed.reshape(groups))
+        set_parameter(layer, "activation_assist", assist)
 
     def apply_weights(
         self,

@@ -9,7 +9,6 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
     Int8ScaledMMLinearKernel,
     Int8ScaledMMLinearLayerConfig,
 )
-from vllm.model_executor.layers.quantization.utils import replace_parameter
 
 from vllm_ascend_ct import ascend_base
 from vllm_ascend_ct.kernels.linear.functional import (
@@ -18,6 +17,7 @@ from vllm_ascend_ct.kernels.linear.functional import (
     static_quant_matmul,
 )
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
+from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights.int_quantized import (
     int32_bias,
@@ -65,32 +65,32 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         if self.config.is_static_input_scheme:
             self._process_static(layer, weight.data, scale)
         elif not self.config.input_symmetric:
-            _register(layer, azp_adj_name, weight_sum(weight.data).float())
-        replace_parameter(layer, scale_name, scale)
-        replace_parameter(layer, weight_name, npu_int8_weight(weight.data))
+            set_parameter(layer, azp_adj_name, weight_sum(weight.data).float())
+        set_parameter(layer, scale_name, scale)
+        set_parameter(layer, weight_name, npu_int8_weight(weight.data))
 
     def _process_static(
         self, layer: Any, weight: torch.Tensor, scale: torch.Tensor
     ) -> None:
         *_, x_scale_name, x_zero_point_name, azp_adj_name = self.layer_param_names
         x_scale = getattr(layer, x_scale_name).data.reshape(1)
-        replace_parameter(layer, x_scale_name, x_scale)
+        set_parameter(layer, x_scale_name, x_scale)
         zero_point_share = None
         if not self.config.input_symmetric:
             zero_point = getattr(layer, x_zero_point_name).data.reshape(1).int()
-            replace_parameter(layer, x_zero_point_name, zero_point)
+            set_parameter(layer, x_zero_point_name, zero_point)
             zero_point_share = weight_sum(weight) * -zero_point
         dequant_scale = x_scale * scale
         bias = getattr(layer, "bias", None)
-        _register(layer, azp_adj_name, zero_point_share)
-        _register(
+        set_parameter(layer, azp_adj_name, zero_point_share)
+        set_parameter(
             layer, "quant_bias", int32_bias(zero_point_share, bias, dequant_scale)
         )
         if getattr(layer, "params_dtype", torch.get_default_dtype()) == torch.float16:
             # Rounded to the 10 mantissa bits that a float16 output keeps; the operator
             # itself would truncate.
             dequant_scale = torch.ops.npu.npu_trans_quant_param(dequant_scale, None, 1)
-        _register(layer, "dequant_scale", dequant_scale)
+        set_parameter(layer, "dequant_scale", dequant_scale)
 
     def apply_weights(
         self,
@@ -136,12 +136,4 @@ def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:
         # In FRACTAL_NZ N is the inner axis.
         nz=ascend_base.prefers_nz() and len(weight) <= limits.max_size,
         transposed_nz=limits.transposed_nz,
-    )
-
-
-def _register(layer: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
-    """Register a derived tensor as a parameter, as sleep mode and reload expect."""
-    layer.register_parameter(
-        name,
-        None if value is None else torch.nn.Parameter(value, requires_grad=False),
     )

@@ -9,11 +9,11 @@ import torch
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
     CompressedTensorsWNA8O8Int,
 )
-from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.parameter import PerTensorScaleParameter
 from vllm.scalar_type import scalar_types
 
 from vllm_ascend_ct.kernels.linear.functional import static_fake_quant
+from vllm_ascend_ct.kernels.parameters import set_parameter
 
 _SCALES = ("input_scale", "output_scale")
 
@@ -68,13 +68,13 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
         self.kernel.process_weights_after_loading(layer)
         # All shards see one input; their outputs have a grid each.
         input_scale, output_scale = scales.values()
-        replace_parameter(layer, "input_scale", input_scale.max().reshape(1))
+        set_parameter(layer, "input_scale", input_scale.max().reshape(1))
         if len(output_scale) > 1:
             widths = torch.tensor(layer.output_partition_sizes)
             output_scale = output_scale.repeat_interleave(
                 widths.to(output_scale.device)
             )
-        replace_parameter(layer, "output_scale", output_scale)
+        set_parameter(layer, "output_scale", output_scale)
 
     def apply_weights(
         self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None
