@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -50,7 +50,7 @@ class Result:
     Attributes:
         seconds: Median over the rounds.
         copies: `seconds` over those of copying the packed bytes.
-        peak: Most bytes alive at once beyond the input, over the packed bytes.
+        peak: Most bytes alive at once beyond the input's, over the packed bytes.
         resident: Bytes that stay beyond the input's, over the packed bytes.
         launches: Operators in one forward that a device would have to launch.
 
@@ -84,7 +84,7 @@ def measure(
         run(made)
         times.append(time.perf_counter() - start)
     made = make()
-    with TensorMemory() as memory:
+    with TensorMemory(_held(made)) as memory:
         kept = run(made)
     launches = None
     if forward is not None:
@@ -102,6 +102,15 @@ def measure(
     )
     del kept
     return result
+
+
+def _held(made: Any) -> Iterator[torch.Tensor]:
+    """Find the tensors of what was made: a layer, or a kernel and its layer."""
+    for part in made if isinstance(made, tuple) else (made,):
+        if isinstance(part, torch.Tensor):
+            yield part
+        elif isinstance(part, torch.nn.Module):
+            yield from part.parameters()
 
 
 def parameters(**tensors: torch.Tensor) -> torch.nn.Module:

@@ -5,10 +5,10 @@
     python -m tools.bench_load_experts [--experts 16 --hidden 2048 --intermediate 768]
 
 Timed against a plain copy of the loaded bytes in the same run; only ratios mean
-anything. `peak` and `new` are the most bytes alive beyond the loaded ones, and those
-that stay, over the loaded ones; `beyond` is what is alive beside the new layout, over
-one expert. The rows "whole layer" do what vllm-ascend 0.23 does: all experts at once,
-int4 through one int32 a value.
+anything. `peak` and `new` are the bytes alive beyond the loaded ones, at most and in
+the end, over the loaded ones; the third is `peak` over one expert. The rows "whole
+layer" do what vllm-ascend 0.23 does: all experts at once, int4 through one int32 a
+value.
 """
 
 import argparse
@@ -208,13 +208,13 @@ def main() -> None:
     sizes = Sizes(arguments.experts, arguments.hidden, arguments.intermediate)
     emulated.install()
     print(
-        f"{sizes}\n{'':28}  seconds  x copy  peak/loaded  new/loaded  beyond/expert"
+        f"{sizes}\n{'':28}  seconds  x copy  peak/loaded  new/loaded  peak/expert"
         "  launches"
     )
     for r in routes(sizes):
         print(
             f"{r.route:28}  {r.seconds:7.4f}  {r.copies:6.1f}  {r.peak:11.3f}  "
-            f"{r.resident:10.3f}  {(r.peak - r.resident) * sizes.experts:13.3f}  "
+            f"{r.resident:10.3f}  {r.peak * sizes.experts:11.3f}  "
             f"{r.launches or '':>8}"
         )
 

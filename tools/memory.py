@@ -3,6 +3,7 @@
 """How much tensor memory a piece of code allocates."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,17 +14,23 @@ from torch.utils._pytree import tree_leaves
 class TensorMemory(TorchDispatchMode):
     """Counts bytes of tensors made while it is active, and the most alive at once.
 
+    Args:
+        held: Tensors made before. What of them is let go inside is subtracted.
+
     Attributes:
-        current: Bytes made inside and still alive.
+        current: Bytes made inside and still alive, less those let go of `held`.
         peak: The highest `current`.
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.current = 0
         self.peak = 0
         self._known: set[int] = set()
+        for tensor in held:
+            self._add(tensor.untyped_storage())
+        self.current = self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -16,16 +16,18 @@ W4 = "w4a16-g128-asym"
 
 def test_tensor_memory_counts_what_lives() -> None:
     source = torch.zeros(1000, dtype=torch.int32)
-    with TensorMemory() as memory:
+    held = [torch.zeros(100)]
+    with TensorMemory(held) as memory:
         first = source + 1
         second = first * 2
         del second
         view = first.t()
         source.bitwise_xor_(1)
         kept = torch.empty(500)
-    assert (memory.peak, memory.current) == (8000, 6000)
+        held.clear()
+    assert (memory.peak, memory.current) == (8000, 5600)
     del first, view, kept
-    assert memory.current == 0
+    assert memory.current == -400
 
 
 def test_load_benchmark_counts_memory() -> None:
@@ -39,16 +41,16 @@ def test_experts_are_laid_out_one_at_a_time() -> None:
     sizes = bench_load_experts.Sizes(experts=8, hidden=512, intermediate=512)
     results = {result.route: result for result in bench_load_experts.routes(sizes)}
     assert results["w4a16-g128, whole layer"].peak > 12
+    # The first product is two thirds. It lies twice for a moment where it gets wider
+    # than 3 bits, or FRACTAL_NZ.
+    copied = {"w3a16-g128": 8 / 9, "w3a8-channel": 8 / 9, "w8a8-channel": 2 / 3}
     for route, result in results.items():
         if "whole layer" not in route:
-            beyond = (result.peak - result.resident) * sizes.experts
-            # Beside the expert itself, some rows as int8.
+            beyond = (result.peak - copied.get(route, 0)) * sizes.experts
+            # One expert's packed values, and some rows of it as int8.
             assert beyond < 3, route
+            assert result.resident < (0.4 if "w3" in route else 0.1), route
             assert result.launches == (4 if "a8" in route else 5)
-    # FRACTAL_NZ is a copy, of the first product's weights.
-    assert results["w8a8-channel"].peak < 0.7
-    in_place = ("w4a16-channel", "w8a16-channel", "w4a8-channel")
-    assert all(results[route].resident < 0.1 for route in in_place)
 
 
 def test_two_commands_of_the_readme_exist() -> None:
