@@ -122,19 +122,28 @@ def once(directory: Path, contents: str, make: Callable[[Path], None]) -> Path:
 
     """
     directory = directory.absolute()
-    stamp = directory.with_name(directory.name + ".stamp")
-    wanted = hashlib.sha256(contents.encode()).hexdigest()
-
-    def made() -> bool:
-        return stamp.exists() and stamp.read_text() == wanted
-
-    if not made():
+    stamp = _stamp(directory)
+    if not is_made(directory, contents):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stamp.with_suffix(".lock")):
-            if not made():
+            if not is_made(directory, contents):
                 with suppress(FileNotFoundError):
                     shutil.rmtree(directory)
                 directory.mkdir()
                 make(directory)
-                stamp.write_text(wanted)
+                stamp.write_text(_digest(contents))
     return directory
+
+
+def is_made(directory: Path, contents: str) -> bool:
+    """Whether `once` made a directory of these contents."""
+    stamp = _stamp(directory)
+    return stamp.exists() and stamp.read_text() == _digest(contents)
+
+
+def _stamp(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".stamp")
+
+
+def _digest(contents: str) -> str:
+    return hashlib.sha256(contents.encode()).hexdigest()

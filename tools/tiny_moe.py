@@ -26,7 +26,7 @@ from transformers import (
 
 from tools import tiny_model
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": tiny_model.VOCABULARY,
     "hidden_size": 256,
     "num_hidden_layers": 2,
@@ -39,7 +39,7 @@ _COMMON: dict[str, Any] = {
 }
 # A latent attention whose heads are as wide as the kernels want them.
 _DEEPSEEK: dict[str, Any] = {
-    **_COMMON,
+    **COMMON,
     "num_key_value_heads": 4,
     "intermediate_size": 512,
     "moe_intermediate_size": 256,
@@ -60,7 +60,7 @@ def configs() -> dict[str, PretrainedConfig]:
     """The models, by name."""
     return {
         "qwen3-moe": Qwen3MoeConfig(
-            **_COMMON,
+            **COMMON,
             head_dim=64,
             intermediate_size=512,
             moe_intermediate_size=256,
@@ -70,7 +70,7 @@ def configs() -> dict[str, PretrainedConfig]:
             decoder_sparse_step=1,
         ),
         "mixtral": MixtralConfig(
-            **_COMMON,
+            **COMMON,
             intermediate_size=512,
             num_local_experts=4,
             num_experts_per_tok=2,

@@ -5,11 +5,16 @@
 python -m tools.soft_npu test
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
+
+from tests.soft_npu import engines
 
 # They import torch_npu, which is not in the usual environment.
 collect_ignore_glob = [] if os.environ.get("SOFT_NPU_LIBRARY") else ["test_*.py"]
@@ -39,3 +44,26 @@ def internal_format() -> Iterator[None]:
     torch_npu.npu.config.allow_internal_format = True
     yield
     torch_npu.npu.config.allow_internal_format = False
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`engines.run`, once for the same runs; what failed fails again."""
+    directory = tmp_path_factory.mktemp("engines")
+
+    @cache
+    def once(key: str) -> list[engines.Result] | BaseException:
+        out = directory / f"{once.cache_info().misses}.json"
+        runs, options = json.loads(key)
+        try:
+            return engines.run(runs, out, **options)
+        except BaseException as error:
+            return error
+
+    def get(runs: list[engines.Run], **options: Any) -> list[engines.Result]:
+        results = once(json.dumps((runs, options)))
+        if isinstance(results, BaseException):
+            raise results
+        return results
+
+    return get

@@ -70,6 +70,13 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
     return environment
 
 
+def plain() -> dict[str, str]:
+    """The environment of a process that has none, from one that has."""
+    own = ("SOFT_NPU_", "TRITON_INTERPRET", "TASK_QUEUE_ENABLE", "REAL_STACK_EMULATE")
+    paths = ("PYTHONPATH", "LD_LIBRARY_PATH")
+    return {k: x for k, x in os.environ.items() if not k.startswith((*own, *paths))}
+
+
 def size(text: str) -> int:
     """Bytes of "8G", "512M" or a number.
 

@@ -39,12 +39,23 @@ def describe(model: Any) -> dict[str, Any]:
     }
 
 
+def operators(_: Any = None) -> dict[str, int]:
+    """How often this process has called each operator."""
+    import torch
+
+    if not hasattr(torch.ops.soft_npu, "report"):
+        return {}
+    counts = (line.split(" ", 1) for line in torch.ops.soft_npu.report())
+    return {name: int(count) for count, name in counts}
+
+
 def serve(checkpoint: str, **options: Any) -> dict[str, Any]:
     """Serve one checkpoint.
 
     Returns:
-        The config's class; what `describe` says of each rank; log-probabilities of a
-        text that the model was not trained on; greedy tokens of `PROMPTS`.
+        The config's class; what `describe` says of each rank, and how often it called
+        each operator; log-probabilities of a text that the model was not trained on;
+        greedy tokens of `PROMPTS`.
 
     """
     from vllm import LLM, SamplingParams
@@ -59,6 +70,7 @@ def serve(checkpoint: str, **options: Any) -> dict[str, Any]:
         "gpu_memory_utilization": 0.5,
     }
     llm = LLM(checkpoint, **(defaults | options))
+    before = llm.apply_model(operators)
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
     outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
     tokens = held_out_tokens(Path(checkpoint))[:LENGTH]
@@ -68,10 +80,17 @@ def serve(checkpoint: str, **options: Any) -> dict[str, Any]:
         use_tqdm=False,
     )
     of_positions: Any = output.prompt_logprobs
+    ranks = llm.apply_model(describe)
+    for rank, earlier, all_ in zip(ranks, before, llm.apply_model(operators)):
+        rank["operators"] = {
+            name: count - earlier.get(name, 0)
+            for name, count in all_.items()
+            if count > earlier.get(name, 0)
+        }
     config = type(llm.llm_engine.vllm_config.quant_config)
     result = {
         "config": f"{config.__module__}.{config.__name__}",
-        "ranks": llm.apply_model(describe),
+        "ranks": ranks,
         "logprobs": [
             of_position[token].logprob
             for token, of_position in zip(tokens[1:], of_positions[1:])

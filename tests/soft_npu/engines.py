@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Engines in processes of their own; see `tools.soft_npu.serve`."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.logprobs import mean_difference
+from tools.soft_npu import suite
+
+OURS = "vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors"
+EAGER = {"enforce_eager": True}
+# vllm-ascend keeps the cache of a model with experts until another is loaded.
+SMALL = {"kv_cache_memory_bytes": 1 << 25}
+Result = dict[str, Any]
+# One run, or one engine: a checkpoint's name and arguments of `LLM`.
+Run = dict[str, Any]
+
+
+def run(
+    runs: Sequence[Run],
+    out: Path,
+    base: Mapping[str, str] | None = None,
+    plugins: str = "ascend_ct",
+    chip: str = "A2",
+) -> list[Result]:
+    """Serve one engine after the other in a process.
+
+    Args:
+        runs: What to serve.
+        out: A file to write.
+        base: The process's environment; None for this one's.
+        plugins: Of vLLM: "ascend" is vllm-ascend's own.
+        chip: One of `environment.SOCS`.
+
+    """
+    names = [run["checkpoint"] for run in runs]
+    suite.prepare([name for name in names if not Path(name).is_dir()])
+    named = [{**run, "checkpoint": _directory(run["checkpoint"])} for run in runs]
+    ranks = any(name.endswith("parallel_size") for run in runs for name in run)
+    variables = {
+        **(os.environ if base is None else base),
+        "VLLM_PLUGINS": plugins,
+        "SOFT_NPU_SOC": chip,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks)),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_CACHE_ROOT": str(out.parent / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "tools.soft_npu.serve", str(out)]
+    result = subprocess.run(
+        [*command, *map(json.dumps, named)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    results: list[Result] = json.loads(out.read_text())
+    return results
+
+
+def _directory(name: str) -> str:
+    return name if Path(name).is_dir() else str(suite.checkpoint(name))
+
+
+def check_served(run: Run, result: Result) -> None:
+    """By this package, on each of its NPUs."""
+    assert result["config"] == f"{OURS}.AscendCTConfig"
+    sizes = [x for name, x in run.items() if name.endswith("parallel_size")]
+    assert len(result["ranks"]) == (sizes[0] if sizes else 1)
+    for rank in result["ranks"]:
+        assert rank["platform"] == "NPUAscendCTPlatform"
+        assert rank["devices"] == ["npu"]
+        assert rank["kernels"], "nothing is quantized"
+        assert all(kernel.startswith("Ascend") for kernel in rank["kernels"]), rank
+        if is_moe(run["checkpoint"]):
+            assert "FusedMoEAscendMethod" in rank["methods"], rank
+
+
+def difference(name: str, logprobs: Sequence[float]) -> float:
+    """Mean absolute difference of a checkpoint's log-probabilities from float32."""
+    path = suite.checkpoint(name) / "reference.json"
+    reference = json.loads(path.read_text())[: len(logprobs)]
+    return mean_difference(list(logprobs), reference)
+
+
+def is_moe(name: str) -> bool:
+    """Whether a checkpoint has experts."""
+    model = suite.contents(name).partition("/")[0]
+    return model not in ("dense", "llama", "qwen3")
+
+
+def tolerance(name: str) -> float:
+    """What arithmetic in 16 bits may change, and activations quantized from it.
+
+    Of random experts also tokens that go to others.
+    """
+    recipe = suite.contents(name).partition("/")[2]
+    if "a8o8" in recipe:
+        return 0.08
+    if is_moe(name):
+        return 0.08 if "a8" in recipe else 0.03
+    return 0.04 if "a8" in recipe else 0.015
+
+
+def check_close(run: Run, result: Result) -> None:
+    """To what the model says in float32."""
+    name = run["checkpoint"]
+    found = difference(name, result["logprobs"])
+    print(f"{name} {run}: {found:.4f}")
+    assert found < tolerance(name), run
