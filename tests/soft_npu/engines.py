@@ -99,14 +99,15 @@ def is_moe(name: str) -> bool:
 def tolerance(name: str) -> float:
     """What arithmetic in 16 bits may change, and activations quantized from it.
 
-    Of random experts also tokens that go to others.
+    Of random weights more: what is rounded the other way is not damped, and tokens go
+    to other experts. The emulated platform differs by as much.
     """
-    recipe = suite.contents(name).partition("/")[2]
-    if "a8o8" in recipe:
+    model, _, recipe = suite.contents(name).partition("/")
+    if "a8o8" in recipe or ("a8" in recipe and model != "dense"):
         return 0.08
-    if is_moe(name):
-        return 0.08 if "a8" in recipe else 0.03
-    return 0.04 if "a8" in recipe else 0.015
+    if "a8" in recipe:
+        return 0.04
+    return 0.03 if is_moe(name) else 0.015
 
 
 def check_close(run: Run, result: Result) -> None:

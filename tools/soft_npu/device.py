@@ -76,7 +76,7 @@ def install() -> None:
     _library().impl("decoded", _mark_nz, "CPU")
     _library().impl("launch_triton", triton_kernels.launch, "CPU")
     emulated.install()
-    ops.install("npu", "atb")
+    ops.install("aten", "npu", "atb")
     _take_over()
 
 

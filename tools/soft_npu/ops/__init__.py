@@ -5,6 +5,7 @@
 from tools.soft_npu.ops import (  # noqa: F401
     attention,
     cache,
+    communication,
     custom,
     experts,
     gating,

@@ -119,11 +119,11 @@ def npu_moe_token_unpermute(
         sorted_indices: int32 `[T * top-k]`.
         probs: `[T, top-k]`; None for one row a token.
         padded_mode: False.
-        restore_shape: None.
+        restore_shape: Read in padded mode only.
 
     """
-    if padded_mode or restore_shape is not None:
-        refuse("npu_moe_token_unpermute", "padded_mode and restore_shape")
+    if padded_mode:
+        refuse("npu_moe_token_unpermute", "padded_mode is not emulated")
     rows = permuted_tokens[sorted_indices.long()]
     if probs is None:
         return rows
@@ -131,3 +131,18 @@ def npu_moe_token_unpermute(
     for choice, weight in enumerate(probs.float().unbind(1)):
         total += rows[choice :: probs.shape[1]].float() * weight.unsqueeze(1)
     return total.to(permuted_tokens.dtype)
+
+
+@implements("aten::histc")
+def histc(
+    self: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0
+) -> torch.Tensor:
+    """Count values in ranges of one width, also integers, which torch's CPU has not.
+
+    Source: op-plugin `HistcKernelNpuOpApi.cpp`; ops-math `histogram`.
+    """
+    if min >= max:
+        refuse("histc", f"{min=}, {max=}: of the values themselves")
+    inside = self[(self >= min) & (self <= max)].double()
+    places = ((inside - min) * bins / (max - min)).long().clamp(max=bins - 1)
+    return places.bincount(minlength=bins).to(self.dtype)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Each served scheme and each kind of model, on software NPUs."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.soft_npu import engines
+from tests.soft_npu.engines import EAGER, SMALL, Result, Run
+
+pytestmark = [pytest.mark.soft_npu, pytest.mark.long]
+# Of the trained dense model: each row of the README's table, and more sizes of groups.
+DENSE = (
+    "w2a16-g64",
+    "w3a16-g64-asym",
+    "w4a16-channel-asym",
+    "w5a16-channel",
+    "w6a16-g64",
+    "w7a16-channel-asym",
+    "w8a16-channel",
+    "w8a16-g64-asym",
+    "w8a8-tensor-dynamic",
+    "w8a8-channel-dynamic-asym",
+    "w8a8-channel-static",
+    "w8a8-tensor-static-asym",
+    "w4a8-channel",
+    "w4a8-g256",
+    "w4a8-g256-packed",
+    "w4a8-g128",
+    "w4a8-channel-asym-inputs",
+    "w4a8-g64-asym-packed",
+    "w2a8-g256-packed",
+    "w3a8-channel-packed",
+    "w6a8-channel-packed",
+    "w8a8-g128-packed",
+    "w2a8o8-g64",
+    "w4a8o8-channel",
+    "w8a8o8-channel-int",
+)
+# Name of a process -> checkpoints.
+PROCESSES = {
+    "weights": [f"dense/{name}" for name in DENSE if "a16" in name],
+    "activations": [f"dense/{name}" for name in DENSE if "a16" not in name],
+    "dense": [
+        "llama/w4a16-g128",
+        "llama/w8a8-channel-static",
+        "qwen3/w8a8-channel-dynamic",
+        "qwen3/w4a16-g64-asym",
+    ],
+    "experts": [
+        "mixtral/w4a16-g128",
+        "qwen3-moe/w4a16-channel-asym",
+        "qwen3-moe/w3a16-g64",
+        "qwen3-moe/w8a16-channel",
+        "qwen3-moe/w8a8-channel-dynamic",
+        "qwen3-moe/w8a8-channel-dynamic-asym",
+        "qwen3-moe/w4a8-g256",
+        # On A2 its activations stay in 16 bits.
+        "qwen3-moe/w4a8-g128",
+    ],
+    "latent attention": [
+        "deepseek-v2/w8a16-channel",
+        "deepseek-v3/w4a16-g64",
+        "deepseek-v3/w8a8-channel-dynamic+w4a16-g128",
+        "deepseek-v3/w8a8-channel-dynamic",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("process", "name"),
+    [(process, name) for process, names in PROCESSES.items() for name in names],
+)
+def test_close_to_float32(
+    serve: Callable[..., list[Result]],
+    process: str,
+    name: str,
+) -> None:
+    names = PROCESSES[process]
+    runs: list[Run] = [{"checkpoint": x, **EAGER, **SMALL} for x in names]
+    index = names.index(name)
+    result = serve(runs)[index]
+    engines.check_served(runs[index], result)
+    engines.check_close(runs[index], result)

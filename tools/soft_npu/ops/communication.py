@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Experts on other ranks: operators that compute and communicate."""
+
+from typing import Any
+
+import torch
+
+from tools.soft_npu.ops.registry import implements, only_defaults
+from vllm_ascend_ct.ops.emulated.registry import describe, poison, refuse
+
+# int32 by which a row remembers whence it came: rank, token and choice are the first.
+_ASSIST = 128
+_NO_SCALES, _DYNAMIC = 0, 2
+_UNUSED = ("group_tp", "comm_alg", "expert_shard_type", "tp_rank_id")
+
+
+def _check(name: str, x: torch.Tensor, ids: torch.Tensor, o: dict[str, Any]) -> None:
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.dim() != 2:
+        refuse(name, f"x is {describe(x)}; supported: fp16 or bf16 [T, H]")
+    if ids.dtype != torch.int32 or ids.dim() != 2:
+        refuse(name, f"expert_ids is {describe(ids)}; supported: int32 [T, K]")
+    if o["tp_world_size"] > 1:
+        refuse(name, f"tp_world_size={o['tp_world_size']}; emulated: 1")
+    if o["moe_expert_num"] % o["ep_world_size"]:
+        refuse(name, f"{o['moe_expert_num']} experts on {o['ep_world_size']} ranks")
+
+
+def _active(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Ids with -1 for tokens that are padding, which lie behind the others."""
+    if mask is None:
+        return ids
+    count = int(mask.sum())
+    if (
+        mask.dtype != torch.bool
+        or mask.shape != ids.shape[:1]
+        or not mask[:count].all()
+    ):
+        refuse("x_active_mask", f"{describe(mask)}; supported: bool [T], true first")
+    return torch.where(mask.unsqueeze(1), ids, -1)
+
+
+def _gather(group: str, rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows of all ranks `[ranks, length, ...]`, behind a rank's own the value -1."""
+    padded = rows.new_full((length, *rows.shape[1:]), -1)
+    padded[: len(rows)] = rows
+    gathered: torch.Tensor = torch.ops.soft_npu.all_gather(group, padded)
+    return gathered
+
+
+def _longest(group: str, length: int) -> int:
+    lengths = torch.ops.soft_npu.all_gather(group, torch.tensor([length]))
+    return int(lengths.max())
+
+
+@implements("npu::npu_moe_distribute_dispatch_v2")
+def npu_moe_distribute_dispatch_v2(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    x_active_mask: torch.Tensor | None = None,
+    quant_mode: int = 0,
+    tp_world_size: int = 0,
+    global_bs: int = 0,
+    expert_token_nums_type: int = 1,
+    shared_expert_num: int = 1,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Send each token `[T, H]` to the ranks of its experts.
+
+    Source: op-plugin `torch_npu-npu_moe_distribute_dispatch_v2.md`. Refused: experts
+    that are shared, copied or constant, scales, a group for tensor parallelism.
+
+    Args:
+        x: fp16 or bf16.
+        expert_ids: int32 `[T, K]`.
+        group_ep: HCCL's name of the ranks.
+        ep_world_size: Their number.
+        ep_rank_id: This one's.
+        moe_expert_num: Experts of all ranks.
+        x_active_mask: bool `[T]`; None for all.
+        quant_mode: 0, or 2 for int8 with a scale for each row.
+        tp_world_size: 0 or 1.
+        global_bs: 0 if ranks have as many tokens, else their most times ranks.
+        expert_token_nums_type: 0 for cumulative numbers, 1 for numbers.
+        shared_expert_num: Without ranks for them without effect.
+        options: Not emulated, but for names of groups.
+
+    Returns:
+        Rows by local expert, then rank and token, and behind them what is not
+        written; their scales; whence each is; int64 numbers of each expert's rows;
+        int32 ends of what each rank sent to each expert; and two that are not read.
+
+    """
+    name = "npu_moe_distribute_dispatch_v2"
+    given = {k: v for k, v in options.items() if k not in _UNUSED}
+    only_defaults(name, given)
+    sizes = {"moe_expert_num": moe_expert_num, "ep_world_size": ep_world_size}
+    _check(name, x, expert_ids, {**sizes, "tp_world_size": tp_world_size})
+    if quant_mode not in (_NO_SCALES, _DYNAMIC) or expert_token_nums_type not in (0, 1):
+        refuse(name, f"{quant_mode=}, {expert_token_nums_type=}")
+    ids = _active(expert_ids, x_active_mask)
+    tokens = len(x) if global_bs == 0 else global_bs // ep_world_size
+    length = _longest(group_ep, len(x))
+    if length > tokens:
+        refuse(name, f"a rank has {length} tokens, {global_bs=}")
+    local = moe_expert_num // ep_world_size
+    all_x, all_ids = _gather(group_ep, x, length), _gather(group_ep, ids, length)
+    found = ((all_ids // local == ep_rank_id) & (all_ids >= 0)).nonzero()
+    experts = all_ids[tuple(found.T)] - ep_rank_id * local
+    order = experts.argsort(stable=True)
+    whence, experts = found[order], experts[order]
+    room = tokens * ep_world_size * min(local, expert_ids.shape[1])
+    rows = poison(x.new_empty((room, x.shape[1])))
+    rows[: len(whence)] = all_x[whence[:, 0], whence[:, 1]]
+    scales = poison(torch.empty(room if quant_mode else 1))
+    if quant_mode == _DYNAMIC:
+        values, of_rows = torch.ops.npu.npu_dynamic_quant(rows[: len(whence)])
+        rows = poison(rows.new_empty(rows.shape, dtype=torch.int8))
+        rows[: len(whence)], scales[: len(whence)] = values, of_rows
+    assist = poison(torch.empty(room, _ASSIST, dtype=torch.int32))
+    assist[: len(whence), :3] = whence.to(torch.int32)
+    by_rank = (experts * ep_world_size + whence[:, 0]).bincount(
+        minlength=local * ep_world_size
+    )
+    counts = by_rank.view(local, ep_world_size).sum(1)
+    if expert_token_nums_type == 0:
+        counts = counts.cumsum(0)
+    ends = by_rank.cumsum(0).to(torch.int32)
+    nothing = poison(torch.empty(1))
+    return rows, scales, assist.flatten(), counts, ends, nothing.int(), nothing
+
+
+@implements("npu::npu_moe_distribute_combine_v2")
+def npu_moe_distribute_combine_v2(
+    expand_x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    assist_info_for_combine: torch.Tensor,
+    ep_send_counts: torch.Tensor,
+    expert_scales: torch.Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    x_active_mask: torch.Tensor | None = None,
+    tp_world_size: int = 0,
+    tp_send_counts: torch.Tensor | None = None,
+    expand_scales: torch.Tensor | None = None,
+    global_bs: int = 0,
+    shared_expert_num: int = 1,
+    **options: Any,
+) -> torch.Tensor:
+    """Send rows back to their tokens, and add those of each up in fp32.
+
+    Source: op-plugin `torch_npu-npu_moe_distribute_combine_v2.md`.
+
+    Args:
+        expand_x: Rows as of the dispatch.
+        expert_ids: As it was given.
+        assist_info_for_combine: As it returned.
+        ep_send_counts: As it returned.
+        expert_scales: fp32 `[T, K]`, weights of the rows.
+        group_ep: As it was given.
+        ep_world_size: As it was given.
+        ep_rank_id: As it was given.
+        moe_expert_num: As it was given.
+        x_active_mask: As it was given; what is no token is not written.
+        tp_world_size: 0 or 1.
+        tp_send_counts: Not read.
+        expand_scales: Not read.
+        global_bs: As it was given.
+        shared_expert_num: Without effect.
+        options: Not emulated, but for names of groups.
+
+    """
+    name = "npu_moe_distribute_combine_v2"
+    only_defaults(name, {k: v for k, v in options.items() if k not in _UNUSED})
+    sizes = {"moe_expert_num": moe_expert_num, "ep_world_size": ep_world_size}
+    _check(name, expand_x, expert_ids, {**sizes, "tp_world_size": tp_world_size})
+    if expert_scales.dtype != torch.float32:
+        refuse(name, f"expert_scales is {describe(expert_scales)}; supported: fp32")
+    count = int(ep_send_counts[-1])
+    length = _longest(group_ep, count)
+    whence = assist_info_for_combine.view(-1, _ASSIST)[:count, :3]
+    all_rows = _gather(group_ep, expand_x[:count], length).flatten(0, 1)
+    all_whence = _gather(group_ep, whence, length).flatten(0, 1).long()
+    own = all_whence[:, 0] == ep_rank_id
+    tokens, choices = all_whence[own, 1], all_whence[own, 2]
+    result = torch.zeros(len(expert_ids), expert_ids.shape[1], expand_x.shape[1])
+    result[tokens, choices] = all_rows[own].float()
+    total = (result * expert_scales.unsqueeze(-1)).sum(1).to(expand_x.dtype)
+    if x_active_mask is not None:
+        poison(total[int(x_active_mask.sum()) :])
+    return total
