@@ -6,8 +6,6 @@ As `tests/plugin/test_npu_base.py` over a stand-in.
 """
 
 import importlib.metadata
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -101,70 +99,3 @@ def test_not_asked_for(plugins: object) -> None:
     assert got["platform"] == "NPUPlatform True"
     assert got["ours"] == "False" and got["state"] != OURS
     assert "AscendCompressedTensorsConfig" in got["state"]
-
-
-# What an engine's processes hand on: the first makes the config, the others get it.
-PROCESSES = {
-    "main": """
-from vllm.engine.arg_utils import EngineArgs
-config = EngineArgs(
-    checkpoint, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512
-).create_engine_config()
-with open(pickled, "wb") as file:
-    pickle.dump(config, file)
-""",
-    "engine core": """
-from vllm.v1.engine.core import EngineCore
-class Stop(Exception):
-    pass
-def executor(given):
-    global config
-    config = given
-    raise Stop
-with open(pickled, "rb") as file, contextlib.suppress(Stop):
-    EngineCore(pickle.load(file), executor, log_stats=False)
-""",
-    "worker": """
-import tests.real_stack.without_npu
-from vllm.v1.worker.worker_base import WorkerWrapperBase
-from vllm_ascend.worker import worker
-# These two ask the device and a compiled library.
-worker._register_atb_extensions = worker.check_ascend_device_type = lambda: None
-with open(pickled, "rb") as file:
-    config = pickle.load(file)
-wrapper = WorkerWrapperBase(rpc_rank=0)
-wrapper.init_worker([{
-    "vllm_config": config,
-    "local_rank": 0,
-    "rank": 0,
-    "distributed_init_method": "tcp://127.0.0.1:1",
-    "is_driver_worker": True,
-}])
-print("worker", type(wrapper.worker).__name__)
-""",
-}
-
-
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
-def test_processes_of_an_engine(
-    tmp_path: Path, checkpoint: Callable[..., Path], beside: bool
-) -> None:
-    """As far as each gets without a device: the config is ours, and is handed on."""
-    path = checkpoint({"Linear": "w4a16-g32"})
-    plugins = f"{theirs()},ascend_ct" if beside else "ascend_ct"
-    for name, script in PROCESSES.items():
-        out = run_ok(
-            STATE
-            + f"""
-import contextlib, pickle
-checkpoint, pickled = {str(path)!r}, {str(tmp_path / "config")!r}
-{script}
-print("config", type(config.quant_config).__name__)
-print("state", state())
-""",
-            VLLM_PLUGINS=plugins,
-            VLLM_ASCEND_CT_EMULATE="0",
-        )
-        lines = dict(line.partition(" ")[::2] for line in out.splitlines())
-        assert lines["config"] == "AscendCTConfig" and lines["state"] == OURS, name
-    assert lines["worker"] == "NPUWorker"
