@@ -47,9 +47,11 @@ def contents(name: str) -> str:
 
 
 def test(arguments: Sequence[str]) -> int:
-    """Run tests/soft_npu; all that it needs is made if missing."""
+    """Run tests/soft_npu, or the files that are named; what they need is made."""
     prepare()
-    options = ["-m", "soft_npu and not long", "tests/soft_npu", *arguments]
+    named = any(argument.startswith("tests/") for argument in arguments)
+    paths = [] if named else ["tests/soft_npu"]
+    options = ["-m", "soft_npu and not long", *paths, *arguments]
     command = [sys.executable, "-m", "pytest", *options]
     print("soft_npu:", " ".join(command[1:]), flush=True)
     with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
