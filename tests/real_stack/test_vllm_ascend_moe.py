@@ -257,7 +257,7 @@ def test_what_it_would_not_compute_is_refused(
 @pytest.mark.parametrize(
     ("path", "value", "reason"),
     [
-        ("enable_fused_mc2", 1, "enable_fused_mc2=1.*: 0 and 2. Change enable_fused"),
+        ("enable_fused_mc2", 1, "enable_fused_mc2=1.*: 0. Change enable_fused"),
         ("eplb_config.config", {"dynamic_eplb": True}, "dynamic_eplb=True.*: False"),
     ],
 )

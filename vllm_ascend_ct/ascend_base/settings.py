@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Settings of vllm-ascend 0.23 that it serves its own weights with, and no others."""
+"""Settings under which vllm-ascend reads weights as its own methods lay them out."""
 
 from typing import Any
 
 from vllm_ascend_ct.ascend_base import serves
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 
 def check_linear(prefix: str) -> None:
-    """Refuse settings that a quantized linear layer cannot be served with.
+    """Refuse settings that assume vllm-ascend's own layout of a linear layer's weight.
 
     Args:
         prefix: Name of the layer.
@@ -21,24 +22,34 @@ def check_linear(prefix: str) -> None:
     if not serves():
         return
     from vllm_ascend.ascend_config import get_ascend_config
-    from vllm_ascend.utils import enable_dsa_cp_with_o_proj_tp
 
     config = get_ascend_config()
     name = prefix.rpartition(".")[2]
     if config.xlite_graph_config.enabled:
         raise _refused(prefix, "xlite_graph_config.enabled", True, "False")
-    if config.enable_matmul_allreduce:
+    # These two went in 0.25.1 and 0.24.
+    if getattr(config, "enable_matmul_allreduce", False):
         raise _refused(prefix, "enable_matmul_allreduce", True, "False")
-    if name in (config.layer_sharding or ()):
-        sharded = config.layer_sharding
+    sharded = getattr(config, "layer_sharding", None) or ()
+    if name in sharded:
         raise _refused(prefix, "layer_sharding", sharded, "layers of 16 bits")
-    if name in ("o_proj", "wo_b") and enable_dsa_cp_with_o_proj_tp():
-        # It puts together the ranks' weights, and not what else belongs to them.
+    if _gathers_weight(name):
         raise _refused(prefix, "enable_dsa_cp", True, "False")
 
 
+def _gathers_weight(name: str) -> bool:
+    """Whether vllm-ascend gathers the ranks' weights of a layer, and no scales."""
+    from vllm_ascend import utils
+
+    # Before 0.28 and since.
+    if hasattr(utils, "enable_dsa_cp_with_o_proj_tp"):
+        return name in ("o_proj", "wo_b") and utils.enable_dsa_cp_with_o_proj_tp()
+    gathered = ("o_proj", "wo_b") if current_soc() is Soc.A5 else ("o_proj",)
+    return name in gathered and utils.enable_dsa_cp_full_o_proj()
+
+
 def check_experts(layer_name: str) -> None:
-    """Refuse settings that quantized experts cannot be served with.
+    """Refuse settings that assume vllm-ascend's own layout of experts' weights.
 
     Args:
         layer_name: Of the experts.
@@ -50,8 +61,9 @@ def check_experts(layer_name: str) -> None:
     from vllm_ascend.ascend_config import get_ascend_config
 
     config = get_ascend_config()
+    # 0.30 turns 2, another operator that takes its own weights, into 1 as well.
     if config.enable_fused_mc2 == 1:
-        raise _refused(layer_name, "enable_fused_mc2", 1, "0 and 2")
+        raise _refused(layer_name, "enable_fused_mc2", 1, "0")
     if config.eplb_config.dynamic_eplb:
         raise _refused(layer_name, "eplb_config.dynamic_eplb", True, "False")
 
@@ -60,8 +72,7 @@ def _refused(
     layer_name: str, setting: str, value: Any, supported: str
 ) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(
-        "vllm-ascend does something with weights, under a setting, that it can do with "
-        "its own only",
+        "This setting makes vllm-ascend read weights in the layout of its own methods",
         where=f"layer {layer_name}, {setting}={value}",
         supported=f"{setting}: {supported}",
         remedy=f"Change {setting} in --additional-config",
