@@ -226,7 +226,7 @@ def test_weights_packed_along_outputs() -> None:
     rows = torch.randn(M, H).bfloat16()
     scale = torch.rand(E, n).bfloat16()
     results = [
-        functional._weight_only_product(
+        functional.weight_only_product(
             rows, COUNTS, Operands(weight, scale, torch.zeros_like(scale))
         )
         for weight in (packed(values), along_k)

@@ -110,17 +110,27 @@ def weight_only_mlp(
         `[M, H]`, dtype of the rows.
 
     """
-    hidden = _weight_only_product(rows, counts, w13)
+    hidden = weight_only_gate(rows, counts, w13, activation)
+    return weight_only_product(hidden, counts, w2)
+
+
+def weight_only_gate(
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    w13: Operands,
+    activation: Activation | None,
+) -> torch.Tensor:
+    """The first product of `weight_only_mlp` and its activation, `[M, I]`."""
+    hidden = weight_only_product(rows, counts, w13)
     if activation is None:
-        hidden = torch.ops.npu.npu_swiglu(hidden)
-    else:
-        hidden = activation(hidden)
-    return _weight_only_product(hidden, counts, w2)
+        return torch.ops.npu.npu_swiglu(hidden)
+    return activation(hidden)
 
 
-def _weight_only_product(
+def weight_only_product(
     rows: torch.Tensor, counts: torch.Tensor, experts: Operands
 ) -> torch.Tensor:
+    """16-bit rows by the weights of either product of `weight_only_mlp`."""
     (product,) = torch.ops.npu.npu_grouped_matmul(
         [rows],
         [experts.weight],
@@ -167,8 +177,29 @@ def int8_mlp(
         `[M, H]`.
 
     """
+    hidden, hidden_scale = int8_gate(
+        rows, row_scale, counts, w13, dtype, activation, fused
+    )
+    return int8_product(hidden, hidden_scale, counts, w2, dtype)
+
+
+def int8_gate(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    counts: torch.Tensor,
+    w13: Operands,
+    dtype: torch.dtype,
+    activation: Activation | None,
+    fused: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first product of `int8_mlp`, its activation, and that quantized.
+
+    Returns:
+        int8 `[M, I]` and its fp32 scale `[M]`.
+
+    """
     if fused:
-        hidden, hidden_scale = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
+        return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
             rows,
             [w13.weight],
             [w13.scale],
@@ -180,23 +211,22 @@ def int8_mlp(
             dequant_dtype=torch.float32,
             group_list_type=_COUNTS,
         )
+    hidden = int8_product(rows, row_scale, counts, w13, dtype)
+    if activation is None:
+        hidden = torch.ops.npu.npu_swiglu(hidden)
     else:
-        hidden = _int8_product(rows, row_scale, counts, w13, dtype)
-        if activation is None:
-            hidden = torch.ops.npu.npu_swiglu(hidden)
-        else:
-            hidden = activation(hidden)
-        hidden, hidden_scale = torch.ops.npu.npu_dynamic_quant(hidden)
-    return _int8_product(hidden, hidden_scale, counts, w2, dtype)
+        hidden = activation(hidden)
+    return torch.ops.npu.npu_dynamic_quant(hidden)
 
 
-def _int8_product(
+def int8_product(
     rows: torch.Tensor,
     row_scale: torch.Tensor,
     counts: torch.Tensor,
     experts: Operands,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """int8 rows by the weights of either product of `int8_mlp`."""
     (product,) = torch.ops.npu.npu_grouped_matmul(
         [rows],
         [experts.weight],

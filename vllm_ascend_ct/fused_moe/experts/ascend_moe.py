@@ -23,7 +23,6 @@ from vllm_ascend_ct.fused_moe.activation import activation_function, supports
 from vllm_ascend_ct.fused_moe.functional import (
     Activation,
     Operands,
-    SortedTokens,
     combine,
     sort_tokens,
 )
@@ -103,10 +102,31 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         """Lay out one product's weights."""
 
     @abstractmethod
-    def _multiply(
-        self, tokens: SortedTokens, w13: Operands, w2: Operands, dtype: torch.dtype
+    def gate(
+        self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Multiply by gates and ups, and apply the activation.
+
+        Args:
+            rows: `[M, H]` of the model's dtype, or int8, sorted by expert.
+            row_scale: fp32 `[M]` of int8 rows.
+            counts: int64, rows of each expert.
+
+        Returns:
+            `[M, I]`, and its scale if it is int8.
+
+        """
+
+    @abstractmethod
+    def down(
+        self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Compute the rows of all experts."""
+        """Multiply what `gate` returned by downs.
+
+        Returns:
+            `[M, H]` of the model's dtype.
+
+        """
 
     @abstractmethod
     def operands(self, name: str) -> Operands:
@@ -161,9 +181,8 @@ class AscendExperts(mk.FusedMoEExpertsModular):
             global_num_experts,
             self.quantizes_activations,
         )
-        rows = self._multiply(
-            tokens, self.operands("w13"), self.operands("w2"), hidden_states.dtype
-        )
+        hidden, scale = self.gate(tokens.rows, tokens.scale, tokens.counts)
+        rows = self.down(hidden, scale, tokens.counts)
         if self.defers_finalize:
             index = tokens.row_index.view(topk_ids.shape)
             return UnfinalizedMoEOutput(rows, topk_weights, index)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
-from vllm_ascend_ct.fused_moe.experts.ascend_moe import (
-    AscendExperts,
-    stored_weight,
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.functional import (
+    Operands,
+    weight_only_gate,
+    weight_only_product,
 )
-from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, weight_only_mlp
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
 from vllm_ascend_ct.ops.limits import current_limits
@@ -82,10 +83,16 @@ class AscendWNA16Experts(AscendExperts):
             getattr(layer, f"{name}_bias", None),
         )
 
-    def _multiply(
-        self, tokens: SortedTokens, w13: Operands, w2: Operands, dtype: torch.dtype
+    def gate(
+        self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        w13 = self.operands("w13")
+        return weight_only_gate(rows, counts, w13, self._activation), None
+
+    def down(
+        self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
-        return weight_only_mlp(tokens.rows, tokens.counts, w13, w2, self._activation)
+        return weight_only_product(hidden, counts, self.operands("w2"))
 
 
 def _mode(dtype: torch.dtype, weight_dtype: torch.dtype) -> GroupedMatmulMode | None:

@@ -10,11 +10,8 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm_ascend_ct import ascend_base
 from vllm_ascend_ct.compat import load_format
 from vllm_ascend_ct.fused_moe.activation import is_swiglu
-from vllm_ascend_ct.fused_moe.experts.ascend_moe import (
-    AscendExperts,
-    stored_weight,
-)
-from vllm_ascend_ct.fused_moe.functional import Operands, SortedTokens, int8_mlp
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.functional import Operands, int8_gate, int8_product
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import experts
@@ -138,19 +135,29 @@ class AscendWNA8Experts(AscendExperts):
             bias=getattr(layer, f"{name}_assist", None),
         )
 
-    def _multiply(
-        self, tokens: SortedTokens, w13: Operands, w2: Operands, dtype: torch.dtype
-    ) -> torch.Tensor:
-        return int8_mlp(
-            tokens.rows,
-            tokens.scale,
-            tokens.counts,
-            w13,
-            w2,
-            dtype,
+    def gate(
+        self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # A scale says nothing: vllm-ascend's MC2 has one that it did not write.
+        if rows.dtype != torch.int8:
+            rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows)
+        assert row_scale is not None
+        return int8_gate(
+            rows,
+            row_scale,
+            counts,
+            self.operands("w13"),
+            self.moe_config.in_dtype,
             self._activation,
             self._fused,
         )
+
+    def down(
+        self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
+    ) -> torch.Tensor:
+        assert scale is not None
+        dtype = self.moe_config.in_dtype
+        return int8_product(hidden, scale, counts, self.operands("w2"), dtype)
 
 
 class AscendW4A8Experts(AscendWNA8Experts):
