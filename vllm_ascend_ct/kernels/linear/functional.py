@@ -9,6 +9,8 @@ are flattened for the operators, which take matrices.
 
 import torch
 
+from vllm_ascend_ct.ops.traced import weight_quant_batchmatmul
+
 
 def weight_quant_matmul(
     x: torch.Tensor,
@@ -56,13 +58,8 @@ def weight_quant_matmul(
                 )
             )
         return torch.cat(ys, dim=-1)
-    y = torch.ops.npu.npu_weight_quant_batchmatmul(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        scale,
-        antiquant_offset=offset,
-        bias=bias,
-        antiquant_group_size=group_size,
+    y = weight_quant_batchmatmul(
+        x.reshape(-1, x.shape[-1]), weight, scale, offset, bias, group_size
     )
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The names that operators have in traced graphs."""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_ascend_ct.ops.traced import weight_quant_batchmatmul
+
+
+def test_graph_has_no_name_that_npugraph_ex_fails_on() -> None:
+    """And the compiled call computes what the plain one does."""
+    names: list[str] = []
+
+    def note(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        names.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    weight = torch.randint(-128, 128, (32, 64), dtype=torch.int8).t()
+    scale = torch.rand(1, 32, dtype=torch.bfloat16)
+    arguments = (x, weight, scale, None, None, 0)
+    compiled = torch.compile(weight_quant_batchmatmul, backend=note, fullgraph=True)
+    torch.testing.assert_close(
+        compiled(*arguments), weight_quant_batchmatmul(*arguments), rtol=0, atol=0
+    )
+    assert "ascend_ct.weight_quant_batchmatmul" in names
+    assert not any(name.startswith("npu.") for name in names)
+    torch.library.opcheck(torch.ops.ascend_ct.weight_quant_batchmatmul, arguments)
