@@ -9,8 +9,12 @@ import torch
 from vllm_ascend_ct.compat import load_format
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 
-# Formats of weights that were saved from a running model, as its kernels had them.
-_PROCESSED = ("sharded_state", "runai_streamer_sharded", "tensorizer")
+# Formats of weights that come from a running model, as its kernels have them: saved, or
+# over vllm-ascend's network, which are written over layers that are laid out already.
+_PROCESSED = (
+    *("sharded_state", "runai_streamer_sharded", "tensorizer"),
+    *("netloader", "rfork"),
+)
 _DUMMY_SCALE = 1e-4
 
 
@@ -23,8 +27,8 @@ def check_load_format(layer_name: str) -> None:
     """
     if (given := load_format()) in _PROCESSED:
         raise UnsupportedCheckpointError(
-            "Quantized weights that were saved from a running model are laid out for "
-            "it, and would be laid out again",
+            "Quantized weights that come from a running model are laid out for it, and "
+            "would be laid out again, or be checked before they come",
             where=f"layer {layer_name}, --load-format {given}",
             supported="formats that read the checkpoint's own tensors, and dummy",
             remedy=Remedy.LOAD_CHECKPOINT,
