@@ -98,7 +98,9 @@ def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
             "Another config took over compressed-tensors models from vllm-ascend-ct",
             where=f"{serving.__module__}.{serving.__qualname__}, "
             f"VLLM_PLUGINS={','.join(envs.requested_plugins())}",
-            supported="; ".join(map(str, releases.ON_NPU + releases.EMULATED)),
+            supported=releases.describe(
+                releases.served(on_npu=True) + releases.served(on_npu=False)
+            ),
             remedy="Remove the plugin that registers it, or leave ascend_ct out of "
             "VLLM_PLUGINS to serve with it",
         )

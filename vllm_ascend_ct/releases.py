@@ -1,17 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which releases this package serves on: one table, read by all who ask."""
+"""Which releases this package serves on: one table, read by all who ask.
+
+`python -m tools.release_table` writes it into the README.
+"""
 
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import InvalidVersion, Version
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import PlatformError
+
+# Not `init_logger`, whose `warning_once` asks for the platform: it is being resolved.
+logger = logging.getLogger("vllm.ascend_ct.releases")
+
+
+class Tested(StrEnum):
+    """What the tests run on a release."""
+
+    END_TO_END = "end to end"
+    IN_PARTS = "in parts"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -21,11 +36,19 @@ class Release:
     Attributes:
         vllm: Of vLLM.
         vllm_ascend: Of vllm-ascend, oldest first; none where operators are emulated.
+        torch_npu: Of torch_npu, which vllm-ascend pins.
+        compressed_tensors: Of compressed-tensors, which vLLM pins.
+        tested: What the tests run on it; by engines, or layer by layer.
+        note: How, or why it is refused.
 
     """
 
     vllm: str
     vllm_ascend: tuple[str, ...] = ()
+    torch_npu: str = ""
+    compressed_tensors: str = "0.17.0"
+    tested: Tested = Tested.REFUSED
+    note: str = ""
 
     def __str__(self) -> str:
         if not self.vllm_ascend:
@@ -33,49 +56,115 @@ class Release:
         return f"vllm-ascend {' or '.join(self.vllm_ascend)} on vLLM {self.vllm}"
 
 
-ON_NPU = (Release("0.23.0", ("0.23.0", "0.23.0.post1")),)
-EMULATED = (Release("0.31.0"), Release("0.32.0"), Release("0.33.0"))
+_POST4 = "2.10.0.post4"
+_UNTESTED = "nobody has tested it"
+TABLE = (
+    Release(
+        "0.23.0",
+        ("0.23.0", "0.23.0.post1"),
+        _POST4,
+        tested=Tested.END_TO_END,
+        note="engines on software NPUs; layers of all schemes",
+    ),
+    Release("0.24.0", ("0.24.0rc1",), "2.10.0.post2", note=_UNTESTED),
+    Release("0.25.1", ("0.25.1rc1",), "2.10.0.post2", note=_UNTESTED),
+    Release("0.26.0", ("0.26.0rc1",), _POST4, note=_UNTESTED),
+    Release("0.27.1", ("0.27.1rc1",), _POST4, note="its interface of experts"),
+    Release("0.28.0", ("0.28.0rc1",), _POST4, note=_UNTESTED),
+    Release(
+        "0.30.0",
+        ("0.30.0rc2",),
+        _POST4,
+        tested=Tested.END_TO_END,
+        note="engines on software NPUs",
+    ),
+    Release("0.30.0", note="zero points of other than 4 and 8 bits"),
+    Release("0.31.0", tested=Tested.IN_PARTS, note="layers of all schemes"),
+    Release("0.32.0", tested=Tested.END_TO_END, note="all tests"),
+    Release("0.33.0", tested=Tested.IN_PARTS, note="its Python files over 0.32.0's"),
+)
+
+
+def served(on_npu: bool) -> list[Release]:
+    """The releases that are not refused.
+
+    Args:
+        on_npu: Those with vllm-ascend, or those with emulated operators.
+
+    """
+    return [
+        release
+        for release in TABLE
+        if bool(release.vllm_ascend) is on_npu and release.tested is not Tested.REFUSED
+    ]
+
+
+def describe(releases: Sequence[Release]) -> str:
+    """Name releases in a sentence."""
+    return "; ".join(map(str, releases))
 
 
 def check(on_npu: bool) -> None:
-    """Refuse releases that are not in the table.
+    """Refuse releases that are not in the table, or that it refuses.
 
     Args:
         on_npu: Whether vllm-ascend is the base; else the operators are emulated.
 
     Raises:
-        PlatformError: They are not, and `VLLM_ASCEND_CT_ANY_RELEASE` does not allow it.
+        PlatformError: They are, and `VLLM_ASCEND_CT_ANY_RELEASE` does not allow it.
 
     """
     import vllm
 
     installed = Release(vllm.__version__, (version("vllm-ascend"),) if on_npu else ())
-    supported = ON_NPU if on_npu else EMULATED
-    if any(_matches(installed, release) for release in supported):
+    supported = served(on_npu)
+    found = next((known for known in TABLE if _matches(installed, known)), None)
+    if found in supported:
+        _compare_others(found)
         return
     if envs.any_release():
-        # Not `warning_once`, which asks for the platform while it is being resolved.
-        logging.getLogger("vllm.ascend_ct.releases").warning(
+        logger.warning(
             "Nobody has tested vllm-ascend-ct on %s; tested: %s.",
             installed,
-            "; ".join(map(str, supported)),
+            describe(supported),
         )
         return
+    reason = "" if found is None else f": {found.note}"
     raise PlatformError(
-        f"This release of vllm-ascend-ct does not know {installed}",
+        f"This release of vllm-ascend-ct does not serve on {installed}{reason}",
         where=f"vLLM in {os.path.dirname(vllm.__file__)}",
-        supported="; ".join(map(str, supported)),
+        supported=describe(supported),
         remedy=f"Install {_nearest(installed, supported)}, or a later release of "
         "vllm-ascend-ct, or leave ascend_ct out of VLLM_PLUGINS; "
         f"{envs.ANY_RELEASE}=1 tries it untested",
     )
 
 
+def _compare_others(release: Release) -> None:
+    """Say which of the other packages are not those that were tested."""
+    for package in ("torch_npu", "compressed_tensors"):
+        tested = getattr(release, package)
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            continue
+        if tested and _public(installed) != _public(tested):
+            logger.warning(
+                "%s %s is installed; %s was tested with %s.",
+                package,
+                installed,
+                release,
+                tested,
+            )
+
+
 def _matches(installed: Release, release: Release) -> bool:
-    known = {_public(name) for name in release.vllm_ascend}
-    return _public(installed.vllm) == _public(release.vllm) and (
-        {_public(name) for name in installed.vllm_ascend} <= known
+    ours, known = (
+        {_public(name) for name in names}
+        for names in (installed.vllm_ascend, release.vllm_ascend)
     )
+    same = _public(installed.vllm) == _public(release.vllm)
+    return same and bool(ours) == bool(known) and ours <= known
 
 
 def _public(name: str) -> Version:

@@ -6,14 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.logprobs import mean_difference
-from tools.soft_npu import suite
+from tools.soft_npu import environment, suite
+from tools.soft_npu.environment import Device
 
 OURS = "vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors"
+# Of experts, of vllm-ascend 0.23 and 0.30.
+METHODS = {"FusedMoEAscendMethod", "RoutedExpertsAscendMethod"}
+KERNELS = {
+    "w4a16": "AscendWNA16LinearKernel",
+    "w8a8": "AscendInt8ScaledMMLinearKernel",
+}
 EAGER = {"enforce_eager": True}
 # vllm-ascend keeps the cache of a model with experts until another is loaded.
 SMALL = {"kv_cache_memory_bytes": 1 << 25}
@@ -25,7 +32,7 @@ Run = dict[str, Any]
 def run(
     runs: Sequence[Run],
     out: Path,
-    base: Mapping[str, str] | None = None,
+    release: str | None = None,
     plugins: str = "ascend_ct",
     chip: str = "A2",
 ) -> list[Result]:
@@ -34,7 +41,7 @@ def run(
     Args:
         runs: What to serve.
         out: A file to write.
-        base: The process's environment; None for this one's.
+        release: Of vllm-ascend; None for this process's.
         plugins: Of vLLM: "ascend" is vllm-ascend's own.
         chip: One of `environment.SOCS`.
 
@@ -43,13 +50,18 @@ def run(
     suite.prepare([name for name in names if not Path(name).is_dir()])
     named = [{**run, "checkpoint": _directory(run["checkpoint"])} for run in runs]
     ranks = any(name.endswith("parallel_size") for run in runs for name in run)
+    base = dict(os.environ)
+    if release is not None:
+        base = environment.variables(Device(release, devices=2), out.parent)
     variables = {
-        **(os.environ if base is None else base),
+        **base,
         "VLLM_PLUGINS": plugins,
         "SOFT_NPU_SOC": chip,
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks)),
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_CACHE_ROOT": str(out.parent / "cache"),
+        # As `vllm serve` sets it: vllm-ascend 0.30 starts the device before it forks.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "tools.soft_npu.serve", str(out)]
@@ -79,8 +91,11 @@ def check_served(run: Run, result: Result) -> None:
         assert rank["devices"] == ["npu"]
         assert rank["kernels"], "nothing is quantized"
         assert all(kernel.startswith("Ascend") for kernel in rank["kernels"]), rank
+        model, _, scheme = run["checkpoint"].partition("-")
+        if scheme in KERNELS and model in ("dense", "moe"):
+            assert rank["kernels"] == [KERNELS[scheme]]
         if is_moe(run["checkpoint"]):
-            assert "FusedMoEAscendMethod" in rank["methods"], rank
+            assert METHODS & set(rank["methods"]), rank
 
 
 def difference(name: str, logprobs: Sequence[float]) -> float:

@@ -2,8 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Which config is in charge where another release of vllm-ascend is installed."""
 
+import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -29,11 +31,13 @@ else:
 """
 
 
-def start(release: str, plugins: str, process: str) -> tuple[int, str]:
+def start(
+    device: environment.Device, plugins: str, script: str, *arguments: str
+) -> tuple[int, str]:
     """Exit code and output of a process."""
-    variables = environment.variables(environment.Device(release))
+    variables = environment.variables(device)
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(CHECKPOINTS / "dense-w4a16"), process],
+        [sys.executable, "-c", script, *arguments],
         env=variables | {"VLLM_PLUGINS": plugins, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -42,20 +46,93 @@ def start(release: str, plugins: str, process: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("process", ["main", "other"])
+@pytest.mark.parametrize(
+    "process", ["main", pytest.param("other", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("plugins", PLUGINS)
-def test_supported(plugins: str, process: str) -> None:
-    code, output = start("0.23.0", plugins, process)
+@pytest.mark.parametrize(
+    "release",
+    [
+        # Of each row the last in the usual run.
+        pytest.param(name, marks=[pytest.mark.long] * (name != row.vllm_ascend[-1]))
+        for row in releases.served(on_npu=True)
+        for name in row.vllm_ascend
+    ],
+)
+def test_in_charge(release: str, plugins: str, process: str) -> None:
+    checkpoint = str(CHECKPOINTS / "dense-w4a16")
+    device = environment.Device(release)
+    code, output = start(device, plugins, SCRIPT, checkpoint, process)
     assert code == 0, output[-3000:]
     assert "SERVES AscendCTConfig" in output
 
 
+LATENT_QUERY = """
+import json
+import sys
+
+import torch
+from vllm.config import KVTransferConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+
+checkpoint, sizes, changes, ignore, name = json.loads(sys.argv[1])
+config = EngineArgs(
+    checkpoint, max_model_len=128, hf_overrides=sizes
+).create_engine_config()
+if "kv_role" in changes:
+    config.kv_transfer_config = KVTransferConfig(kv_connector="any", **changes)
+else:
+    for field, value in changes.items():
+        setattr(config.parallel_config, field, value)
+quant_config = config.quant_config
+quant_config.ignore = ignore
+names = ["q_a_proj", "kv_a_proj_with_mqa"]
+quant_config.packed_modules_mapping = {"fused_qkv_a_proj": names}
+layer, prefix = torch.nn.Linear(1, 1), f"model.layers.0.self_attn.{name}"
+with set_current_vllm_config(config):
+    from vllm_ascend.ascend_config import init_ascend_config
+
+    init_ascend_config(config)
+    args = quant_config.get_scheme_dict(layer, "model.layers.0.self_attn.q_b_proj")
+    quant_config._check_latent_query(layer, prefix, args)
+print("ACCEPTED")
+"""
+SPARSE: dict[str, Any] = {"index_topk": 64}
+CONSUMER = {"kv_role": "kv_consumer"}
+MIXED = ["re:.*q_a_proj$", "re:.*kv_a_proj_with_mqa$"]
+RANKS = {"decode_context_parallel_size": 2}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("process", ["main", "other"])
-@pytest.mark.parametrize("plugins", PLUGINS)
-def test_not_supported(plugins: str, process: str) -> None:
-    """There vllm-ascend's config would serve without a word."""
-    code, output = start("0.30.0rc2", plugins, process)
-    assert code != 0 and "SERVES" not in output
-    assert "PlatformError" in output and "vllm-ascend 0.30.0rc2" in output
-    assert all(str(known) in output for known in releases.ON_NPU)
+@pytest.mark.parametrize(
+    ("soc", "sizes", "changes", "ignore", "name", "refused"),
+    [
+        ("A2", SPARSE, CONSUMER, MIXED, "q_b_proj", "kv_role=kv_consumer"),
+        ("A2", SPARSE, CONSUMER, MIXED, "indexer.wq_b", "kv_role=kv_consumer"),
+        ("A2", SPARSE, CONSUMER, [], "q_b_proj", None),
+        ("A2", SPARSE, {"kv_role": "kv_producer"}, MIXED, "q_b_proj", None),
+        ("A2", SPARSE, RANKS, [], "q_b_proj", "decode_context_parallel_size=2"),
+        ("A5", {}, {}, MIXED, "q_b_proj", "enable_mlapo=True"),
+        ("A5", {}, {}, [], "q_b_proj", None),
+        ("A2", {}, {}, MIXED, "q_b_proj", None),
+        ("A5", {}, {}, MIXED, "o_proj", None),
+    ],
+)
+def test_latent_query(
+    soc: str,
+    sizes: dict[str, Any],
+    changes: dict[str, Any],
+    ignore: list[str],
+    name: str,
+    refused: str | None,
+) -> None:
+    """vllm-ascend 0.30 takes its weight for 16 bits if another layer's is."""
+    checkpoint = str(CHECKPOINTS / "dense-w4a16")
+    given = json.dumps([checkpoint, sizes, changes, ignore, name])
+    device = environment.Device("0.30.0rc2", soc)
+    code, output = start(device, "ascend_ct", LATENT_QUERY, given)
+    if refused is None:
+        assert code == 0 and "ACCEPTED" in output, output[-3000:]
+    else:
+        assert code != 0 and "UnsupportedCheckpointError" in output, output[-3000:]
+        assert f"{refused}). Supported" in output, output[-3000:]

@@ -43,6 +43,9 @@ def _after_torch() -> None:
 
 
 def _after_triton() -> None:
+    # First, as it loads torch_npu, which needs what is imported next.
+    import torch  # noqa: F401
+
     from tools.soft_npu import triton_kernels
 
     triton_kernels.provide_extension()

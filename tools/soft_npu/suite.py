@@ -12,6 +12,7 @@ from pathlib import Path
 from tools import stacks
 from tools.soft_npu import build, environment
 from tools.soft_npu.environment import Device
+from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"
 # Those of the usual selection; others are named MODEL/RECIPE.
@@ -20,6 +21,7 @@ MODELS = {
     "dense-w8a8": "dense/w8a8-channel-dynamic",
     "moe-w4a16": "qwen3-moe/w4a16-g128",
     "mla-w4a16": "deepseek-v2/w4a16-g128",
+    "moe-w8a8": "qwen3-moe/w8a8-channel-dynamic",
 }
 
 
@@ -49,6 +51,9 @@ def contents(name: str) -> str:
 def test(arguments: Sequence[str]) -> int:
     """Run tests/soft_npu, or the files that are named; what they need is made."""
     prepare()
+    # Here, as pip would import what the tests' processes shadow.
+    for release in releases.served(on_npu=True):
+        environment.set_up(release.vllm_ascend[-1])
     named = any(argument.startswith("tests/") for argument in arguments)
     paths = [] if named else ["tests/soft_npu"]
     options = ["-m", "soft_npu and not long", *paths, *arguments]

@@ -32,9 +32,12 @@ def unquantized_class(tid2eid: Any) -> tuple[Any, dict[str, Any]] | None:
         from vllm_ascend._310p.fused_moe import fused_moe as fused_moe_310p
 
         return fused_moe_310p.AscendUnquantizedFusedMoEMethod310, {}
-    from vllm_ascend.ops.fused_moe.fused_moe import AscendUnquantizedFusedMoEMethod
-
-    return AscendUnquantizedFusedMoEMethod, {"tid2eid": tid2eid}
+    try:
+        from vllm_ascend.ops.fused_moe import routed_experts as module
+    except ImportError:
+        # Until 0.26.
+        from vllm_ascend.ops.fused_moe import fused_moe as module
+    return module.AscendUnquantizedFusedMoEMethod, {"tid2eid": tid2eid}
 
 
 def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None:

@@ -5,6 +5,7 @@
 from typing import Any
 
 from vllm_ascend_ct.ascend_base import serves
+from vllm_ascend_ct.ascend_base.routed_experts import asks_for_products
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
@@ -48,6 +49,39 @@ def _gathers_weight(name: str) -> bool:
     return name in gathered and utils.enable_dsa_cp_full_o_proj()
 
 
+def check_latent_query(prefix: str, is_mixed: bool, is_packed: bool) -> None:
+    """Refuse settings under which vllm-ascend 0.30 takes a query's weight for 16 bits.
+
+    Args:
+        prefix: Name of latent attention's `q_b_proj` or its indexer's `wq_b`, which is
+            quantized.
+        is_mixed: Whether `fused_qkv_a_proj`, by which vllm-ascend judges both, is not.
+        is_packed: Whether the weight is packed.
+
+    Raises:
+        UnsupportedCheckpointError: One is set.
+
+    """
+    if not serves() or not asks_for_products():
+        return
+    from vllm.config import get_current_vllm_config
+    from vllm_ascend.attention.utils import enabling_mlapo
+    from vllm_ascend.utils import model_uses_sfa_sparse
+
+    config = get_current_vllm_config()
+    transfer, ranks = config.kv_transfer_config, config.parallel_config
+    if not model_uses_sfa_sparse(config.model_config):
+        if is_mixed and current_soc() is Soc.A5 and enabling_mlapo(config):
+            raise _refused(prefix, "enable_mlapo", True, "False")
+        return
+    if is_mixed and transfer is not None and transfer.is_kv_consumer:
+        role, option = transfer.kv_role, "--kv-transfer-config"
+        raise _refused(prefix, "kv_role", role, "kv_producer", option)
+    size, option = ranks.decode_context_parallel_size, "the command line"
+    if is_packed and size > 1:
+        raise _refused(prefix, "decode_context_parallel_size", size, "1", option)
+
+
 def check_experts(layer_name: str) -> None:
     """Refuse settings that assume vllm-ascend's own layout of experts' weights.
 
@@ -69,11 +103,15 @@ def check_experts(layer_name: str) -> None:
 
 
 def _refused(
-    layer_name: str, setting: str, value: Any, supported: str
+    layer_name: str,
+    setting: str,
+    value: Any,
+    supported: str,
+    option: str = "--additional-config",
 ) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(
         "This setting makes vllm-ascend read weights in the layout of its own methods",
         where=f"layer {layer_name}, {setting}={value}",
         supported=f"{setting}: {supported}",
-        remedy=f"Change {setting} in --additional-config",
+        remedy=f"Change {setting} in {option}",
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""A method for vllm-ascend's runner, as upstream's `FusedMoEModularMethod`."""
+"""Methods for vllm-ascend's runners, as upstream's `FusedMoEModularMethod`."""
 
 from typing import Any
 
@@ -10,11 +10,12 @@ from vllm.model_executor.layers.fused_moe import (
     FusedMoEQuantConfig,
 )
 
-from vllm_ascend_ct.ascend_base import fused_moe, serves, settings
+from vllm_ascend_ct.ascend_base import fused_moe, routed_experts, serves, settings
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
 # Of `apply`'s arguments what says how to route.
@@ -35,7 +36,7 @@ _ROUTING = frozenset(
 
 def experts_classes() -> tuple[type[AscendExperts], type[AscendExperts]]:
     """The experts for activations of 8 bits and of 16, for this process's runner."""
-    if not serves():
+    if not serves() or routed_experts.asks_for_products():
         return AscendWNA8Experts, AscendWNA16Experts
     from vllm_ascend_ct.fused_moe.experts import ascend_base_moe
 
@@ -45,33 +46,39 @@ def experts_classes() -> tuple[type[AscendExperts], type[AscendExperts]]:
     )
 
 
-class FusedMoEAscendMethod(FusedMoEMethodBase):
-    """Routes tokens and hands them to vllm-ascend, with another method's weights."""
+def ascend_method(method: Any, layer: Any, tid2eid: Any) -> "AscendMethod":
+    """Make what vllm-ascend's runner calls, of a method that has the weights.
 
-    def __init__(self, method: Any, layer: Any, tid2eid: Any) -> None:
+    Args:
+        method: Creates and lays out the weights.
+        layer: vllm-ascend's.
+        tid2eid: Experts by token, of a layer that is routed by hash.
+
+    Raises:
+        UnsupportedCheckpointError: Its settings are for its own weights.
+
+    """
+    settings.check_experts(layer.layer_name)
+    if routed_experts.asks_for_products():
+        return RoutedExpertsAscendMethod(method)
+    return FusedMoEAscendMethod(method, layer, tid2eid)
+
+
+class AscendMethod(FusedMoEMethodBase):
+    """Hands tokens to vllm-ascend, with another method's weights."""
+
+    def __init__(self, method: Any, sent_as: str) -> None:
         """Wrap a method.
 
         Args:
             method: Creates and lays out the weights.
-            layer: vllm-ascend's.
-            tid2eid: Experts by token, of a layer that is routed by hash.
-
-        Raises:
-            UnsupportedCheckpointError: Its settings are for its own weights.
+            sent_as: The `QuantType` that the runner prepares tokens for.
 
         """
-        settings.check_experts(layer.layer_name)
         super().__init__(method.moe)
         self.method = method
-        self.tid2eid = tid2eid
         self.experts: Any = None
-        # vllm-ascend takes experts beside quantized ones to be quantized likewise.
-        alone = getattr(layer, "_shared_experts", layer) is None
-        quantized = self.method.experts_cls.quantizes_activations
-        name = "NONE"
-        if alone and quantized:
-            name = f"W{operator_bits(method.num_bits)}A8"
-        self.quant_method = fused_moe.QuantTypeHolder(name)
+        self.quant_method = fused_moe.QuantTypeHolder(sent_as)
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self.method.create_weights(layer, *args, **kwargs)
@@ -91,6 +98,24 @@ class FusedMoEAscendMethod(FusedMoEMethodBase):
     @property
     def supports_eplb(self) -> bool:
         return False
+
+    def _quant_type(self) -> str:
+        """The `QuantType` of int8 activations, or "NONE"."""
+        if not self.method.experts_cls.quantizes_activations:
+            return "NONE"
+        return f"W{operator_bits(self.method.num_bits)}A8"
+
+
+class FusedMoEAscendMethod(AscendMethod):
+    """Routes tokens; vllm-ascend's communication methods multiply. Until 0.26."""
+
+    def __init__(self, method: Any, layer: Any, tid2eid: Any) -> None:
+        """Wrap a method; see `ascend_method`."""
+        super().__init__(method, "NONE")
+        self.tid2eid = tid2eid
+        # vllm-ascend takes experts beside quantized ones to be quantized likewise.
+        if getattr(layer, "_shared_experts", layer) is None:
+            self.quant_method = fused_moe.QuantTypeHolder(self._quant_type())
 
     def apply(  # type: ignore[override]
         self,
@@ -147,3 +172,85 @@ class FusedMoEAscendMethod(FusedMoEMethodBase):
         if unchanged is not None:
             result.routed_out += unchanged
         return result
+
+
+class RoutedExpertsAscendMethod(AscendMethod):
+    """Multiplies tokens that vllm-ascend routed and sent. Since 0.28."""
+
+    def __init__(self, method: Any) -> None:
+        """Wrap a method; see `ascend_method`."""
+        # Of the runner itself: it would quantize tokens before it knows whose they
+        # are, and take shared experts to be quantized likewise.
+        super().__init__(method, "NONE")
+
+    @property
+    def is_monolithic(self) -> bool:
+        return False
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> Any:
+        """Compute experts.
+
+        Args:
+            layer: vllm-ascend's.
+            x: `[T, H]`.
+            topk_weights: `[T, top-k]`.
+            topk_ids: `[T, top-k]`.
+            shared_experts: None; the runner computes them.
+            shared_experts_input: None.
+
+        Returns:
+            vllm-ascend's `FusedExpertsResult`.
+
+        Raises:
+            PlatformError: vllm-ascend gave the layer LoRA adapters.
+
+        """
+        if fused_moe.has_adapters(layer):
+            raise lora.refused(f"layer {layer.layer_name}, a LoRA context")
+        if layer.apply_router_weight_on_input:
+            # vllm-ascend's dispatchers weigh the output, and some the input as well.
+            x = x * topk_weights.to(x.dtype)
+            topk_weights = torch.ones_like(topk_weights)
+        return routed_experts.compute(
+            self, layer, x, topk_weights, topk_ids, self._sent_as()
+        )
+
+    def _sent_as(self) -> str:
+        """The `QuantType` by which vllm-ascend quantizes what it sends."""
+        # Of A5's int8 operators of communication nothing is known.
+        return "NONE" if current_soc() is Soc.A5 else self._quant_type()
+
+    def supports_fused_activation(self, activation: Any) -> bool:
+        """Whether `apply_gmm1_act_quant` has the activation, as always."""
+        return True
+
+    def apply_gmm1_act_quant(
+        self, call: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Multiply rows by gates and ups; see `AscendExperts.gate`.
+
+        Args:
+            call: vllm-ascend's `MoEMlpComputeInput`.
+
+        """
+        routed_experts.check(call)
+        counts = routed_experts.counts(call)
+        result: tuple[torch.Tensor, torch.Tensor | None]
+        result = self.experts.gate(call.hidden_states, call.dynamic_scale, counts)
+        return result
+
+    def apply_gmm2(
+        self, call: Any, hidden: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Multiply by downs; see `AscendExperts.down`."""
+        counts = routed_experts.counts(call)
+        rows: torch.Tensor = self.experts.down(hidden, scale, counts)
+        return rows

@@ -6,6 +6,7 @@ import re
 from typing import Any, cast
 
 import torch
+from compressed_tensors import CompressionFormat
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -182,10 +183,22 @@ class AscendCTConfig(CompressedTensorsConfig):
             return method
         if type(method) is CompressedTensorsLinearMethod and args is not None:
             settings.check_linear(prefix)
+            self._check_latent_query(layer, prefix, args)
             if is_read_elsewhere(prefix):
                 return AscendCTDequantizedLinearMethod(self, args)
             return AscendCTLinearMethod(self, args)
         return method
+
+    def _check_latent_query(
+        self, layer: torch.nn.Module, prefix: str, args: dict[str, Any]
+    ) -> None:
+        """Check what of latent attention vllm-ascend judges by another layer."""
+        attention, _, name = prefix.rpartition(".")
+        if name in ("q_b_proj", "wq_b"):
+            other = f"{attention.removesuffix('.indexer')}.fused_qkv_a_proj"
+            is_mixed = self.get_scheme_dict(layer, other) is None
+            is_packed = args["format"] == CompressionFormat.pack_quantized.value
+            settings.check_latent_query(prefix, is_mixed, is_packed)
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of an embedding or of an output head."""

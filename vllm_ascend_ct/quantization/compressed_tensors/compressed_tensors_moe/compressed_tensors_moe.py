@@ -18,7 +18,7 @@ from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
-    FusedMoEAscendMethod,
+    ascend_method,
     experts_classes,
 )
 from vllm_ascend_ct.quantization.compressed_tensors import load_formats
@@ -57,7 +57,7 @@ def get_moe_method(
         quant_config: The model's `AscendCTConfig`.
         layer: The layer.
         layer_name: Its name.
-        tid2eid: See `FusedMoEAscendMethod`.
+        tid2eid: See `ascend_method`.
 
     Raises:
         UnsupportedCheckpointError: None does, or the file has them otherwise.
@@ -108,7 +108,7 @@ def _quantized_method(
     if registered := registered_method(scheme, experts_cls, layer, layer_name, files):
         return registered
     method = method_cls(weights, inputs, moe, experts_cls, checkpoint, files)
-    return FusedMoEAscendMethod(method, layer, tid2eid) if serves() else method
+    return ascend_method(method, layer, tid2eid) if serves() else method
 
 
 def choose_experts(

@@ -18,6 +18,8 @@ class AscendCTWNA16MoEMethod(AscendCTMoEMixin, CompressedTensorsWNA16MoEMethod):
     # Only vLLM 0.23's `create_weights` reads them.
     actorder = None
     wna16_backend = None
+    # Until 0.30 a choice of upstream's kernels.
+    is_transposed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

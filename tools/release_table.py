@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Write the table of releases into the README.
+
+python -m tools.release_table
+"""
+
+from pathlib import Path
+
+from vllm_ascend_ct.releases import TABLE, Release
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- releases: tools/release_table.py -->\n", "<!-- end of releases -->\n"
+HEADER = (
+    "| vLLM | vllm-ascend | torch_npu | compressed-tensors | tested |\n"
+    "| --- | --- | --- | --- | --- |\n"
+)
+
+
+def _line(release: Release) -> str:
+    cells = (
+        release.vllm,
+        ", ".join(release.vllm_ascend) or "emulated",
+        release.torch_npu,
+        release.compressed_tensors,
+        f"{release.tested}: {release.note}",
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def with_table(readme: str) -> str:
+    """Put the table into the README's text."""
+    before, _, rest = readme.partition(START)
+    table = HEADER + "".join(map(_line, TABLE))
+    return before + START + table + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))
