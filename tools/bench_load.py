@@ -217,6 +217,7 @@ def routes(k: int, n: int) -> list[Result]:
     return [
         mixed_precision("w4a16-g128", a16, types.uint4b8, sizes),
         unpack_transpose_pack(k, n),
+        mixed_precision("w4a16-channel", a16, types.uint4b8, sizes, -1),
         mixed_precision("w4a16-g128-asym", a16, types.uint4, sizes),
         mixed_precision("w8a16-g128", a16, types.uint8b128, sizes),
         mixed_precision("w8a16-g128-asym", a16, types.uint8, sizes),

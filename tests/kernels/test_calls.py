@@ -24,13 +24,15 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 X = {dtype: (dtype, (M, K), (K, 1)) for dtype in (BF16, FP16)}
 Q = (torch.int8, (M, K), (K, 1))
 INT4 = (torch.int32, (K // 8, N), (1, K // 8))
+INT4_OUTPUTS = (torch.int32, (K, N // 8), (N // 8, 1))
 INT8 = (torch.int8, (K, N), (1, K))
 ROWS = (FP32, (M,), (1,))
 ONE = (FP32, (1,), (1,))
 
 
-def grouped(dtype: torch.dtype, groups: int) -> Any:
-    return (dtype, (groups, N), (1, groups))
+def grouped(dtype: torch.dtype, groups: int, weight: Any) -> Any:
+    strides = (N, 1) if weight == INT4_OUTPUTS else (1, groups)
+    return (dtype, (groups, N), strides)
 
 
 def vector(dtype: torch.dtype) -> Any:
@@ -43,9 +45,9 @@ def weight_only(
     return [
         (
             "npu_weight_quant_batchmatmul",
-            [X[dtype], weight, grouped(dtype, groups)],
+            [X[dtype], weight, grouped(dtype, groups, weight)],
             {
-                "antiquant_offset": grouped(dtype, groups) if offset else None,
+                "antiquant_offset": grouped(dtype, groups, weight) if offset else None,
                 "bias": vector(FP32 if dtype == BF16 else FP16),
                 "antiquant_group_size": group_size,
             },
@@ -91,10 +93,9 @@ def int4_by_int8(dtype: torch.dtype, group_size: int) -> list[Any]:
         "output_dtype": dtype,
         "group_sizes": [0, 0, group_size],
     }
-    weight = (torch.int32, (K, N // 8), (N // 8, 1))
     return [
         ("npu_dynamic_quant", [X[dtype]], {}),
-        ("npu_quant_matmul", [Q, weight, scale], matmul),
+        ("npu_quant_matmul", [Q, INT4_OUTPUTS, scale], matmul),
     ]
 
 
@@ -108,9 +109,9 @@ def fake_quantized(dtype: torch.dtype, weight_call: list[Any]) -> list[Any]:
 
 
 CASES: list[tuple[str, torch.dtype, list[Any]]] = [
-    ("w4a16-g32", BF16, weight_only(BF16, INT4, 16, False, 32)),
-    ("w4a16-g64", FP16, weight_only(FP16, INT4, 8, False, 64)),
-    ("w4a16-g128-asym", BF16, weight_only(BF16, INT4, 4, True, 128)),
+    ("w4a16-g32", BF16, weight_only(BF16, INT4_OUTPUTS, 16, False, 32)),
+    ("w4a16-g64", FP16, weight_only(FP16, INT4_OUTPUTS, 8, False, 64)),
+    ("w4a16-g128-asym", BF16, weight_only(BF16, INT4_OUTPUTS, 4, True, 128)),
     ("w4a16-channel", BF16, weight_only(BF16, INT4, 1, False, 0)),
     ("w4a16-channel-asym", FP16, weight_only(FP16, INT4, 1, True, 0)),
     ("w8a16-g32-asym", BF16, weight_only(BF16, INT8, 16, True, 32)),
@@ -124,7 +125,7 @@ CASES: list[tuple[str, torch.dtype, list[Any]]] = [
     ("w8a8-channel-static-asym", FP16, static(FP16, asymmetric=True)),
     ("w8a8-tensor-static", FP16, static(FP16, asymmetric=False)),
     ("w8a8-tensor-static-asym", BF16, static(BF16, asymmetric=True)),
-    ("w2a16-g64", BF16, weight_only(BF16, INT4, 8, False, 64)),
+    ("w2a16-g64", BF16, weight_only(BF16, INT4_OUTPUTS, 8, False, 64)),
     ("w3a16-channel-asym", FP16, weight_only(FP16, INT4, 1, True, 0)),
     ("w5a16-g64-asym", BF16, weight_only(BF16, INT8, 8, True, 64)),
     ("w7a16-channel", FP16, weight_only(FP16, INT8, 1, False, 0)),
@@ -133,7 +134,7 @@ CASES: list[tuple[str, torch.dtype, list[Any]]] = [
     ("w2a8-g256-packed", BF16, int4_by_int8(BF16, 256)),
     ("w6a8-channel-packed", BF16, dynamic(BF16)),
     ("w8a8-channel-packed", FP16, dynamic(FP16)),
-    ("w4a8-g128", BF16, weight_only(BF16, INT4, 4, False, 128)),
+    ("w4a8-g128", BF16, weight_only(BF16, INT4_OUTPUTS, 4, False, 128)),
     (
         "w4a8o8-channel",
         BF16,

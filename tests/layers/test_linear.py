@@ -107,6 +107,19 @@ def test_output_is_the_formula(
         assert relative_error(y, expected) < tolerance(scheme, dtype)
 
 
+@pytest.mark.parametrize("scheme", ["w4a16-g64", "w4a16-g128-asym", "w4a8-g128"])
+def test_outputs_that_words_do_not_hold(scheme: str) -> None:
+    """Eight to an int32: else int4 is packed along inputs."""
+    for n, packed_along in ((96, 1), (100, 0)):
+        layer, (formula,) = load(
+            replicated_case(512, n), scheme, torch.bfloat16, bias=False
+        )
+        assert layer.weight.stride(packed_along) == 1
+        x = activations(ROWS, 512, torch.bfloat16)
+        error = relative_error(layer(x)[0], formula(x))
+        assert error < tolerance(scheme, torch.bfloat16)
+
+
 def is_served(scheme: str, dtype: torch.dtype, soc: str) -> bool:
     """310P serves float16 models, with int8 weights; other chips serve all."""
     int8 = SCHEMES[scheme].weights.num_bits > 4

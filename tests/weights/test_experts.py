@@ -54,17 +54,35 @@ def test_packed_along_outputs(bits: int, groups: int) -> None:
     packed, scale = packed_weight(bits), torch.rand(E, N, groups)
     values = torch.stack([pack_quantized.unpack(one, bits, K) for one in packed])
     each = [
-        int4.pack_outputs(pack_quantized.rows(one.clone(), bits, K), of_scale, K)
+        int4.pack_outputs_with_assist(
+            pack_quantized.rows(one.clone(), bits, K), of_scale, K
+        )
         for one, of_scale in zip(packed, scale)
     ]
     shape = E, K, N // 8
     in_place = bits == 4
     weight = packed.view(shape) if in_place else packed.new_empty(shape)
-    assist = experts.pack_outputs(packed, scale, bits, weight)
+    assist = experts.pack_outputs_with_assist(packed, scale, bits, weight)
     for expert, (words, sums) in enumerate(each):
         assert torch.equal(weight[expert], words)
         assert torch.equal(assist[expert], sums)
         assert torch.equal(unpack_int4(words), values[expert].t())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weight_only_along_outputs(bits: int) -> None:
+    packed = packed_weight(bits)
+    values = torch.stack([pack_quantized.unpack(one, bits, K) for one in packed])
+    with TensorMemory() as memory:
+        weight = experts.pack_outputs_(packed, bits, K)
+    assert weight.is_contiguous()
+    for expert, words in enumerate(weight):
+        assert torch.equal(unpack_int4(words), values[expert].t())
+    in_place = weight.data_ptr() == packed.data_ptr()
+    assert in_place is (bits == 4)
+    # One expert, packed, and as int8 with what unpacks it.
+    beyond = memory.peak - (0 if in_place else weight.nbytes)
+    assert beyond <= weight[0].nbytes + 6 * N * K
 
 
 def test_raw_scales() -> None:

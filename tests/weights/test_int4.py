@@ -8,7 +8,7 @@ from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 from vllm_ascend_ct.weights.int4 import (
     ROWS_AT_ONCE,
     pack_inputs,
-    pack_outputs,
+    pack_outputs_with_assist,
 )
 from vllm_ascend_ct.weights.int_quantized import int4_rows
 
@@ -32,7 +32,7 @@ def test_along_inputs(weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("groups", [1, 4])
 def test_along_outputs(weight: torch.Tensor, groups: int) -> None:
     scale = torch.rand(N, groups).bfloat16()
-    packed, assist = pack_outputs(int4_rows(weight), scale, K)
+    packed, assist = pack_outputs_with_assist(int4_rows(weight), scale, K)
     assert packed.is_contiguous()
     assert torch.equal(unpack_int4(packed), weight.t())
     grouped = weight.double().view(N, groups, -1) * scale.double().unsqueeze(-1)
@@ -44,7 +44,7 @@ def test_some_rows_are_in_memory_at_once() -> None:
     weight = torch.zeros(64 * ROWS_AT_ONCE, 256, dtype=torch.int8)
     scale = torch.ones(len(weight), 1)
     with TensorMemory() as memory:
-        packed, assist = pack_outputs(int4_rows(weight), scale, 256)
+        packed, assist = pack_outputs_with_assist(int4_rows(weight), scale, 256)
     rows_at_once = 6 * ROWS_AT_ONCE * 256
     assert memory.peak <= packed.nbytes + 3 * assist.nbytes + rows_at_once
 

@@ -28,7 +28,7 @@ class Operands(NamedTuple):
         scale: `[E, N]`, or `[E, G, N]` for groups of K.
         offset: Like the scale; added to the integers before it.
         bias: `[E, N]`. Of int8 rows by int4 weights no bias but the assist term of
-            `weights.int4.pack_outputs`.
+            `weights.int4.pack_outputs_with_assist`.
 
     """
 

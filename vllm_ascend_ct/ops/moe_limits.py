@@ -68,17 +68,13 @@ class GroupedMatmulMode:
             return f"group_size={group_size}; supported: {supported}"
         return None
 
-    def needs_offset(self, output_dtype: torch.dtype) -> bool:
-        """Whether an offset has to be given even if it is 0."""
-        return None not in self.by_output[output_dtype].antiquant_offset
-
 
 def _grouped_weight_only(
-    x_dtype: torch.dtype, offset: _Dtypes, groups: tuple[int, ...] | None = ()
+    x_dtype: torch.dtype, groups: tuple[int, ...] | None = ()
 ) -> GroupedMatmulMode:
     bias = torch.float32 if x_dtype == torch.bfloat16 else x_dtype
     operands = GroupedMatmulOperands(
-        antiquant_scale=(x_dtype,), antiquant_offset=offset, bias=(None, bias)
+        antiquant_scale=(x_dtype,), antiquant_offset=(x_dtype,), bias=(None, bias)
     )
     return GroupedMatmulMode({x_dtype: operands}, groups)
 
@@ -117,12 +113,10 @@ _GROUPED_A8W4 = GroupedMatmulMode(
 # By the dtypes of x and of the weight; int4 weights are int32.
 GroupedModes = dict[tuple[torch.dtype, torch.dtype], GroupedMatmulMode]
 _GROUPED_WEIGHT_ONLY: GroupedModes = {
-    # Without an offset the kernel of int8 weights is missing.
-    **{(x, torch.int8): _grouped_weight_only(x, (x,)) for x in FLOAT16_BFLOAT16},
-    **{
-        (x, torch.int32): _grouped_weight_only(x, (None, x), None)
-        for x in FLOAT16_BFLOAT16
-    },
+    # Without an offset the kernel of int8 weights is missing, and int4 weights are
+    # refused (`aclnn_grouped_matmul.cpp`).
+    **{(x, torch.int8): _grouped_weight_only(x) for x in FLOAT16_BFLOAT16},
+    **{(x, torch.int32): _grouped_weight_only(x, None) for x in FLOAT16_BFLOAT16},
 }
 GROUPED: GroupedModes = {
     **_GROUPED_WEIGHT_ONLY,

@@ -73,7 +73,26 @@ def to_nz(stacked: torch.Tensor) -> torch.Tensor:
     return cast
 
 
-def pack_outputs(
+def pack_outputs_(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
+    """Pack along N what is packed along K: int32 `[E, K, N / 8]`.
+
+    Args:
+        packed: int32 `[E, N, ceil(K * bits / 32)]`, N a multiple of 8; of 4 bits it is
+            overwritten.
+        bits: 2 to 4.
+        k: Input features.
+
+    """
+    count, n, _ = packed.shape
+    shape = count, k, n // 8
+    weight = packed.view(shape) if bits == 4 else packed.new_empty(shape)
+    for old, new in zip(packed, weight):
+        rows = pack_quantized.rows(old, bits, k)
+        new.copy_(int4.pack_outputs(rows, n, k, packed.device))
+    return weight
+
+
+def pack_outputs_with_assist(
     packed: torch.Tensor, scale: torch.Tensor, bits: int, weight: torch.Tensor
 ) -> torch.Tensor:
     """Pack along N what is packed along K, with what halving activations needs.
@@ -86,14 +105,14 @@ def pack_outputs(
             the memory of packed 4-bit weights.
 
     Returns:
-        fp32 `[E, N]` as of `int4.pack_outputs`.
+        fp32 `[E, N]` as of `int4.pack_outputs_with_assist`.
 
     """
     k = weight.shape[1]
     assist = scale.new_empty(scale.shape[:2], dtype=torch.float32)
     for old, new, of_scale, of_assist in zip(packed, weight, scale, assist):
         rows = pack_quantized.rows(old, bits, k)
-        words, sums = int4.pack_outputs(rows, of_scale, k)
+        words, sums = int4.pack_outputs_with_assist(rows, of_scale, k)
         new.copy_(words)
         of_assist.copy_(sums)
         # Or there would be two of them while the next is packed.

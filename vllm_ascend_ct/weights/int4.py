@@ -2,12 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """int4 weights as the operators read them: two's complement, lowest nibble first.
 
-The packed axis is the one that is contiguous in memory: K for the weight-only operator,
-N for the one that quantizes activations. Weights come some rows at a time, as int8, so
-that a whole layer is never widened.
+The packed axis is the one that is contiguous in memory: K or N for the weight-only
+operators, N for those that quantize activations. Weights come some rows at a time, as
+int8, so that a whole layer is never widened.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -46,6 +46,31 @@ def pack_inputs(
 
 
 def pack_outputs(
+    rows: Iterable[torch.Tensor], n: int, k: int, device: torch.device
+) -> torch.Tensor:
+    """Pack along N.
+
+    Args:
+        rows: int8 `[R, K]`, in order, R a multiple of 8.
+        n: Rows in all.
+        k: Their length.
+        device: Of the result.
+
+    Returns:
+        int32 `[K, N / 8]`.
+
+    """
+    packed = torch.empty((k, n // _PER_INT32), dtype=torch.int32, device=device)
+    start = 0
+    for part in rows:
+        stop = start + len(part)
+        words = packed[:, start // _PER_INT32 : stop // _PER_INT32]
+        words.copy_(pack(part.t().contiguous()))
+        start = stop
+    return packed
+
+
+def pack_outputs_with_assist(
     rows: Iterable[torch.Tensor], scale: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack along N, with what the operator has to add for halving activations.
@@ -54,7 +79,7 @@ def pack_outputs(
     Source: `aclnnQuantMatmulV5.md`, yOffset.
 
     Args:
-        rows: int8 `[R, K]`, in order, R a multiple of 8.
+        rows: As of `pack_outputs`.
         scale: `[N, G]`, one for each of G equal parts of K.
         k: Length of a row.
 
@@ -63,14 +88,16 @@ def pack_outputs(
 
     """
     n, groups = scale.shape
-    packed = scale.new_empty((k, n // _PER_INT32), dtype=torch.int32)
     sums = scale.new_empty((n, groups), dtype=torch.float32)
-    start = 0
-    for part in rows:
-        stop = start + len(part)
-        words = packed[:, start // _PER_INT32 : stop // _PER_INT32]
-        words.copy_(pack(part.t().contiguous()))
-        grouped = part.unflatten(1, (groups, -1))
-        sums[start:stop] = grouped.sum(dim=-1, dtype=torch.int32)
-        start = stop
+
+    def summed() -> Iterator[torch.Tensor]:
+        start = 0
+        for part in rows:
+            stop = start + len(part)
+            grouped = part.unflatten(1, (groups, -1))
+            sums[start:stop] = grouped.sum(dim=-1, dtype=torch.int32)
+            yield part
+            start = stop
+
+    packed = pack_outputs(summed(), n, k, scale.device)
     return packed, (sums * scale).sum(dim=1) * _LOW_NIBBLE_OFFSET

@@ -11,7 +11,6 @@ from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
-from vllm_ascend_ct.ops.moe_limits import GroupedMatmulMode
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
 
@@ -36,9 +35,6 @@ class AscendBaseExpertsMixin(AscendExperts):
 
 class AscendBaseWNA16Experts(AscendBaseExpertsMixin, AscendWNA16Experts):
     """vllm-ascend's "W4A16", which it tells by the offsets; of int8 weights too."""
-
-    def _needs_offset(self, mode: GroupedMatmulMode) -> bool:
-        return True
 
     def arguments(self) -> dict[str, Any]:
         w13, w2 = self.operands("w13"), self.operands("w2")

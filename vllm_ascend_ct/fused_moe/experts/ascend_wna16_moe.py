@@ -51,25 +51,26 @@ class AscendWNA16Experts(AscendExperts):
             npu_weight = weight.transpose(1, 2)
         else:
             bits = weight.shape[2] * 32 // k
-            npu_weight = experts.to_weight_only(weight, bits, k)
+            if operator_bits(bits) == 4 and n % INT4_PER_INT32 == 0:
+                # Older releases of aclnn refuse int4 weights that are transposed
+                # (`aclnn_grouped_matmul.cpp`, `UnpackInt32ToInt4`).
+                npu_weight = experts.pack_outputs_(weight, bits, k)
+            else:
+                npu_weight = experts.to_weight_only(weight, bits, k)
             if zero_point is not None:
                 offset = experts.to_npu_offset(zero_point.data, bits, n, dtype)
                 set_parameter(layer, f"{name}_weight_zero_point", offset)
         set_parameter(layer, weight_name, npu_weight)
         npu_scale = experts.to_npu_scale(scale)
         set_parameter(layer, f"{name}_weight_scale", npu_scale)
-        mode = _mode(dtype, npu_weight.dtype)
-        assert mode is not None
-        if zero_point is None and self._needs_offset(mode):
+        if zero_point is None:
+            # The operator asks for some.
             zeros = shared_zeros(npu_scale)
             layer.register_buffer(f"{name}_zero_offset", zeros, persistent=False)
         bias = getattr(layer, f"{name}_bias", None)
         if bias is not None:
             bias_dtype = current_limits().weight_quant_batchmatmul.bias_dtype(dtype)
             set_parameter(layer, f"{name}_bias", bias.data.to(bias_dtype))
-
-    def _needs_offset(self, mode: GroupedMatmulMode) -> bool:
-        return mode.needs_offset(self.moe_config.in_dtype)
 
     def operands(self, name: str) -> Operands:
         layer = self._layer

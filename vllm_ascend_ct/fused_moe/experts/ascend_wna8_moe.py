@@ -118,7 +118,9 @@ class AscendWNA8Experts(AscendExperts):
             pairs = packed.new_empty((count, k, n // 2), dtype=torch.int8)
         else:
             pairs = packed.view(torch.int8).view(count, k, n // 2)
-        assist = experts.pack_outputs(packed, rounded, bits, pairs.view(torch.int32))
+        assist = experts.pack_outputs_with_assist(
+            packed, rounded, bits, pairs.view(torch.int32)
+        )
         if ascend_base.prefers_nz():
             set_parameter(layer, weight_name, pairs)
             del parameter, packed

@@ -111,7 +111,7 @@ def dynamic_quant_int4_matmul(
         weight: int4 packed eight to an int32 along N: `[K, N / 8]`, contiguous.
         weight_scale: int64 from `npu_trans_quant_param`, `[N]` or
             `[K / group_size, N]`.
-        assist: fp32 `[N]`, from `weights.int4.pack_outputs`.
+        assist: fp32 `[N]`, from `weights.int4.pack_outputs_with_assist`.
         bias: `[N]`, dtype of x.
         group_size: Elements of K that share a scale; 0 for one scale per channel.
 

@@ -10,11 +10,16 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearKernel,
     MPLinearLayerConfig,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.scalar_type import ScalarType, scalar_types
 
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
@@ -91,13 +96,18 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
         weight = getattr(layer, self.w_q_name).data
         scale = getattr(layer, self.w_s_name).data
         bits = c.weight_type.size_bits
+        along_outputs = _packs_outputs(c) and not _is_table(layer)
         if c.zero_points:
             assert self.w_zp_name is not None
             zero_point = getattr(layer, self.w_zp_name).data
             offset = pack_quantized.to_npu_offset(zero_point, scale, bits)
+            offset = offset.contiguous() if along_outputs else offset
             set_parameter(layer, self.w_zp_name, offset)
-        replace_weight(layer, self.w_q_name, weight_only_layout(c, weight))
-        set_parameter(layer, self.w_s_name, pack_quantized.to_npu_scale(scale))
+        scale = pack_quantized.to_npu_scale(scale)
+        scale = scale.contiguous() if along_outputs else scale
+        weight = weight_only_layout(c, weight, along_outputs)
+        replace_weight(layer, self.w_q_name, weight)
+        set_parameter(layer, self.w_s_name, scale)
         _convert_bias(layer, c.act_type)
 
     def apply_weights(
@@ -121,18 +131,49 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
         )
 
 
-def weight_only_layout(c: MPLinearLayerConfig, weight: torch.Tensor) -> torch.Tensor:
+def _packs_outputs(c: MPLinearLayerConfig) -> bool:
+    """Whether a weight is packed along N, which is fast with groups of K.
+
+    A transposed one is dequantized as a whole in each call. Source:
+    `aclnnWeightQuantBatchMatmulV2.md`; `weight_quant_batch_matmul_v2_tiling_msd_group`.
+    """
+    _, n = c.partition_weight_shape
+    return (
+        pack_quantized.operator_bits(c.weight_type.size_bits) == 4
+        and operator_group_size(c) != 0
+        and n % INT4_PER_INT32 == 0
+        and n <= current_limits().weight_quant_batchmatmul.max_size
+    )
+
+
+def _is_table(layer: torch.nn.Module) -> bool:
+    """Whether a layer's weight is read by rows as well."""
+    is_head = isinstance(layer, ParallelLMHead)
+    return isinstance(layer, VocabParallelEmbedding) and not is_head
+
+
+def weight_only_layout(
+    c: MPLinearLayerConfig, weight: torch.Tensor, along_outputs: bool
+) -> torch.Tensor:
     """Lay a weight out for the weight-only operator.
 
     int4 weights with more outputs than it takes at once become int8: it would misread
     the parts. op-plugin (`op_api_common.cpp`) gives the offset of a part in int32, and
     aclnn (`aclnn_weight_quant_batch_matmul_v2.cpp`) takes it for one in int4.
 
+    Args:
+        c: The layer's sizes and type.
+        weight: As it was loaded.
+        along_outputs: Whether int4 is packed along N.
+
     Returns:
-        A transposed view: int32 `[K / 8, N]`, or int8 `[K, N]`.
+        int32 `[K, N / 8]` if it is; else a transposed view: int32 `[K / 8, N]`, or int8
+        `[K, N]`.
 
     """
     k, n = c.partition_weight_shape
+    if along_outputs:
+        return int4.pack_outputs(int4_rows(c, weight), n, k, weight.device)
     bits = c.weight_type.size_bits
     in_parts = n > current_limits().weight_quant_batchmatmul.max_size
     if c.weight_type == scalar_types.int8:

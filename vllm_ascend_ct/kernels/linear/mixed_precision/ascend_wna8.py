@@ -87,7 +87,7 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         k, n = self.config.partition_weight_shape
         weight = getattr(layer, self.w_q_name).data
         rows = int4_rows(self.config, weight)
-        npu_weight, assist = int4.pack_outputs(rows, scale, k)
+        npu_weight, assist = int4.pack_outputs_with_assist(rows, scale, k)
         # The operator's scales lie along N; it takes one row of them to pack.
         scale = scale.t().contiguous().float()
         packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
