@@ -47,7 +47,8 @@ def _with_outputs(config: dict[str, Any]) -> dict[str, Any]:
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 ROWS: Rows = {
     ("W2A16, W3A16, W4A16", "pack-quantized", "1"): _row(4, _GROUP),
-    ("W5A16 to W8A16", "pack-quantized", "1"): _row(8, _GROUP),
+    ("W5A16 to W8A16 per channel", "pack-quantized", "1"): _row(8, _CHANNEL),
+    ("W5A16 to W8A16 in groups", "pack-quantized", "1"): _row(8, _GROUP),
     ("W8A8, dynamic, symmetric", "int-quantized", "2"): _row(
         8, _CHANNEL, _TOKEN, "int-quantized"
     ),

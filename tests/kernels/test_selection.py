@@ -91,16 +91,24 @@ def test_refused_with_the_reason(config: MPLinearLayerConfig, reason: str) -> No
         choose_mp_linear_kernel(config)
 
 
-@pytest.mark.parametrize("weight_type", [scalar_types.uint4b8, scalar_types.uint8b128])
-def test_310p_has_no_int4(
-    monkeypatch: pytest.MonkeyPatch, weight_type: ScalarType
+@pytest.mark.parametrize(
+    ("weight_type", "group_size", "reason"),
+    [
+        (scalar_types.uint4b8, -1, "4-bit weights; supported: 8"),
+        (scalar_types.uint8b128, 128, "group_size=128; supported: per channel"),
+        (scalar_types.uint8b128, -1, None),
+    ],
+)
+def test_310p(
+    monkeypatch: pytest.MonkeyPatch,
+    weight_type: ScalarType,
+    group_size: int,
+    reason: str | None,
 ) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
-    accepted, reason = AscendWNA16LinearKernel.can_implement(
-        mp_config(weight_type, act_type=torch.float16)
-    )
-    assert accepted == (weight_type == scalar_types.uint8b128)
-    assert accepted or reason == "4-bit weights; supported: 8"
+    config = mp_config(weight_type, group_size, act_type=torch.float16)
+    result = AscendWNA16LinearKernel.can_implement(config)
+    assert result == (reason is None, reason)
 
 
 @pytest.mark.parametrize(("soc", "accepted"), [("A2", True), ("310P", False)])

@@ -121,8 +121,9 @@ def test_outputs_that_words_do_not_hold(scheme: str) -> None:
 
 
 def is_served(scheme: str, dtype: torch.dtype, soc: str) -> bool:
-    """310P serves float16 models, with int8 weights; other chips serve all."""
-    int8 = SCHEMES[scheme].weights.num_bits > 4
+    """310P serves float16 models, of int8 per channel; other chips serve all."""
+    layout = SCHEMES[scheme].weights
+    int8 = layout.num_bits > 4 and not layout.group_size
     symmetric = not scheme.endswith("dynamic-asym")
     return soc != "310P" or (dtype == torch.float16 and int8 and symmetric)
 

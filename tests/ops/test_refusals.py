@@ -200,6 +200,8 @@ def test_int4_weights_on_310p(monkeypatch: pytest.MonkeyPatch) -> None:
         weight_quant_call(torch.float16).run()
     with pytest.raises(OperatorLimitError, match="on 310P .* torch.bfloat16"):
         weight_quant_call(bits=8).run()
+    with pytest.raises(OperatorLimitError, match="on 310P .* supported: per channel"):
+        weight_quant_call(torch.float16, bits=8).run()
 
 
 @pytest.mark.parametrize(

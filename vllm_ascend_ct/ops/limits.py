@@ -47,12 +47,19 @@ class ActivationQuantLimits:
 
 @dataclass(frozen=True)
 class WeightQuantBatchMatmulLimits:
-    """`npu_weight_quant_batchmatmul`: 16-bit activations, int8 or int4 weights."""
+    """`npu_weight_quant_batchmatmul`: 16-bit activations, int8 or int4 weights.
+
+    Attributes:
+        groups: Whether elements of K may share a scale; op-plugin's
+            `LinearWeightQuant.md` excludes the 310P.
+
+    """
 
     x_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     weight_bits: tuple[int, ...] = (4, 8)
     max_size: int = 65535
     group_multiple: int = 32
+    groups: bool = True
 
     def refusal(
         self, x_dtype: torch.dtype, weight_bits: int, k: int, n: int, group_size: int
@@ -80,6 +87,8 @@ class WeightQuantBatchMatmulLimits:
         if weight_bits == 4 and n == 1:
             # torch_npu's meta function takes the transposed view for a [K, 8] weight.
             return "N=1; supported for int4: 2 and more"
+        if group_size and not self.groups:
+            return f"group_size={group_size}; supported: per channel"
         if group_size and not (
             group_size % self.group_multiple == 0
             and self.group_multiple <= group_size < k
@@ -243,7 +252,7 @@ LIMITS = {
     ),
     Soc.ASCEND_310P: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(
-            x_dtypes=FLOAT16, weight_bits=(8,)
+            x_dtypes=FLOAT16, weight_bits=(8,), groups=False
         ),
         quant_matmul=QuantMatmulLimits(_OPERANDS_310P, transposed_nz=True),
         dynamic_quant=ActivationQuantLimits(x_dtypes=FLOAT16, k_multiple=32),
