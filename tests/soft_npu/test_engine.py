@@ -74,3 +74,15 @@ def test_bit_equal_to_vllm_ascends_own(results: Results) -> None:
     assert theirs["config"].startswith("vllm_ascend.")
     assert theirs["logprobs"] == ours["logprobs"]
     assert theirs["tokens"] == ours["tokens"]
+
+
+@pytest.mark.long
+def test_experts_are_bit_equal_to_vllm_ascends_own(
+    serve: Callable[..., list[Result]],
+) -> None:
+    runs: list[Run] = [{"checkpoint": "moe-w8a8", **SMALL, **EAGER}]
+    (ours,), (theirs,) = (serve(runs, plugins=name) for name in ("ascend_ct", "ascend"))
+    engines.check_served(runs[0], ours)
+    assert theirs["config"].startswith("vllm_ascend.")
+    assert theirs["logprobs"] == ours["logprobs"]
+    assert theirs["tokens"] == ours["tokens"]
