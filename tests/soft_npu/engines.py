@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.logprobs import mean_difference
-from tools.soft_npu import environment, suite
-from tools.soft_npu.environment import Device
+from tools.soft_npu import suite
 
 OURS = "vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors"
 # Of experts, of vllm-ascend 0.23 and 0.30.
@@ -32,7 +31,6 @@ Run = dict[str, Any]
 def run(
     runs: Sequence[Run],
     out: Path,
-    release: str | None = None,
     plugins: str = "ascend_ct",
     chip: str = "A2",
 ) -> list[Result]:
@@ -41,7 +39,6 @@ def run(
     Args:
         runs: What to serve.
         out: A file to write.
-        release: Of vllm-ascend; None for this process's.
         plugins: Of vLLM: "ascend" is vllm-ascend's own.
         chip: One of `environment.SOCS`.
 
@@ -50,11 +47,8 @@ def run(
     suite.prepare([name for name in names if not Path(name).is_dir()])
     named = [{**run, "checkpoint": _directory(run["checkpoint"])} for run in runs]
     ranks = any(name.endswith("parallel_size") for run in runs for name in run)
-    base = dict(os.environ)
-    if release is not None:
-        base = environment.variables(Device(release, devices=2), out.parent)
     variables = {
-        **base,
+        **os.environ,
         "VLLM_PLUGINS": plugins,
         "SOFT_NPU_SOC": chip,
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks)),

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""vllm-ascend's engine, unmodified, on software NPUs; see `tools.soft_npu.serve`."""
+"""vllm-ascend's engine, unmodified, on software NPUs; see `tools.soft_npu.serve`.
 
-from collections.abc import Callable
+Over each release that is served.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from tests.soft_npu import engines
-from tests.soft_npu.engines import EAGER, SMALL, Result, Run
+from tests.soft_npu.engines import EAGER, OURS, SMALL, Result, Run
+from tools.soft_npu.environment import Device
 
 pytestmark = pytest.mark.soft_npu
 # In one process what can be: vllm-ascend keeps some globals of a model and its graphs.
@@ -19,70 +25,88 @@ PROCESSES: dict[str, list[Run]] = {
     ],
     "moe": [
         {"checkpoint": "moe-w4a16", **SMALL, **EAGER},
+        {"checkpoint": "moe-w8a8", **SMALL, **EAGER},
         {"checkpoint": "moe-w4a16", **SMALL},
     ],
     "mla": [
         {"checkpoint": "mla-w4a16", **SMALL, **EAGER},
         {"checkpoint": "mla-w4a16", **SMALL},
     ],
-    "vllm-ascend's own": [{"checkpoint": "dense-w8a8", **EAGER}],
     "two ranks": [{"checkpoint": "dense-w4a16", **EAGER, "tensor_parallel_size": 2}],
+    "graphs": [{"checkpoint": "dense-w4a16"}],
+    "int8 graphs": [{"checkpoint": "moe-w8a8", **SMALL}],
 }
+# Process and run in graphs -> process and run of the same in none.
+GRAPHS = {
+    ("dense", 2): ("dense", 1),
+    ("moe", 2): ("moe", 0),
+    ("mla", 1): ("mla", 0),
+    ("graphs", 0): ("dense", 0),
+    ("int8 graphs", 0): ("moe", 1),
+}
+IS_DEFAULT = os.environ.get("SOFT_NPU_RELEASE") == Device.release
+IN_USUAL_RUN = ("dense", "moe", *(("mla", "two ranks") if IS_DEFAULT else ()))
+Results = Callable[..., list[Result]]
+
+
+def in_turn(cases: Sequence[Any], usual: Sequence[Any]) -> list[Any]:
+    """Parameters, of which those that are not in the usual run are long."""
+    return [
+        pytest.param(case, marks=() if case in usual else pytest.mark.long)
+        for case in cases
+    ]
 
 
 @pytest.fixture
-def results(serve: Callable[..., list[Result]]) -> Callable[[str], list[Result]]:
+def results(serve: Callable[..., list[Result]]) -> Results:
     """What the engines of a process said."""
 
-    def get(name: str) -> list[Result]:
-        plugins = "ascend" if name == "vllm-ascend's own" else "ascend_ct"
+    def get(name: str, plugins: str = "ascend_ct") -> list[Result]:
         return serve(PROCESSES[name], plugins=plugins)
 
     return get
 
 
-Results = Callable[[str], list[Result]]
-OUR_PROCESSES = [name for name in PROCESSES if name != "vllm-ascend's own"]
-
-
-@pytest.mark.parametrize("name", OUR_PROCESSES)
+@pytest.mark.parametrize("name", in_turn([*PROCESSES], IN_USUAL_RUN))
 def test_served_by_this_package(results: Results, name: str) -> None:
     for given, result in zip(PROCESSES[name], results(name), strict=True):
         engines.check_served(given, result)
 
 
-@pytest.mark.parametrize("name", OUR_PROCESSES)
+@pytest.mark.parametrize("name", in_turn([*PROCESSES], IN_USUAL_RUN))
 def test_close_to_float32(results: Results, name: str) -> None:
     for given, result in zip(PROCESSES[name], results(name), strict=True):
         engines.check_close(given, result)
 
 
-def test_graphs_say_what_eager_says(results: Results) -> None:
-    for eager, graphs in (
-        results("dense")[1:],
-        results("moe"),
-        results("mla"),
-    ):
-        assert graphs["tokens"] == eager["tokens"]
+@pytest.mark.parametrize(
+    "case", in_turn([*GRAPHS], [case for case in GRAPHS if case[0] in IN_USUAL_RUN])
+)
+def test_graphs_say_what_eager_says(results: Results, case: tuple[str, int]) -> None:
+    graphs, eager = (results(name)[run] for name, run in (case, GRAPHS[case]))
+    assert graphs["tokens"] == eager["tokens"]
 
 
-def test_bit_equal_to_vllm_ascends_own(results: Results) -> None:
+@pytest.mark.parametrize(
+    "name", in_turn(["dense", "moe"], ["dense"] if IS_DEFAULT else [])
+)
+def test_bit_equal_to_vllm_ascends_own(
+    results: Results, serve: Callable[..., list[Result]], name: str
+) -> None:
     """Of W8A8, which it serves itself."""
-    ours, (theirs,) = results("dense")[1], results("vllm-ascend's own")
-    for rank in theirs["ranks"]:
-        assert rank["platform"] == "NPUPlatform"
+    ours = results(name)[1]
+    (theirs,) = serve(PROCESSES[name][1:2], plugins="ascend")
+    assert [rank["platform"] for rank in theirs["ranks"]] == ["NPUPlatform"]
     assert theirs["config"].startswith("vllm_ascend.")
     assert theirs["logprobs"] == ours["logprobs"]
     assert theirs["tokens"] == ours["tokens"]
 
 
 @pytest.mark.long
-def test_experts_are_bit_equal_to_vllm_ascends_own(
-    serve: Callable[..., list[Result]],
-) -> None:
-    runs: list[Run] = [{"checkpoint": "moe-w8a8", **SMALL, **EAGER}]
-    (ours,), (theirs,) = (serve(runs, plugins=name) for name in ("ascend_ct", "ascend"))
-    engines.check_served(runs[0], ours)
-    assert theirs["config"].startswith("vllm_ascend.")
-    assert theirs["logprobs"] == ours["logprobs"]
-    assert theirs["tokens"] == ours["tokens"]
+def test_beside_vllm_ascend(results: Results) -> None:
+    """As a plugin of vllm-ascend's own platform: the same."""
+    ours = results("moe")
+    for beside, alone in zip(results("moe", "ascend,ascend_ct"), ours, strict=True):
+        assert [rank["platform"] for rank in beside["ranks"]] == ["NPUPlatform"]
+        assert beside["config"] == f"{OURS}.AscendCTConfig"
+        assert beside["logprobs"] == alone["logprobs"]

@@ -4,12 +4,14 @@
 
     python -m tools.soft_npu run [options] -- vllm serve CHECKPOINT
     python -m tools.soft_npu run [options] -- python -m tools.soft_npu.serve OUT RUN
-    python -m tools.soft_npu test [pytest arguments]
+    python -m tools.soft_npu test [--release R] [pytest arguments]
     python -m tools.soft_npu set-up [--release R]
     python -m tools.soft_npu stand-ins
 
 `run` gives a command, and all that it starts, NPUs: torch_npu over a runtime in the
 host's memory, which computes on the CPU. What it needs is downloaded and compiled once.
+A release of vllm-ascend that is not known yet needs `--vllm`, the release that it is
+made for, and `VLLM_ASCEND_CT_ANY_RELEASE=1`.
 """
 
 import argparse
@@ -31,12 +33,13 @@ def main() -> None:
     run = actions.add_parser("run", help="a command on software NPUs")
     make = actions.add_parser("set-up", help="download and compile only")
     actions.add_parser("stand-ins", help="list what stands in for what")
-    actions.add_parser("test", help="run tests/soft_npu; arguments are pytest's")
+    test = actions.add_parser("test", help="run tests/soft_npu; the rest is pytest's")
     default = Device()
-    for action in (run, make):
-        action.add_argument(
-            "--release", choices=stacks.RELEASES, default=default.release
-        )
+    for action in (run, make, test):
+        # Without one, `test` runs over all that are served.
+        known = None if action is test else default.release
+        action.add_argument("--release", default=known, help="of vllm-ascend")
+        action.add_argument("--vllm", help="what a release that is not known needs")
     run.add_argument("--soc", choices=environment.SOCS, default=default.soc)
     run.add_argument("--devices", type=int, default=default.devices)
     run.add_argument("--memory", default=default.memory, help="of each, as 8G")
@@ -52,14 +55,27 @@ def main() -> None:
     arguments, others = parser.parse_known_args()
     if others and arguments.action != "test":
         parser.error(f"unknown arguments: {' '.join(others)}")
+    _check_release(parser, arguments)
     if arguments.action == "set-up":
         environment.set_up(arguments.release)
     if arguments.action == "stand-ins" or getattr(arguments, "verbose", False):
         print("\n".join(stand_ins.describe()))
     if arguments.action == "test":
-        sys.exit(suite.test(others))
+        sys.exit(suite.test(others, arguments.release))
     if arguments.action == "run":
         sys.exit(_run(arguments))
+
+
+def _check_release(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> None:
+    """Make a release known, or refuse it."""
+    release = getattr(arguments, "release", None)
+    if release is None or release in stacks.STACKS:
+        return
+    if arguments.vllm is None:
+        parser.error(f"--release {release} is not known: add --vllm RELEASE")
+    stacks.add_release(release, arguments.vllm)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -96,7 +96,7 @@ def custom_operators(part: str) -> Path:
 
 
 def _packages() -> tuple[Path, Path]:
-    torch, torch_npu, *_ = map(stacks.install, stacks.STACKS[stacks.RELEASES[-1]])
+    torch, torch_npu, *_ = map(stacks.install, stacks.STACKS["0.23.0.post1"])
     return torch / "torch", torch_npu / "torch_npu"
 
 

@@ -22,7 +22,7 @@ class Device:
     """What the machine is to have.
 
     Attributes:
-        release: Of vllm-ascend, one of `stacks.RELEASES`.
+        release: Of vllm-ascend, of `stacks.STACKS`.
         soc: One of `SOCS`.
         devices: How many.
         memory: Of each, as "8G".
@@ -54,6 +54,7 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "LD_LIBRARY_PATH": str(library),
         "SOFT_NPU_LIBRARY": str(library / build.DISPATCH),
+        "SOFT_NPU_RELEASE": device.release,
         "SOFT_NPU_SOC": device.soc,
         "SOFT_NPU_DEVICES": str(device.devices),
         "SOFT_NPU_MEMORY": str(size(device.memory)),

@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Run the tests of the software NPU, with the checkpoints that they serve."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from tools.soft_npu.environment import Device
 from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"
+ENGINES = Path("tests/soft_npu/test_engine.py")
 # Those of the usual selection; others are named MODEL/RECIPE.
 MODELS = {
     "dense-w4a16": "dense/w4a16-g128",
@@ -48,17 +48,27 @@ def contents(name: str) -> str:
     return MODELS.get(name, name)
 
 
-def test(arguments: Sequence[str]) -> int:
-    """Run tests/soft_npu, or the files that are named; what they need is made."""
+def test(arguments: Sequence[str], release: str | None = None) -> int:
+    """Run tests/soft_npu; all that they need is made if missing.
+
+    Args:
+        arguments: Of pytest. Files replace what is run else.
+        release: Of vllm-ascend; None for all that are served, of which those that are
+            not the default run engines only.
+
+    """
     prepare()
-    # Here, as pip would import what the tests' processes shadow.
-    for release in releases.served(on_npu=True):
-        environment.set_up(release.vllm_ascend[-1])
-    named = any(argument.startswith("tests/") for argument in arguments)
-    paths = [] if named else ["tests/soft_npu"]
-    options = ["-m", "soft_npu and not long", *paths, *arguments]
-    command = [sys.executable, "-m", "pytest", *options]
-    print("soft_npu:", " ".join(command[1:]), flush=True)
-    with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
-        variables = environment.variables(Device(devices=2), Path(state))
-        return subprocess.run(command, env={**os.environ, **variables}).returncode
+    served = [row.vllm_ascend[-1] for row in releases.served(on_npu=True)]
+    codes = []
+    for name in served if release is None else [release]:
+        paths = ["tests/soft_npu" if name == Device.release else str(ENGINES)]
+        if any(argument.startswith("tests/") for argument in arguments):
+            paths = []
+        options = ["-m", "soft_npu and not long", *paths, *arguments]
+        command = [sys.executable, "-m", "pytest", *options]
+        print(f"soft_npu: vllm-ascend {name}:", *command[1:], flush=True)
+        with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
+            variables = environment.variables(Device(name, devices=2), Path(state))
+            codes.append(subprocess.run(command, env=variables).returncode)
+    # A crash has a negative one.
+    return int(any(codes))
