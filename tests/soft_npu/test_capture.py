@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch_npu
 
+from vllm_ascend_ct.kernels import embedding
 from vllm_ascend_ct.kernels.linear import functional
 
 pytestmark = pytest.mark.soft_npu
@@ -48,14 +49,47 @@ def test_in_place_and_views() -> None:
         assert y.tolist() == [count] * 4
 
 
-def test_our_kernels_and_triton_in_a_graph() -> None:
-    """A product, as the engine captures it."""
+def on_npu(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    if dtype.is_floating_point:
+        return (torch.rand(sizes) + 0.1).to(dtype).npu()
+    limits = torch.iinfo(dtype)
+    values = torch.randint(limits.min, limits.max, sizes, dtype=torch.int64)
+    return values.to(dtype).npu()
+
+
+def table_look_up() -> Callable[[], torch.Tensor]:
+    """Of an embedding in int4."""
+    ids = torch.tensor([3, 0, 31]).npu()
+    weight, scale = on_npu(32, 8, dtype=torch.int32).t(), on_npu(32, 2).t()
+    return lambda: embedding.dequantized_rows(ids, weight, scale, scale)
+
+
+def int4_weights() -> Callable[[], torch.Tensor]:
+    x, weight, scale = on_npu(3, 64), on_npu(64, 4, dtype=torch.int32), on_npu(2, 32)
+    return lambda: functional.weight_quant_matmul(x, weight, scale, group_size=32)
+
+
+def int8_activations() -> Callable[[], torch.Tensor]:
+    x, weight = on_npu(3, 64), on_npu(64, 32, dtype=torch.int8)
+    scale = on_npu(32, dtype=torch.float32)
+    return lambda: functional.dynamic_quant_matmul(x, weight, scale)
+
+
+def asymmetric_activations() -> Callable[[], torch.Tensor]:
+    x, weight = on_npu(3, 64), on_npu(64, 32, dtype=torch.int8)
+    scale, sums = (on_npu(32, dtype=torch.float32) for _ in range(2))
+    return lambda: functional.dynamic_asymmetric_quant_matmul(x, weight, scale, sums)
+
+
+@pytest.mark.parametrize(
+    "make", [table_look_up, int4_weights, int8_activations, asymmetric_activations]
+)
+def test_our_functions_are_captured(make: Callable[[], Any]) -> None:
+    """Nothing of them copies, waits or allocates outside the graph."""
     torch.manual_seed(0)
-    x = torch.randn(3, 64).bfloat16().npu()
-    weight = torch.randint(-8, 8, (64, 32), dtype=torch.int8).npu()
-    scale = torch.rand(32).npu()
-    expected = functional.dynamic_quant_matmul(x, weight, scale)
-    graph, y = captured(lambda: functional.dynamic_quant_matmul(x, weight, scale))
+    function = make()
+    expected = function()
+    graph, y = captured(function)
     graph.replay()
     assert torch.equal(y.cpu(), expected.cpu())
 

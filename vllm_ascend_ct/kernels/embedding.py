@@ -33,9 +33,11 @@ def dequantized_rows(
     flat = ids.reshape(-1)
     values = weight.t().index_select(0, flat)
     if weight.dtype == torch.int32:
-        up = torch.arange(_WORD - _BITS, -1, -_BITS, device=ids.device)
-        words = values.unsqueeze(-1)
-        values = (words << up.to(torch.int32) >> (_WORD - _BITS)).flatten(1)
+        device = values.device
+        up = torch.arange(_WORD - _BITS, -1, -_BITS, dtype=torch.int32, device=device)
+        # torch_npu copies a number to shift by from the host, which breaks a capture.
+        down = torch.full_like(up, _WORD - _BITS)
+        values = (values.unsqueeze(-1) << up >> down).flatten(1)
     groups = values.float().unflatten(1, (len(scale), -1))
     if offset is not None:
         groups = groups + offset.t().index_select(0, flat).float().unsqueeze(-1)
