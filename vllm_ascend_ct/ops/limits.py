@@ -115,8 +115,8 @@ class QuantMatmulOperands:
 
 _FLOAT32_BFLOAT16 = (torch.float32, torch.bfloat16)
 # int8 x int8, by output dtype and whether there is a pertoken_scale.
-_OperandTable = dict[tuple[torch.dtype, bool], QuantMatmulOperands]
-_OPERANDS: _OperandTable = {
+OperandTable = dict[tuple[torch.dtype, bool], QuantMatmulOperands]
+_OPERANDS: OperandTable = {
     (torch.float16, False): QuantMatmulOperands((torch.int64, torch.float32)),
     (torch.int8, False): QuantMatmulOperands(
         (torch.int64, torch.float32), offset=(torch.float32,)
@@ -132,7 +132,7 @@ _OPERANDS: _OperandTable = {
         _FLOAT32_BFLOAT16, (torch.int32, *_FLOAT32_BFLOAT16)
     ),
 }
-_OPERANDS_310P: _OperandTable = {
+_OPERANDS_310P: OperandTable = {
     (torch.float16, False): _OPERANDS[torch.float16, False],
     (torch.int8, False): _OPERANDS[torch.int8, False],
     (torch.float16, True): QuantMatmulOperands((torch.float32,)),
@@ -152,7 +152,7 @@ class QuantMatmulLimits:
 
     """
 
-    operands: _OperandTable = field(default_factory=lambda: _OPERANDS)
+    operands: OperandTable = field(default_factory=lambda: _OPERANDS)
     max_size: int = 65535
     transposed_nz: bool = False
 

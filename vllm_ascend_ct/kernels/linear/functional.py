@@ -12,6 +12,15 @@ import torch
 from vllm_ascend_ct.ops.traced import weight_quant_batchmatmul
 
 
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """Flatten leading axes; a view of a matrix would keep passes from matching."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _with_axes_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 def weight_quant_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -58,10 +67,8 @@ def weight_quant_matmul(
                 )
             )
         return torch.cat(ys, dim=-1)
-    y = weight_quant_batchmatmul(
-        x.reshape(-1, x.shape[-1]), weight, scale, offset, bias, group_size
-    )
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    y = weight_quant_batchmatmul(_matrix(x), weight, scale, offset, bias, group_size)
+    return _with_axes_of(x, y)
 
 
 def dynamic_quant_matmul(
@@ -82,7 +89,7 @@ def dynamic_quant_matmul(
         `[..., N]`, dtype of x.
 
     """
-    q, x_scale = torch.ops.npu.npu_dynamic_quant(x.reshape(-1, x.shape[-1]))
+    q, x_scale = torch.ops.npu.npu_dynamic_quant(_matrix(x))
     y = torch.ops.npu.npu_quant_matmul(
         q,
         weight,
@@ -91,7 +98,7 @@ def dynamic_quant_matmul(
         bias=bias,
         output_dtype=x.dtype,
     )
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _with_axes_of(x, y)
 
 
 def dynamic_quant_int4_matmul(
@@ -119,7 +126,7 @@ def dynamic_quant_int4_matmul(
         `[..., N]`, dtype of x.
 
     """
-    q, x_scale = torch.ops.npu.npu_dynamic_quant(x.reshape(-1, x.shape[-1]))
+    q, x_scale = torch.ops.npu.npu_dynamic_quant(_matrix(x))
     y = torch.ops.npu.npu_quant_matmul(
         q,
         weight,
@@ -131,7 +138,7 @@ def dynamic_quant_int4_matmul(
     )
     if bias is not None:
         y = y + bias
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _with_axes_of(x, y)
 
 
 def static_fake_quant(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -145,10 +152,8 @@ def static_fake_quant(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         Shape and dtype of x.
 
     """
-    q = torch.ops.npu.npu_quantize(
-        x.reshape(-1, x.shape[-1]), scale, None, torch.qint8, -1, True
-    )
-    return (q * scale).to(x.dtype).reshape(x.shape)
+    q = torch.ops.npu.npu_quantize(_matrix(x), scale, None, torch.qint8, -1, True)
+    return _with_axes_of(x, (q * scale).to(x.dtype))
 
 
 def dynamic_asymmetric_quant_matmul(
@@ -175,9 +180,7 @@ def dynamic_asymmetric_quant_matmul(
         `[..., N]`, dtype of x.
 
     """
-    q, x_scale, x_offset = torch.ops.npu.npu_dynamic_quant_asymmetric(
-        x.reshape(-1, x.shape[-1])
-    )
+    q, x_scale, x_offset = torch.ops.npu.npu_dynamic_quant_asymmetric(_matrix(x))
     product = torch.ops.npu.npu_quant_matmul(
         q, weight, weight_scale, output_dtype=torch.int32
     )
@@ -185,7 +188,7 @@ def dynamic_asymmetric_quant_matmul(
     y = y * x_scale.unsqueeze(1) * weight_scale
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    return _with_axes_of(x, y.to(x.dtype))
 
 
 def static_quant_matmul(
@@ -212,9 +215,9 @@ def static_quant_matmul(
 
     """
     q = torch.ops.npu.npu_quantize(
-        x.reshape(-1, x.shape[-1]), x_scale, x_zero_point, torch.qint8, -1, True
+        _matrix(x), x_scale, x_zero_point, torch.qint8, -1, True
     )
     y = torch.ops.npu.npu_quant_matmul(
         q, weight, dequant_scale, bias=bias, output_dtype=x.dtype
     )
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _with_axes_of(x, y)

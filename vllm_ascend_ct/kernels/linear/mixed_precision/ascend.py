@@ -61,6 +61,11 @@ class AscendMPLinearKernel(MPLinearKernel):
                 "weights as compressed-tensors lays them out"
             )
         super().__init__(c, w_q_param_name, *args, **kwargs)
+        # Once, not in each call.
+        self.group_size = operator_group_size(c)
+        limits = current_limits()
+        self.max_n = limits.weight_quant_batchmatmul.max_size
+        self.operands = limits.quant_matmul.operands
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -112,7 +117,7 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
 
     def apply_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -122,12 +127,12 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
             offset = getattr(layer, self.w_zp_name)
         return weight_quant_matmul(
             x,
-            layer.get_parameter("weight"),
+            layer.weight,
             getattr(layer, self.w_s_name),
             offset,
             bias,
-            operator_group_size(self.config),
-            current_limits().weight_quant_batchmatmul.max_size,
+            self.group_size,
+            self.max_n,
         )
 
 

@@ -98,17 +98,17 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
 
     def apply_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight = layer.get_parameter("weight")
-        scale = getattr(layer, self.w_s_name)
+        weight, scale = layer.weight, getattr(layer, self.w_s_name)
         if weight.dtype == torch.int32:
-            group_size = operator_group_size(self.config)
-            assist = layer.get_parameter("activation_assist")
-            return dynamic_quant_int4_matmul(x, weight, scale, assist, bias, group_size)
-        return biased_quant_matmul(x, weight, scale, bias)
+            assist = layer.activation_assist
+            return dynamic_quant_int4_matmul(
+                x, weight, scale, assist, bias, self.group_size
+            )
+        return biased_quant_matmul(x, weight, scale, bias, self.operands)
 
 
 def with_quantized_activations(

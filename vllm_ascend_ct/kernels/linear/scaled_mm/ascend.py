@@ -18,7 +18,7 @@ from vllm_ascend_ct.kernels.linear.functional import (
 )
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.parameters import set_parameter
-from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.limits import OperandTable, current_limits
 from vllm_ascend_ct.weights.int_quantized import (
     int32_bias,
     to_npu_weight,
@@ -54,6 +54,11 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
                 "npu_dynamic_quant_asymmetric; supported: symmetric, or static"
             )
         return True, None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Once, not in each call.
+        self.operands = current_limits().quant_matmul.operands
 
     def process_weights_after_loading(self, layer: Any) -> None:
         weight_name, scale_name, *_, azp_adj_name = self.layer_param_names
@@ -112,7 +117,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         if not self.config.input_symmetric:
             assert azp_adj is not None
             return dynamic_asymmetric_quant_matmul(x, weight, scale, azp_adj, bias)
-        return biased_quant_matmul(x, weight, scale, bias)
+        return biased_quant_matmul(x, weight, scale, bias, self.operands)
 
 
 def biased_quant_matmul(
@@ -120,10 +125,10 @@ def biased_quant_matmul(
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
+    operands: OperandTable,
 ) -> torch.Tensor:
     """Take `dynamic_quant_matmul`, with the bias where the chip's operator takes it."""
-    operands = current_limits().quant_matmul.operands[x.dtype, True]
-    if bias is None or bias.dtype in operands.bias:
+    if bias is None or bias.dtype in operands[x.dtype, True].bias:
         return dynamic_quant_matmul(x, weight, scale, bias)
     return dynamic_quant_matmul(x, weight, scale) + bias
 
