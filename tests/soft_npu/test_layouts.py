@@ -19,7 +19,6 @@ from tools.bench_load import parameters
 from tools.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import stored_weight
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
-from vllm_ascend_ct.fused_moe.functional import SortedTokens
 from vllm_ascend_ct.kernels.linear import functional
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
@@ -131,7 +130,7 @@ def test_layout_of_experts(
     (scheme,) = (scheme for scheme in SCHEMES if scheme.name == name)
     sizes = Sizes(experts=E, hidden=512, intermediate=256)
     rows, row_scale = int8(6, 512).npu(), torch.rand(6).npu()
-    tokens = SortedTokens(rows, rows, torch.tensor([4, 2]).npu(), row_scale)
+    counts = torch.tensor([4, 2]).npu()
     results = []
     made, loaded_layer = loaded(sizes, scheme)
     for prefers_nz in (True, False):
@@ -145,8 +144,7 @@ def test_layout_of_experts(
             weight = stored_weight(layer, product)[1]
             assert in_nz(weight) == prefers_nz
             assert prefers_nz or weight.data_ptr() == place, "it was copied"
-        operands = made.operands("w13"), made.operands("w2")
-        results.append(made._multiply(tokens, *operands, torch.bfloat16).cpu())
+        results.append(made.down(*made.gate(rows, row_scale, counts), counts).cpu())
     assert results[0].isfinite().all() and results[0].count_nonzero()
     assert torch.equal(*results)
 
