@@ -3,6 +3,7 @@
 """What of vLLM differs between supported releases, or is none of its interfaces."""
 
 from dataclasses import fields
+from inspect import signature
 from typing import Any, get_args
 
 import torch
@@ -31,6 +32,12 @@ else:
 # Packed weights with quantized activations. The releases that lack it have a scheme for
 # weights of 4 and 8 bits only.
 CompressedTensorsWNA8Int: Any = getattr(schemes, "CompressedTensorsWNA8Int", None)
+
+# Whether upstream's scheme for them creates zero points; that of 0.27 to 0.30 does not.
+ZERO_POINTS_BESIDE_INT8 = (
+    CompressedTensorsWNA8Int is None
+    or "symmetric" in signature(CompressedTensorsWNA8Int.__init__).parameters
+)
 
 # Whether a head asks its method what it becomes when tied to an embedding. If not,
 # it takes over the embedding's parameter `weight`.

@@ -300,3 +300,18 @@ def test_symmetric_experts_share_offsets() -> None:
     for alike in (int4, [zero for of_layer in int8 for zero in of_layer]):
         assert len({zero.untyped_storage().data_ptr() for zero in alike}) == 1
     assert not any(zero.any() for each in zeros for zero in each)
+
+
+def test_biases_that_this_vllm_would_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM 0.30, which has no parameters for them, and skips them when it loads."""
+    create_weights = CompressedTensorsWNA16MoEMethod.create_weights
+
+    def without_biases(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
+        create_weights(self, layer, *args, **kwargs)
+        del layer.w13_bias, layer.w2_bias
+
+    monkeypatch.setattr(
+        CompressedTensorsWNA16MoEMethod, "create_weights", without_biases
+    )
+    with pytest.raises(UnsupportedCheckpointError, match="Biases of experts"):
+        load(SIZES["8-experts"], "w4a16-g32", BF16, has_bias=True)

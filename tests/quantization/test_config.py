@@ -25,6 +25,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from tests import hooks
 from tests.layers.quantized_layers import FUSED
 from tools import enumerate_configs
+from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
@@ -536,3 +537,15 @@ def test_kv_cache_scheme_is_dropped_with_a_warning(
         made = config(W4, kv_cache_scheme=scheme)
     assert made.kv_cache_scheme is None
     assert "kv_cache_scheme is not honoured" in caplog.text
+
+
+def test_zero_points_that_this_vllm_would_leave_out(mocker: MockerFixture) -> None:
+    """As vLLM 0.30, whose scheme of packed weights beside int8 creates none."""
+    asymmetric = ints(8, "channel", symmetric=False)
+    linear(config(asymmetric, TOKEN))
+    mocker.patch.object(compat, "ZERO_POINTS_BESIDE_INT8", False)
+    with pytest.raises(UnsupportedCheckpointError, match="Zero points of packed"):
+        linear(config(asymmetric, TOKEN))
+    # What has none, or has parameters for them.
+    linear(config(ints(8, "channel"), TOKEN))
+    linear(config(asymmetric))

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
+from vllm_ascend_ct import compat
 from vllm_ascend_ct.ascend_base import graph_key, linear, settings
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.ops.limits import current_limits
@@ -238,6 +239,13 @@ class AscendCTConfig(CompressedTensorsConfig):
                 layer_name=layer_name,
                 quant_format=args["format"],
             )
+        if not compat.ZERO_POINTS_BESIDE_INT8 and _has_zero_points_beside_int8(args):
+            raise refused(
+                "Zero points of packed weights beside 8-bit activations, which this "
+                "vLLM has no parameters for",
+                layer_name,
+                Remedy.QUANTIZE_AGAIN,
+            )
         if AscendCTWNA16.is_needed(args):
             return AscendCTWNA16(
                 num_bits=weights.num_bits,
@@ -281,6 +289,14 @@ class AscendCTConfig(CompressedTensorsConfig):
             # A class target means the checkpoint's class, and there it is a Linear.
             found = find(Linear(), layer_name)
         return found
+
+
+def _has_zero_points_beside_int8(args: dict[str, Any]) -> bool:
+    return (
+        args["format"] == CompressionFormat.pack_quantized.value
+        and args["input_activations"] is not None
+        and not args["weights"].symmetric
+    )
 
 
 class Linear(torch.nn.Module):

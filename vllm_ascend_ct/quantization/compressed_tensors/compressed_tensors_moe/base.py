@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.all2all_utils import (
 )
 
 from vllm_ascend_ct.compat import UnfinalizedMoEOutput
+from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
 from vllm_ascend_ct.quantization.compressed_tensors import load_formats
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loadi
     expert_shapes,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E501
@@ -94,6 +96,13 @@ class AscendCTMoEMixin(_Base):
             params_dtype,
             **{**extra_weight_attrs, "weight_loader": loader},
         )
+        if self.moe.has_bias and not hasattr(layer, "w13_bias"):
+            # vLLM 0.30, whose loader then leaves them out without a word.
+            raise refused(
+                "Biases of experts, which this vLLM has no parameters for",
+                str(layer.layer_name),
+                Remedy.QUANTIZE_AGAIN,
+            )
         load_formats.mark_scales(layer)
 
     def lay_out_weights(self, layer: Any) -> AscendExperts:
