@@ -70,15 +70,18 @@ def check_latent_query(prefix: str, is_mixed: bool, is_packed: bool) -> None:
 
     config = get_current_vllm_config()
     transfer, ranks = config.kv_transfer_config, config.parallel_config
+    is_query = prefix.endswith("q_b_proj")
     if not model_uses_sfa_sparse(config.model_config):
-        if is_mixed and current_soc() is Soc.A5 and enabling_mlapo(config):
+        fuses = current_soc() is Soc.A5 and enabling_mlapo(config)
+        if is_mixed and is_query and fuses:
             raise _refused(prefix, "enable_mlapo", True, "False")
         return
-    if is_mixed and transfer is not None and transfer.is_kv_consumer:
+    size = ranks.decode_context_parallel_size
+    if is_mixed and size == 1 and transfer is not None and transfer.is_kv_consumer:
         role, option = transfer.kv_role, "--kv-transfer-config"
         raise _refused(prefix, "kv_role", role, "kv_producer", option)
-    size, option = ranks.decode_context_parallel_size, "the command line"
-    if is_packed and size > 1:
+    if is_packed and is_query and size > 1:
+        option = "the command line"
         raise _refused(prefix, "decode_context_parallel_size", size, "1", option)
 
 
