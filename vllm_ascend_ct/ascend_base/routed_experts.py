@@ -16,7 +16,7 @@ from vllm_ascend_ct.ascend_base.fused_moe import quant_type
 from vllm_ascend_ct.errors import PlatformError, Remedy
 
 _CUMULATED = 0
-# Of a call what no release sets that this package serves on.
+# Fields of a call that no served release sets.
 _UNUSED = ("topk_scales", "need_trans", "dynamic_eplb", "lora_context")
 
 

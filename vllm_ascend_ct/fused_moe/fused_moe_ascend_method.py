@@ -67,18 +67,13 @@ def ascend_method(method: Any, layer: Any, tid2eid: Any) -> "AscendMethod":
 class AscendMethod(FusedMoEMethodBase):
     """Hands tokens to vllm-ascend, with another method's weights."""
 
-    def __init__(self, method: Any, sent_as: str) -> None:
-        """Wrap a method.
-
-        Args:
-            method: Creates and lays out the weights.
-            sent_as: The `QuantType` that the runner prepares tokens for.
-
-        """
+    def __init__(self, method: Any) -> None:
+        """Wrap a method that creates and lays out the weights."""
         super().__init__(method.moe)
         self.method = method
         self.experts: Any = None
-        self.quant_method = fused_moe.QuantTypeHolder(sent_as)
+        # What the runner prepares tokens for.
+        self.quant_method = fused_moe.QuantTypeHolder("NONE")
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self.method.create_weights(layer, *args, **kwargs)
@@ -111,7 +106,7 @@ class FusedMoEAscendMethod(AscendMethod):
 
     def __init__(self, method: Any, layer: Any, tid2eid: Any) -> None:
         """Wrap a method; see `ascend_method`."""
-        super().__init__(method, "NONE")
+        super().__init__(method)
         self.tid2eid = tid2eid
         # vllm-ascend takes experts beside quantized ones to be quantized likewise.
         if getattr(layer, "_shared_experts", layer) is None:
@@ -175,13 +170,13 @@ class FusedMoEAscendMethod(AscendMethod):
 
 
 class RoutedExpertsAscendMethod(AscendMethod):
-    """Multiplies tokens that vllm-ascend routed and sent. Since 0.28."""
+    """Multiplies tokens that vllm-ascend routed and sent. Since 0.28.
 
-    def __init__(self, method: Any) -> None:
-        """Wrap a method; see `ascend_method`."""
-        # Of the runner itself: it would quantize tokens before it knows whose they
-        # are, and take shared experts to be quantized likewise.
-        super().__init__(method, "NONE")
+    Its runner prepares them for no quantization: it would quantize tokens before it
+    knows whose they are, and take shared experts to be quantized likewise.
+    """
+
+    _counts: torch.Tensor
 
     @property
     def is_monolithic(self) -> bool:
@@ -242,15 +237,14 @@ class RoutedExpertsAscendMethod(AscendMethod):
 
         """
         routed_experts.check(call)
-        counts = routed_experts.counts(call)
+        self._counts = routed_experts.counts(call)
         result: tuple[torch.Tensor, torch.Tensor | None]
-        result = self.experts.gate(call.hidden_states, call.dynamic_scale, counts)
+        result = self.experts.gate(call.hidden_states, call.dynamic_scale, self._counts)
         return result
 
     def apply_gmm2(
         self, call: Any, hidden: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """Multiply by downs; see `AscendExperts.down`."""
-        counts = routed_experts.counts(call)
-        rows: torch.Tensor = self.experts.down(hidden, scale, counts)
+        """Multiply by downs what `apply_gmm1_act_quant` returned for the same call."""
+        rows: torch.Tensor = self.experts.down(hidden, scale, self._counts)
         return rows
