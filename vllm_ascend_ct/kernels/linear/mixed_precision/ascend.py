@@ -63,9 +63,6 @@ class AscendMPLinearKernel(MPLinearKernel):
         super().__init__(c, w_q_param_name, *args, **kwargs)
         # Once, not in each call.
         self.group_size = operator_group_size(c)
-        limits = current_limits()
-        self.max_n = limits.weight_quant_batchmatmul.max_size
-        self.operands = limits.quant_matmul.operands
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -74,6 +71,10 @@ class AscendMPLinearKernel(MPLinearKernel):
 
 class AscendWNA16LinearKernel(AscendMPLinearKernel):
     """16-bit activations by weights of 2 to 8 bits, in one launch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_n = current_limits().weight_quant_batchmatmul.max_size
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:

@@ -38,6 +38,10 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
     The layer gains a parameter `activation_assist` where the weights are int4.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.operands = current_limits().quant_matmul.operands
+
     @classmethod
     def quantizes_activations(cls, c: MPLinearLayerConfig) -> bool:
         """Whether activations are quantized as `c.activation_quant_key` asks."""
