@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tools import tiny_model, tiny_moe
 
-DEFAULT_BASE = Path("build/tiny-model")
+DEFAULT_BASE = tiny_model.DIRECTORY
 
 
 def _weights(bits: int, layout: str, symmetric: bool = True) -> QuantizationArgs:

@@ -21,7 +21,11 @@ if [ "${1:-}" = --long ]; then
     tests/engine \
     -n logical --maxprocesses 4 --dist loadfile
 fi
+# Most tests quantize it. One core trains it while the other checks types.
+.venv/bin/python -m tools.tiny_model &
+trap "kill $! 2>/dev/null || true" EXIT
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+wait $!
 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"

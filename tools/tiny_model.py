@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """A small language model, trained in a minute or two on Python's own documentation.
 
+    python -m tools.tiny_model
+
 It is what the demo and the tests quantize: small enough for a CPU, trained enough that
 a wrong weight shows in its perplexity.
 """
@@ -19,6 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+DIRECTORY = Path("build/tiny-model")
 VOCABULARY = 1024
 END = "<|endoftext|>"
 STEPS = 600
@@ -119,3 +122,7 @@ def make_once(directory: Path) -> None:
         if not (directory / "config.json").exists():
             print(f"Training the model to quantize, once, into {directory}", flush=True)
             make(directory)
+
+
+if __name__ == "__main__":
+    make_once(DIRECTORY)
