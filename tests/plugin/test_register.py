@@ -114,11 +114,16 @@ print(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG)
 
 
 def test_another_config_that_takes_over_stops_the_engine() -> None:
-    """Whatever registers one after ours: nobody else serves in silence."""
+    """Whatever registers one after ours: nobody else serves in silence.
+
+    A vLLM that asks the platform for configs does not see it.
+    """
     result = run(
         """
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization import (
+    get_quantization_config, register_quantization_config
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.plugins import load_general_plugins
 load_general_plugins()
@@ -131,9 +136,14 @@ class Theirs(QuantizationConfig):
 
 VllmConfig()
 print("configured")
+print(get_quantization_config("compressed-tensors").__name__)
 """,
         VLLM_PLUGINS="ascend_ct",
     )
+    if hooks.CONFIG:
+        serves = ["configured", "configured", "AscendCTConfig"]
+        assert result.stdout.splitlines() == serves
+        return
     assert result.stdout.splitlines() == ["configured"]
     assert "PlatformError: Another config took over" in result.stderr
     assert "(__main__.Theirs, VLLM_PLUGINS=ascend_ct)" in result.stderr

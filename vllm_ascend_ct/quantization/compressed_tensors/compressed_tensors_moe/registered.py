@@ -77,8 +77,10 @@ def registered_method(
     oracle = _oracle(scheme, experts_cls, layer)
     if oracle not in compat.MOE_EXPERTS_TYPES or ascend_base.serves():
         return None
-    if getattr(layer.moe_config, "moe_backend", "auto") != "auto":
-        # Upstream then asks no registered experts; ours serve whatever is named.
+    moe = layer.moe_config
+    if getattr(moe, "moe_backend", "auto") != "auto" or moe.is_lora_enabled:
+        # Upstream then asks no registered experts, or such as take adapters; ours
+        # serve whatever is named, and beside adapters of other modules.
         return None
     _check_tensors(files, layer, scheme)
     method: FusedMoEMethodBase = _METHODS[oracle](
