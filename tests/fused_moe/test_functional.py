@@ -100,7 +100,8 @@ def test_weight_only(npu: MockType, dtype: torch.dtype) -> None:
     offset, bias = torch.zeros(E, 4, H), torch.zeros(E, H)
     w2 = w2._replace(offset=offset, bias=bias)
     rows = torch.zeros(M, H, dtype=dtype)
-    y = functional.weight_only_mlp(rows, COUNTS, w13, w2)
+    hidden = functional.weight_only_gate(rows, COUNTS, w13, None)
+    y = functional.weight_only_product(hidden, COUNTS, w2)
     assert y.shape == (M, H) and y.dtype == dtype
     product = "npu_grouped_matmul"
     assert called(npu) == [product, "npu_swiglu", product]
@@ -126,8 +127,8 @@ def test_activations_other_than_swiglu(npu: MockType, dtype: torch.dtype) -> Non
     def activation(x: torch.Tensor) -> torch.Tensor:
         return x[:, ::2]
 
-    weights = operands(torch.int8, dtype)
-    functional.weight_only_mlp(rows, COUNTS, *weights, activation)
+    w13, _ = operands(torch.int8, dtype)
+    functional.weight_only_gate(rows, COUNTS, w13, activation)
     assert "npu_swiglu" not in called(npu)
 
 
@@ -143,7 +144,9 @@ def test_int8_rows(
     if weight == torch.int32:
         w13, w2 = w13._replace(bias=assist), w2._replace(bias=assist)
     rows, row_scale = torch.zeros(M, H, dtype=torch.int8), torch.ones(M)
-    y = functional.int8_mlp(rows, row_scale, COUNTS, w13, w2, dtype)
+    gate = (rows, row_scale, COUNTS, w13, dtype, None)
+    hidden = functional.int8_gate(*gate, fused=True)
+    y = functional.int8_product(*hidden, COUNTS, w2, dtype)
     assert y.shape == (M, H) and y.dtype == dtype
     fused, product = "npu_grouped_matmul_swiglu_quant_v2", "npu_grouped_matmul"
     assert called(npu) == [fused, product]
@@ -165,13 +168,13 @@ def test_int8_rows(
 
 @pytest.mark.parametrize("swiglu", [True, False], ids=["swiglu", "other"])
 def test_int8_rows_unfused(npu: MockType, swiglu: bool) -> None:
-    weights = operands(torch.int8, torch.bfloat16)
+    w13, _ = operands(torch.int8, torch.bfloat16)
     rows, row_scale = torch.zeros(M, H, dtype=torch.int8), torch.ones(M)
-    functional.int8_mlp(
+    functional.int8_gate(
         rows,
         row_scale,
         COUNTS,
-        *weights,
+        w13,
         torch.bfloat16,
         None if swiglu else lambda x: x[:, ::2],
         fused=False,
@@ -180,7 +183,6 @@ def test_int8_rows_unfused(npu: MockType, swiglu: bool) -> None:
         "npu_grouped_matmul",
         *(["npu_swiglu"] if swiglu else []),
         "npu_dynamic_quant",
-        "npu_grouped_matmul",
     ]
 
 

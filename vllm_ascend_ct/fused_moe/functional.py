@@ -89,38 +89,24 @@ def sort_tokens(
     )
 
 
-def weight_only_mlp(
-    rows: torch.Tensor,
-    counts: torch.Tensor,
-    w13: Operands,
-    w2: Operands,
-    activation: Activation | None = None,
-) -> torch.Tensor:
-    """16-bit rows by int8 or int4 experts. Three launches with SwiGLU.
-
-    Args:
-        rows: `[M, H]` fp16 or bf16, sorted by expert.
-        counts: int64 `[E]`.
-        w13: Gate and up in N; scale and offset of the rows' dtype, bias fp32 for bf16
-            rows, fp16 for fp16 rows.
-        w2: Likewise.
-        activation: From `[M, N]` to `[M, I]`; None for SwiGLU.
-
-    Returns:
-        `[M, H]`, dtype of the rows.
-
-    """
-    hidden = weight_only_gate(rows, counts, w13, activation)
-    return weight_only_product(hidden, counts, w2)
-
-
 def weight_only_gate(
     rows: torch.Tensor,
     counts: torch.Tensor,
     w13: Operands,
     activation: Activation | None,
 ) -> torch.Tensor:
-    """The first product of `weight_only_mlp` and its activation, `[M, I]`."""
+    """Multiply 16-bit rows by gates and ups, and apply the activation.
+
+    Args:
+        rows: As of `weight_only_product`.
+        counts: As of `weight_only_product`.
+        w13: As of `weight_only_product`; gate and up in N.
+        activation: From `[M, N]` to `[M, I]`; None for SwiGLU.
+
+    Returns:
+        `[M, I]`, dtype of the rows.
+
+    """
     hidden = weight_only_product(rows, counts, w13)
     if activation is None:
         return torch.ops.npu.npu_swiglu(hidden)
@@ -130,7 +116,18 @@ def weight_only_gate(
 def weight_only_product(
     rows: torch.Tensor, counts: torch.Tensor, experts: Operands
 ) -> torch.Tensor:
-    """16-bit rows by the weights of either product of `weight_only_mlp`."""
+    """Multiply 16-bit rows by int8 or int4 experts. One launch.
+
+    Args:
+        rows: `[M, K]` fp16 or bf16, sorted by expert.
+        counts: int64 `[E]`.
+        experts: Scale and offset of the rows' dtype, bias fp32 for bf16 rows, fp16 for
+            fp16 rows.
+
+    Returns:
+        `[M, N]`, dtype of the rows.
+
+    """
     (product,) = torch.ops.npu.npu_grouped_matmul(
         [rows],
         [experts.weight],
@@ -146,43 +143,6 @@ def weight_only_product(
     return product
 
 
-def int8_mlp(
-    rows: torch.Tensor,
-    row_scale: torch.Tensor,
-    counts: torch.Tensor,
-    w13: Operands,
-    w2: Operands,
-    dtype: torch.dtype,
-    activation: Activation | None = None,
-    fused: bool = True,
-) -> torch.Tensor:
-    """int8 rows by int8 or int4 experts. Two launches if fused.
-
-    Args:
-        rows: int8 `[M, H]`, sorted by expert.
-        row_scale: fp32 `[M]`.
-        counts: int64 `[E]`.
-        w13: Gate and up in N. int8 has a scale `[E, N]`, fp32 if fused, else as w2, and
-            is in FRACTAL_NZ if fused. int4 is packed along N and contiguous; its scale
-            is fp32 bits in int64, `[E, G, N]`, or per channel `[E, N]` if fused and
-            `[E, 1, N]` if not.
-        w2: int8 with a scale `[E, H]`: bf16 for bf16 results, fp32 for fp16. int4 with
-            a scale `[E, G, H]`, G at least 1.
-        dtype: Of the results, bf16 or fp16.
-        activation: From `[M, N]` to `[M, I]`; None for SwiGLU, if not fused.
-        fused: Whether SwiGLU and the second quantization are fused with the first
-            product.
-
-    Returns:
-        `[M, H]`.
-
-    """
-    hidden, hidden_scale = int8_gate(
-        rows, row_scale, counts, w13, dtype, activation, fused
-    )
-    return int8_product(hidden, hidden_scale, counts, w2, dtype)
-
-
 def int8_gate(
     rows: torch.Tensor,
     row_scale: torch.Tensor,
@@ -192,7 +152,19 @@ def int8_gate(
     activation: Activation | None,
     fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first product of `int8_mlp`, its activation, and that quantized.
+    """Multiply int8 rows by gates and ups, apply the activation, and quantize.
+
+    One launch if fused.
+
+    Args:
+        rows: int8 `[M, H]`, sorted by expert.
+        row_scale: fp32 `[M]`.
+        counts: int64 `[E]`.
+        w13: Gate and up in N. Not fused as of `int8_product`. Fused: int8 is in
+            FRACTAL_NZ, its scale fp32; the scale of int4 per channel is `[E, N]`.
+        dtype: Of what is not fused, bf16 or fp16.
+        activation: From `[M, N]` to `[M, I]`; None for SwiGLU, as if fused.
+        fused: Whether one operator does it all.
 
     Returns:
         int8 `[M, I]` and its fp32 scale `[M]`.
@@ -226,7 +198,21 @@ def int8_product(
     experts: Operands,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """int8 rows by the weights of either product of `int8_mlp`."""
+    """Multiply int8 rows by int8 or int4 experts. One launch.
+
+    Args:
+        rows: int8 `[M, K]`, sorted by expert.
+        row_scale: fp32 `[M]`.
+        counts: int64 `[E]`.
+        experts: int8 with a scale `[E, N]`, bf16 for bf16 results, fp32 for fp16. int4
+            is packed along N and contiguous; its scale is fp32 bits in int64,
+            `[E, G, N]`, G at least 1.
+        dtype: Of the result, bf16 or fp16.
+
+    Returns:
+        `[M, N]`.
+
+    """
     (product,) = torch.ops.npu.npu_grouped_matmul(
         [rows],
         [experts.weight],
