@@ -71,11 +71,6 @@ def test_kernel_functions_know_no_layers() -> None:
         assert roots - {"collections", "typing"} == {"torch"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_are_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 300
-
-
 def test_importing_the_package_imports_nothing_heavy() -> None:
     out = run_ok(
         """
