@@ -4,10 +4,10 @@
 
 On disk a weight is int32 `[N, K * bits / 32]`: consecutive inputs as one stream of
 bits, lowest first, each value stored with 2 ** (bits - 1) added. The operators want
-two's complement in the same order, int4 or int8. So for 4 and 8 bits a layout is a
-flipped top bit and a transposed view: nothing is widened and nothing copied. The
-operator's document recommends this view for scales per channel. For int4 with groups it
-recommends what `int4.pack_outputs` makes. Other widths go to the next that an operator
+two's complement in the same order, int4 or int8. So for 8 bits, and for 4 with scales
+per channel, a layout is a flipped top bit and a transposed view: nothing is widened and
+nothing copied. For int4 with groups the operator's document recommends what
+`int4.pack_outputs` makes. Other widths go to the next that an operator
 has.
 """
 
