@@ -54,4 +54,6 @@ def _multiply(
 
 
 _LIBRARY.impl("weight_quant_batchmatmul", _multiply, "CompositeExplicitAutograd")
-torch.library.register_fake("ascend_ct::weight_quant_batchmatmul", _multiply)
+torch.library.register_fake(
+    "ascend_ct::weight_quant_batchmatmul", _multiply, lib=_LIBRARY
+)
