@@ -19,8 +19,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload import layerwise
 
-# What experts return who leave the sum over each token's rows to their caller. None in
-# releases whose modular kernel does not pass it on.
+# Result type of experts that leave the top-k reduction to the caller. None in releases
+# whose modular kernel does not pass it on.
 UnfinalizedMoEOutput: Any = None
 try:
     from vllm.model_executor.layers.fused_moe import moe_output
