@@ -55,7 +55,10 @@ def without_vllm_ascend(mocker: MockerFixture) -> None:
 
 
 def method_of(experts: AscendExperts) -> RoutedExpertsAscendMethod:
-    method = RoutedExpertsAscendMethod(SimpleNamespace(moe=experts.moe_config))
+    weights = SimpleNamespace(
+        moe=experts.moe_config, experts_cls=type(experts), num_bits=8
+    )
+    method = RoutedExpertsAscendMethod(weights)
     method.experts = experts
     return method
 

@@ -138,8 +138,7 @@ class FusedMoEAscendMethod(AscendMethod):
             PlatformError: vllm-ascend gave the layer LoRA adapters.
 
         """
-        if fused_moe.has_adapters(layer):
-            raise lora.refused(f"layer {layer.layer_name}, a LoRA context")
+        _refuse_adapters(layer)
         routing = {name: call.pop(name) for name in _ROUTING & call.keys()}
         logical = self.moe.num_logical_experts
         weights, ids, unchanged = fused_moe.select_experts(
@@ -178,6 +177,12 @@ class RoutedExpertsAscendMethod(AscendMethod):
 
     _counts: torch.Tensor
 
+    def __init__(self, method: Any) -> None:
+        super().__init__(method)
+        # The `QuantType` by which vllm-ascend quantizes what it sends. Of A5's int8
+        # operators of communication nothing is known.
+        self.sent_as = "NONE" if current_soc() is Soc.A5 else self._quant_type()
+
     @property
     def is_monolithic(self) -> bool:
         return False
@@ -208,20 +213,14 @@ class RoutedExpertsAscendMethod(AscendMethod):
             PlatformError: vllm-ascend gave the layer LoRA adapters.
 
         """
-        if fused_moe.has_adapters(layer):
-            raise lora.refused(f"layer {layer.layer_name}, a LoRA context")
+        _refuse_adapters(layer)
         if layer.apply_router_weight_on_input:
             # vllm-ascend's dispatchers weigh the output, and some the input as well.
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
         return routed_experts.compute(
-            self, layer, x, topk_weights, topk_ids, self._sent_as()
+            self, layer, x, topk_weights, topk_ids, self.sent_as
         )
-
-    def _sent_as(self) -> str:
-        """The `QuantType` by which vllm-ascend quantizes what it sends."""
-        # Of A5's int8 operators of communication nothing is known.
-        return "NONE" if current_soc() is Soc.A5 else self._quant_type()
 
     def supports_fused_activation(self, activation: Any) -> bool:
         """Whether `apply_gmm1_act_quant` has the activation, as always."""
@@ -248,3 +247,9 @@ class RoutedExpertsAscendMethod(AscendMethod):
         """Multiply by downs what `apply_gmm1_act_quant` returned for the same call."""
         rows: torch.Tensor = self.experts.down(hidden, scale, self._counts)
         return rows
+
+
+def _refuse_adapters(layer: Any) -> None:
+    """Refuse LoRA adapters that vllm-ascend gave a layer."""
+    if fused_moe.has_adapters(layer):
+        raise lora.refused(f"layer {layer.layer_name}, a LoRA context")

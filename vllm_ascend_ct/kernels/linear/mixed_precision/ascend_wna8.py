@@ -95,7 +95,7 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         # The operator's scales lie along N; it takes one row of them to pack.
         scale = scale.t().contiguous().float()
         packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
-        groups = (len(scale), n) if operator_group_size(self.config) else (n,)
+        groups = (len(scale), n) if self.group_size else (n,)
         replace_weight(layer, self.w_q_name, npu_weight)
         set_parameter(layer, self.w_s_name, packed.reshape(groups))
         set_parameter(layer, "activation_assist", assist)
