@@ -9,6 +9,7 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 
+from tests.layers.quantized_experts import factory_needed
 from tools.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.ascend_base import routed_experts
 from vllm_ascend_ct.errors import PlatformError
@@ -92,6 +93,7 @@ def test_what_is_not_computed_is_refused(field: str, value: Any) -> None:
         routed_experts.check(call(**{field: value}))
 
 
+@factory_needed
 @pytest.mark.parametrize(
     "laid_out", ["w4a16-g128", "w8a8-channel", "w4a8-channel"], indirect=True
 )
@@ -114,6 +116,7 @@ def test_rows_as_each_way_of_sending_brings_them(laid_out: AscendExperts) -> Non
         assert torch.equal(y[: COUNTS.sum()], expected)
 
 
+@factory_needed
 @pytest.mark.parametrize("laid_out", ["w8a8-channel"], indirect=True)
 def test_adapters_are_refused(laid_out: AscendExperts) -> None:
     method = method_of(laid_out)

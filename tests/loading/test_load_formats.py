@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -75,10 +74,7 @@ def test_dummy_weights(scheme: str) -> None:
     assert layer(activations(5, CASE.k, BF16))[0].isfinite().all()
 
 
-@pytest.mark.skipif(
-    not hasattr(fused_moe, "FusedMoEFactory"),
-    reason="this vLLM builds experts in another way",
-)
+@quantized_experts.factory_needed
 @pytest.mark.parametrize("scheme", quantized_experts.SERVED)
 def test_dummy_weights_of_experts(scheme: str) -> None:
     sizes = quantized_experts.Sizes(experts=4, hidden=256, intermediate=256, top_k=2)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from tests.layers import quantized_experts
@@ -223,10 +222,7 @@ def test_layers(cause: Callable[[], object], remedy: Remedy) -> None:
     assert said(error.value) is remedy
 
 
-@pytest.mark.skipif(
-    not hasattr(fused_moe, "FusedMoEFactory"),
-    reason="this vLLM builds experts in another way",
-)
+@quantized_experts.factory_needed
 def test_experts_of_ranks() -> None:
     choose_experts(ranks=2, group_size=128)
     with pytest.raises(UnsupportedCheckpointError, match="64 a rank") as error:

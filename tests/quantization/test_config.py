@@ -9,7 +9,6 @@ import torch
 from pytest_mock import MockerFixture
 from transformers import Qwen2Config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.linear import (
     WEIGHT_LOADER_V2_SUPPORTED,
     ColumnParallelLinear,
@@ -23,6 +22,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 )
 
 from tests import hooks
+from tests.layers import quantized_experts
 from tests.layers.quantized_layers import FUSED
 from tools import enumerate_configs
 from vllm_ascend_ct import compat
@@ -423,10 +423,7 @@ def test_shards_of_different_groups_with_one_scheme() -> None:
             enumerate_configs.experts,
             80,
             id="experts",
-            marks=pytest.mark.skipif(
-                not hasattr(fused_moe, "FusedMoEFactory"),
-                reason="this vLLM builds experts in another way",
-            ),
+            marks=quantized_experts.factory_needed,
         ),
     ],
 )
