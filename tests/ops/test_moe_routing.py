@@ -50,6 +50,15 @@ def test_rows_are_sorted_by_expert(active: tuple[int, int], cumulative: bool) ->
     )
 
 
+def test_quantized_rows_are_copied_with_their_scales() -> None:
+    call = init_routing_call(-1, scale=scales(TOKENS), x_dtype=torch.int8)
+    call.args[0] = torch.randint(-128, 128, (TOKENS, K), dtype=torch.int8)
+    rows, _, _, row_scale = call.run()
+    tokens = [flat // TOP_K for flat in sorted_choices(call, 0, EXPERTS)]
+    assert rows.dtype == torch.int8 and torch.equal(rows, call.args[0][tokens])
+    assert torch.equal(row_scale, call.kwargs["scale"][tokens])
+
+
 def test_scattered_index() -> None:
     call = init_routing_call(-1, row_idx_type=1)
     assert call.run()[1].tolist() == sorted_choices(call, 0, EXPERTS)
@@ -137,6 +146,12 @@ def finalize(args: dict[int, Any], **kwargs: Any) -> Call:
     return call
 
 
+def routing_of_int8() -> Call:
+    call = init_routing_call()
+    call.args[0] = call.args[0].to(torch.int8)
+    return call
+
+
 REPEATED = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
 
 
@@ -150,7 +165,9 @@ REPEATED = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
         (lambda: init_routing_call(drop_pad_mode=1), "drop_pad_mode=1"),
         (lambda: init_routing_call(active_num=3), "active_num=3; emulated: all 12"),
         (lambda: init_routing_call(scale=scales(2, K)), "scale is float32"),
-        (lambda: init_routing_call(-1, scale=scales(TOKENS)), "scale without quant"),
+        (lambda: init_routing_call(-1, scale=scales(1, K)), "scale is float32"),
+        (lambda: init_routing_call(-1, x_dtype=torch.int8), "x_dtype=1; emulated"),
+        (routing_of_int8, "x dtype torch.int8"),
         (lambda: unpermute({1: REPEATED}), "in range and different"),
         (lambda: unpermute({1: REPEATED - 1}), "in range and different"),
         (lambda: unpermute({1: REPEATED.long()}), "int32 1-D"),

@@ -167,15 +167,22 @@ class MoeInitRoutingLimits:
     """`npu_moe_init_routing_v2`."""
 
     x_dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
+    # Without quantization, mode -1.
+    copied_dtypes: tuple[torch.dtype, ...] = (*x_dtypes, torch.int8)
     quant_modes: tuple[int, ...] = (-1, 1)
     max_experts: int = 10240
 
     def refusal(
-        self, x_dtype: torch.dtype, expert_num: int, active: tuple[int, ...]
+        self,
+        x_dtype: torch.dtype,
+        quant_mode: int,
+        expert_num: int,
+        active: tuple[int, ...],
     ) -> str | None:
         """Why tokens cannot be sorted to the experts in `[start, end)`, or None."""
-        if x_dtype not in self.x_dtypes:
-            return f"x dtype {x_dtype}; supported: {names(self.x_dtypes)}"
+        dtypes = self.copied_dtypes if quant_mode == -1 else self.x_dtypes
+        if x_dtype not in dtypes:
+            return f"x dtype {x_dtype}; supported: {names(dtypes)}"
         most = min(expert_num, self.max_experts)
         if len(active) != 2 or not 0 <= active[0] < active[1] <= most:
             return f"active_expert_range={active}; supported: within [0, {most}]"

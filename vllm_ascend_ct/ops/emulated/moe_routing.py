@@ -5,7 +5,13 @@
 import torch
 
 from vllm_ascend_ct.ops.emulated.quantize import int8_values
-from vllm_ascend_ct.ops.emulated.registry import describe, emulates, poison, refuse
+from vllm_ascend_ct.ops.emulated.registry import (
+    as_dtype,
+    describe,
+    emulates,
+    poison,
+    refuse,
+)
 from vllm_ascend_ct.ops.limits import current_limits
 
 _INIT = "npu_moe_init_routing_v2"
@@ -62,14 +68,16 @@ def _init_routing_fake(
         row_idx_type,
         drop_pad_mode=drop_pad_mode,
         expert_capacity=expert_capacity,
-        x_dtype=x_dtype,
     )
+    if x_dtype is not None and as_dtype(_INIT, x_dtype) != x.dtype:
+        refuse(_INIT, f"x_dtype={x_dtype}; emulated: that of x, {x.dtype}")
     rows = expert_idx.numel()
     if active_num > 0 and active_num != rows:
         refuse(_INIT, f"active_num={active_num}; emulated: all {rows} rows")
-    if offset is not None or (scale is not None and quant_mode == _COPY):
-        refuse(_INIT, "offset, and scale without quantization, are not emulated")
-    if reason := limits.refusal(x.dtype, expert_num, tuple(active_expert_range)):
+    if offset is not None:
+        refuse(_INIT, "offset is not emulated")
+    active = tuple(active_expert_range)
+    if reason := limits.refusal(x.dtype, quant_mode, expert_num, active):
         refuse(_INIT, reason)
     dims = (x.dim(), expert_idx.dim(), expert_idx.dtype)
     # Not len(): while a model is traced it would fix the number of tokens.
@@ -80,11 +88,13 @@ def _init_routing_fake(
             "[T, H] and int32 [T, top-k]",
         )
     start, end = active_expert_range
-    smooth_shapes = ((end - start, x.shape[1]), (1, x.shape[1]))
+    shapes: tuple[tuple[int, ...], ...] = ((end - start, x.shape[1]), (1, x.shape[1]))
+    if quant_mode == _COPY:
+        shapes = (tuple(x.shape[:1]),)
     if scale is not None and (
-        scale.dtype != torch.float32 or tuple(scale.shape) not in smooth_shapes
+        scale.dtype != torch.float32 or tuple(scale.shape) not in shapes
     ):
-        refuse(_INIT, f"scale is {describe(scale)}; supported: fp32 {smooth_shapes}")
+        refuse(_INIT, f"scale is {describe(scale)}; supported: fp32 {shapes}")
     dtype = torch.int8 if quant_mode == _DYNAMIC else x.dtype
     return (
         x.new_empty((rows, x.shape[1]), dtype=dtype),
@@ -129,9 +139,10 @@ def npu_moe_init_routing_v2(
     `moe/moe_init_routing_v3`.
 
     Args:
-        x: `[T, H]` fp16, bf16 or fp32.
+        x: `[T, H]` fp16, bf16 or fp32; to copy, also int8.
         expert_idx: int32 `[T, top-k]`.
-        scale: With dynamic quantization, smoothing fp32 `(end - start, H)` or `(1, H)`.
+        scale: With dynamic quantization, smoothing fp32 `(end - start, H)` or `(1, H)`;
+            else fp32 `(T,)`, a token's, which is copied with it.
         offset: Not emulated.
         active_num: All rows.
         expert_capacity: Not emulated.
@@ -144,7 +155,7 @@ def npu_moe_init_routing_v2(
             default of a process.
         row_idx_type: 0: position of each (token, choice), -1 outside the range; 1: the
             (token, choice) at each position.
-        x_dtype: Not emulated.
+        x_dtype: None or the dtype of x.
 
     Returns:
         Rows `[T * top-k, H]`, indices int32 `[T * top-k]`, counts int64 `[end - start]`
@@ -183,11 +194,13 @@ def npu_moe_init_routing_v2(
     counts.copy_(torch.bincount(experts[order] - start, minlength=end - start))
     if expert_tokens_num_type == _CUMULATIVE:
         counts.copy_(counts.cumsum(0))
-    values = x[order // expert_idx.shape[1]]
+    tokens = order // expert_idx.shape[1]
     if quant_mode == _COPY:
-        rows[: len(order)] = values
+        rows[: len(order)] = x[tokens]
+        if scale is not None:
+            scales[: len(order)] = scale[tokens]
         return rows, indices, counts, scales
-    values = values.float()
+    values = x[tokens].float()
     if scale is not None:
         values *= scale[0] if len(scale) == 1 else scale[experts[order] - start]
     row_scale = values.abs().amax(dim=1, keepdim=True) / _INT8_MAX
