@@ -10,16 +10,24 @@ cd "$(dirname "$0")/.."
 tools/setup.sh
 # What is imported is compiled once, not in each process.
 unset PYTHONDONTWRITEBYTECODE
+failed=0
+# A stage that fails does not hide what others would say.
+stage() {
+  local start=$SECONDS
+  "$@" || failed=1
+  echo "test.sh: $((SECONDS - start)) s for $*"
+}
 if [ "${1:-}" = --long ]; then
-  .venv/bin/python -m pytest -m long -n logical --maxprocesses 2 --dist loadfile
-  .venv/bin/python -m tools.real_stack test -n logical --maxprocesses 4 --dist loadfile
-  .venv/bin/python -m tools.soft_npu test
-  .venv/bin/python -m tools.upstream_patches verify --changed
+  stage .venv/bin/python -m tools.soft_npu test
+  stage .venv/bin/python -m tools.upstream_patches verify --changed
   # Where the patches change what is called.
-  exec .venv/bin/python -m tools.upstream_patches test \
+  stage .venv/bin/python -m tools.upstream_patches test \
     tests/plugin tests/quantization tests/kernels tests/layers/test_experts.py \
-    tests/engine \
+    tests/engine/test_lora.py -n logical --maxprocesses 4 --dist loadfile
+  stage .venv/bin/python -m pytest -m long -n logical --maxprocesses 2 --dist loadfile
+  stage .venv/bin/python -m tools.real_stack test \
     -n logical --maxprocesses 4 --dist loadfile
+  exit $failed
 fi
 # Most tests quantize it. One core trains it while the other checks types.
 .venv/bin/python -m tools.tiny_model &

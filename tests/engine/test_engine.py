@@ -7,10 +7,6 @@ fuses has to share a scheme. A wrong scale, zero point or layout in any one of t
 moves the mean difference far over the tolerance.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +15,6 @@ import torch
 from pytest_mock import MockerFixture
 
 from tests.engine.selection import mostly_long
-from tools.compare_logprobs import two_ranks
 from tools.logprobs import mean_difference, reference, served
 from tools.make_checkpoint import SCHEMES
 
@@ -42,16 +37,6 @@ RECIPES = {
     family: dict(zip(TARGETS, schemes, strict=True))
     for family, schemes in FAMILIES.items()
 }
-# One layer of each kernel; a rank's share of the second module is one group of 128.
-TWO_RANKS = dict(
-    zip(
-        TARGETS,
-        ["w4a16-g32-asym", "w4a16-g128", "w8a16-g64-asym", "w4a16-channel-asym"]
-        + ["w8a8-channel-dynamic", "w8a8-tensor-static-asym"]
-        + ["w8a8-channel-dynamic-asym", "w8a8-channel-static"],
-        strict=True,
-    )
-)
 # Mean absolute difference of log-probabilities: 16-bit arithmetic, and activations that
 # the reference does not quantize.
 TOLERANCES = {
@@ -149,29 +134,6 @@ def test_embedding_and_output_head(checkpoint: MakeCheckpoint, eager: bool) -> N
 def test_output_head_tied_to_a_quantized_embedding(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint({"Embedding": "w4a16-g32", "Linear": "w8a16-channel"}, tied=True)
     assert mean_difference(served(path), reference(path)) < TOLERANCES["w4a16"]
-
-
-@pytest.mark.long
-def test_two_ranks(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
-    path, out = checkpoint(TWO_RANKS), tmp_path / "logprobs.json"
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": two_ranks(),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "tools.logprobs",
-        str(out),
-        str(path),
-        "--ranks",
-        "2",
-    ]
-    subprocess.run(command, env=environment, check=True)
-    logprobs = json.loads(out.read_text())[path.name]
-    assert isinstance(logprobs, list), logprobs
-    assert mean_difference(logprobs, reference(path)) < TOLERANCES["w8a8"]
 
 
 def test_a_wrong_scale_shows(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

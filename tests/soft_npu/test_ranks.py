@@ -9,7 +9,7 @@ import pytest
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 
-pytestmark = [pytest.mark.soft_npu, pytest.mark.long]
+pytestmark = pytest.mark.soft_npu
 W8A8 = "qwen3-moe/w8a8-channel-dynamic"
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 # What exchanges tokens; vllm-ascend chooses by chip and number of tokens.
@@ -46,10 +46,30 @@ CASES: dict[str, tuple[str, Run, set[str]]] = {
         {"checkpoint": W8A8, **EXPERTS},
         ALL_TO_ALL | MC2,
     ),
+    # The other layouts of weights and of what is sent.
+    **{
+        f"{name} of {scheme}": (
+            chip,
+            {"checkpoint": f"qwen3-moe/{scheme}", **EXPERTS},
+            operators,
+        )
+        for scheme in ("w4a16-channel-asym", "w8a16-channel", "w4a8-channel")
+        for name, chip, operators in (
+            ("all-gather", "A2", ALL_GATHER),
+            ("all-to-all and MC2", "A3", ALL_TO_ALL | MC2),
+        )
+    },
 }
+IN_USUAL_RUN = "all-to-all and MC2 of int8"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name != IN_USUAL_RUN))
+        for name in CASES
+    ],
+)
 def test_close_to_float32(serve: Callable[..., list[Result]], name: str) -> None:
     chip, case, operators = CASES[name]
     run = {**case, **EAGER, **SMALL}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which config is in charge where another release of vllm-ascend is installed."""
+"""Which platform and config a process gets where vllm-ascend is installed."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tools.soft_npu.suite import CHECKPOINTS
 from vllm_ascend_ct import releases
 
 pytestmark = pytest.mark.soft_npu
-PLUGINS = ["ascend_ct", "ascend,ascend_ct"]
+PLATFORMS = {"ascend_ct": "NPUAscendCTPlatform", "ascend,ascend_ct": "NPUPlatform"}
 # As an engine is configured, and as its other processes begin.
 SCRIPT = """
 import sys
@@ -28,17 +28,29 @@ if sys.argv[2] == "main":
 else:
     load_general_plugins()
     print("SERVES", get_quantization_config("compressed-tensors").__name__)
+
+from vllm.model_executor.models import ModelRegistry
+from vllm.platforms import current_platform
+
+print("PLATFORM", type(current_platform).__name__)
+print("MODELS", sum(
+    "vllm_ascend." in str(getattr(model, "module_name", ""))
+    for model in ModelRegistry.models.values()))
+print("OURS", "vllm_ascend_ct.register" in sys.modules)
 """
 
 
 def start(
-    device: environment.Device, plugins: str, script: str, *arguments: str
+    device: environment.Device, plugins: str | None, script: str, *arguments: str
 ) -> tuple[int, str]:
     """Exit code and output of a process."""
-    variables = environment.variables(device)
+    variables = environment.variables(device) | {"HF_HUB_OFFLINE": "1"}
+    variables.pop("VLLM_PLUGINS", None)
+    if plugins is not None:
+        variables["VLLM_PLUGINS"] = plugins
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        env=variables | {"VLLM_PLUGINS": plugins, "HF_HUB_OFFLINE": "1"},
+        env=variables,
         capture_output=True,
         text=True,
         timeout=200,
@@ -46,25 +58,47 @@ def start(
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    "process", ["main", pytest.param("other", marks=pytest.mark.long)]
-)
-@pytest.mark.parametrize("plugins", PLUGINS)
-@pytest.mark.parametrize(
-    "release",
-    [
-        # Of each row the last in the usual run.
-        pytest.param(name, marks=[pytest.mark.long] * (name != row.vllm_ascend[-1]))
-        for row in releases.served(on_npu=True)
-        for name in row.vllm_ascend
-    ],
-)
-def test_in_charge(release: str, plugins: str, process: str) -> None:
+def report(release: str, plugins: str | None, process: str) -> dict[str, str]:
+    """What a process says of itself."""
     checkpoint = str(CHECKPOINTS / "dense-w4a16")
     device = environment.Device(release)
     code, output = start(device, plugins, SCRIPT, checkpoint, process)
     assert code == 0, output[-3000:]
-    assert "SERVES AscendCTConfig" in output
+    said = (line.split() for line in output.splitlines())
+    names = ("SERVES", "PLATFORM", "MODELS", "OURS")
+    return {words[0]: words[1] for words in said if words and words[0] in names}
+
+
+RELEASES = [
+    # Of each row the last in the usual run.
+    pytest.param(name, marks=[pytest.mark.long] * (name != row.vllm_ascend[-1]))
+    for row in releases.served(on_npu=True)
+    for name in row.vllm_ascend
+]
+
+
+@pytest.mark.parametrize(
+    "process", ["main", pytest.param("other", marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("plugins", PLATFORMS)
+@pytest.mark.parametrize("release", RELEASES)
+def test_in_charge(release: str, plugins: str, process: str) -> None:
+    said = report(release, plugins, process)
+    assert said["SERVES"] == "AscendCTConfig"
+    assert said["PLATFORM"] == PLATFORMS[plugins]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("process", ["main", "other"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_not_asked_for(release: str, process: str) -> None:
+    """Nothing of ours is in; with us alone, all of its general plugins ran as well."""
+    without = report(release, None, process)
+    assert without["SERVES"] == "AscendCompressedTensorsConfig"
+    assert without["PLATFORM"] == "NPUPlatform" and without["OURS"] == "False"
+    assert report(release, "ascend", process)["OURS"] == "False"
+    with_us = report(release, "ascend_ct", process)
+    assert int(with_us["MODELS"]) == int(without["MODELS"]) > 0
 
 
 LATENT_QUERY = """
