@@ -105,6 +105,7 @@ def init_routing_call(quant_mode: int = 1, **options: Any) -> Call:
         "npu_moe_init_routing_v2",
         [torch.randn(TOKENS, K).bfloat16(), choices()],
         {
+            "active_num": TOKENS * TOP_K,
             "expert_num": EXPERTS,
             "active_expert_range": [0, EXPERTS],
             "expert_tokens_num_type": 1,
@@ -131,11 +132,11 @@ def finalize_call(dtype: torch.dtype = torch.bfloat16) -> Call:
     """As `unpermute_call`, with every third row missing."""
     order = torch.randperm(TOKENS * TOP_K, dtype=torch.int32)
     order[::3] = -1
-    rows = torch.randn(TOP_K, TOKENS, K).to(dtype)
+    rows = torch.randn(TOKENS * TOP_K, 1, K).to(dtype)
     weights = torch.rand(TOKENS, TOP_K).to(dtype)
     return Call(
         "npu_moe_finalize_routing",
-        [rows, None, None, None, weights, order, None],
+        [rows, None, None, None, weights, order, choices()],
         {"drop_pad_mode": 3},
     )
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_ascend_ct.ops.traced import moe_init_routing
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 _COUNTS = 1
 _DYNAMIC = 1
@@ -77,14 +79,8 @@ def sort_tokens(
 
     """
     return SortedTokens(
-        *torch.ops.npu.npu_moe_init_routing_v2(
-            x,
-            topk_ids,
-            expert_num=num_experts,
-            expert_tokens_num_type=_COUNTS,
-            expert_tokens_num_flag=True,
-            quant_mode=_DYNAMIC if quantize else -1,
-            active_expert_range=list(experts),
+        *moe_init_routing(
+            x, topk_ids, list(experts), num_experts, _DYNAMIC if quantize else -1
         )
     )
 
@@ -232,6 +228,7 @@ def combine(
     rows: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
     all_here: bool,
 ) -> torch.Tensor:
     """Sum the rows of each token. One launch, or with some not here two.
@@ -240,6 +237,7 @@ def combine(
         rows: `[T * top-k, H]` fp16 or bf16, sorted by expert.
         index: int32 `[T * top-k]`, token-major.
         weights: `[T, top-k]`; None for one row a token, unweighted.
+        topk_ids: `[T, top-k]`.
         all_here: Whether no index is -1.
 
     Returns:
@@ -248,18 +246,15 @@ def combine(
     """
     if all_here:
         return torch.ops.npu.npu_moe_token_unpermute(rows, index, weights)
-    top_k = 1
-    if weights is not None:
-        top_k = weights.shape[1]
-        weights = weights.to(rows.dtype)
-    # The operator wants as many experts as choices; it only flattens them.
+    # Each row as an expert of one: those who ran this mode on a chip call it so, ids
+    # included, which without a bias are not read.
     return torch.ops.npu.npu_moe_finalize_routing(
-        rows.unflatten(0, (top_k, -1)),
+        rows.unsqueeze(1),
         None,
         None,
         None,
-        weights,
+        None if weights is None else weights.to(rows.dtype),
         index,
-        None,
+        topk_ids.to(torch.int32),
         drop_pad_mode=_DROP_PAD_BY_TOKEN,
     )
