@@ -86,19 +86,19 @@ EXPERT_ROWS: Rows = {
     ("W2A16, W3A16, W4A16", "pack-quantized", "5"): _row(4, _GROUP),
     ("W5A16 to W8A16 per channel", "pack-quantized", "5"): _row(8, _CHANNEL),
     ("W5A16 to W8A16 in groups", "pack-quantized", ""): _row(8, _GROUP),
-    ("W8A8, dynamic, symmetric", "int-quantized", "4"): _row(
+    ("W8A8, dynamic, symmetric", "int-quantized", "5"): _row(
         8, _CHANNEL, _TOKEN, "int-quantized"
     ),
     ("W8A8, dynamic, asymmetric", "int-quantized", "5"): _row(
         8, _CHANNEL, {**_TOKEN, "symmetric": False}, "int-quantized"
     ),
     ("W8A8, static", "int-quantized", ""): _row(8, _CHANNEL, _TENSOR, "int-quantized"),
-    ("W4A8 per channel or in groups of 256", "either", "4"): _row(
+    ("W4A8 per channel or in groups of 256", "either", "5"): _row(
         4, _GROUP_256, _TOKEN, "int-quantized"
     ),
     ("W4A8 in other groups", "either", "5"): _row(4, _GROUP, _TOKEN, "int-quantized"),
-    ("W2A8, W3A8 like W4A8", "pack-quantized", "4"): _row(3, _CHANNEL, _TOKEN),
-    ("W5A8 to W8A8 per channel", "pack-quantized", "4"): _row(8, _CHANNEL, _TOKEN),
+    ("W2A8, W3A8 like W4A8", "pack-quantized", "5"): _row(3, _CHANNEL, _TOKEN),
+    ("W5A8 to W8A8 per channel", "pack-quantized", "5"): _row(8, _CHANNEL, _TOKEN),
 }
 
 

@@ -152,12 +152,13 @@ def test_int8_rows(
     fused, product = "npu_grouped_matmul_swiglu_quant_v2", "npu_grouped_matmul"
     assert called(npu) == [fused, product]
     args, kwargs = npu.npu_grouped_matmul_swiglu_quant_v2.call_args
-    assert args == (rows, [w13.weight], [w13.scale], row_scale, COUNTS)
+    assert args[:4] == (rows, [w13.weight], [w13.scale], row_scale)
+    assert args[4].tolist() == [4, 4, 7, 10] and args[4].dtype == torch.int64
     assert kwargs == {
         "weight_assist_matrix": [assist] if weight == torch.int32 else None,
         "dequant_mode": 1 if groups else 0,
         "dequant_dtype": torch.float32,
-        "group_list_type": 1,
+        "group_list_type": 0,
     }
     (call,) = npu.npu_grouped_matmul.call_args_list
     assert call.args[0][0].dtype == torch.int8 and call.args[1] == [w2.weight]

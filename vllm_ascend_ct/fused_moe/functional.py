@@ -15,7 +15,7 @@ import torch
 from vllm_ascend_ct.ops.traced import moe_init_routing
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-_COUNTS = 1
+_CUMULATIVE, _COUNTS = 0, 1
 _DYNAMIC = 1
 # Row-major, and an index may be -1.
 _DROP_PAD_BY_TOKEN = 3
@@ -150,7 +150,7 @@ def int8_gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply int8 rows by gates and ups, apply the activation, and quantize.
 
-    One launch if fused.
+    Two launches if fused.
 
     Args:
         rows: int8 `[M, H]`, sorted by expert.
@@ -160,7 +160,8 @@ def int8_gate(
             FRACTAL_NZ, its scale fp32; the scale of int4 per channel is `[E, N]`.
         dtype: Of what is not fused, bf16 or fp16.
         activation: From `[M, N]` to `[M, I]`; None for SwiGLU, as if fused.
-        fused: Whether one operator does it all.
+        fused: Whether one operator does it all. Its numbers are known from a chip for
+            a list that says where each expert's rows end.
 
     Returns:
         int8 `[M, I]` and its fp32 scale `[M]`.
@@ -172,12 +173,12 @@ def int8_gate(
             [w13.weight],
             [w13.scale],
             row_scale,
-            counts,
+            counts.cumsum(0),
             weight_assist_matrix=None if w13.bias is None else [w13.bias],
             dequant_mode=int(w13.scale.dim() == 3),
             # An earlier default is one that the operator itself refuses.
             dequant_dtype=torch.float32,
-            group_list_type=_COUNTS,
+            group_list_type=_CUMULATIVE,
         )
     hidden = int8_product(rows, row_scale, counts, w13, dtype)
     if activation is None:

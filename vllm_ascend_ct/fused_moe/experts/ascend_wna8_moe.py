@@ -21,7 +21,7 @@ from vllm_ascend_ct.weights.pack_quantized import operator_bits
 class AscendWNA8Experts(AscendExperts):
     """Activations quantized to int8 per token, by int4 or int8 weights.
 
-    Four launches with SwiGLU. The layer gains `w13_assist` and `w2_assist` where the
+    Five launches with SwiGLU. The layer gains `w13_assist` and `w2_assist` where the
     weights are int4.
     """
 
