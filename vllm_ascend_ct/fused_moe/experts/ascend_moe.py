@@ -26,7 +26,9 @@ from vllm_ascend_ct.fused_moe.functional import (
     combine,
     sort_tokens,
 )
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import Form
 
 
 class AscendExperts(mk.FusedMoEExpertsModular):
@@ -95,7 +97,12 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         for name, (k, n) in self.products(self.moe_config).items():
             self._lay_out(layer, name, k, n)
         self._layer = layer
+        announce(self, *self._forms())
         self._prepare_forward(getattr(layer, "_expert_map", None))
+
+    @abstractmethod
+    def _forms(self) -> list[Form]:
+        """The calls that multiply, and quantize in between."""
 
     @abstractmethod
     def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:

@@ -11,6 +11,7 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 )
 
 from vllm_ascend_ct import compat
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import dynamic_quant_int4_matmul
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
@@ -22,10 +23,18 @@ from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
 )
 from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     biased_quant_matmul,
+    int8_layout,
     npu_int8_weight,
 )
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import (
+    CONTIGUOUS,
+    DYNAMIC_QUANT,
+    QUANT_MATMUL,
+    ROWS,
+    Form,
+)
 from vllm_ascend_ct.weights import int4, pack_quantized
 
 
@@ -79,6 +88,14 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
             self._process_int4(layer, scale)
         else:
             self._process_int8(layer, scale)
+        announce(self, Form(DYNAMIC_QUANT, "dynamic", ROWS), self._product())
+
+    def _product(self) -> Form:
+        if pack_quantized.operator_bits(self.config.weight_type.size_bits) == 8:
+            _, n = self.config.partition_weight_shape
+            return Form(QUANT_MATMUL, "w8a8", int8_layout(n))
+        groups = "group" if self.group_size else "channel"
+        return Form(QUANT_MATMUL, f"w4a8-{groups}", CONTIGUOUS)
 
     def _process_int8(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
         k, _ = self.config.partition_weight_shape

@@ -11,6 +11,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
 )
 
 from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_asymmetric_quant_matmul,
     dynamic_quant_matmul,
@@ -19,6 +20,17 @@ from vllm_ascend_ct.kernels.linear.functional import (
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import OperandTable, current_limits
+from vllm_ascend_ct.ops.precedents import (
+    DYNAMIC_QUANT,
+    DYNAMIC_QUANT_ASYMMETRIC,
+    NZ,
+    QUANT_MATMUL,
+    QUANTIZE,
+    ROWS,
+    TRANSPOSED,
+    TRANSPOSED_NZ,
+    Form,
+)
 from vllm_ascend_ct.weights.int_quantized import (
     int32_bias,
     to_npu_weight,
@@ -73,6 +85,16 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             set_parameter(layer, azp_adj_name, weight_sum(weight.data).float())
         set_parameter(layer, scale_name, scale)
         set_parameter(layer, weight_name, npu_int8_weight(weight.data))
+        quantization, kind = self._forms()
+        announce(self, quantization, Form(QUANT_MATMUL, kind, int8_layout(len(scale))))
+
+    def _forms(self) -> tuple[Form, str]:
+        """How activations are quantized, and what kind of product takes them."""
+        if self.config.is_static_input_scheme:
+            return Form(QUANTIZE, "static", "divided"), "w8a8-static"
+        if self.config.input_symmetric:
+            return Form(DYNAMIC_QUANT, "dynamic", ROWS), "w8a8"
+        return Form(DYNAMIC_QUANT_ASYMMETRIC, "dynamic", ROWS), "w8a8-asymmetric"
 
     def _process_static(
         self, layer: Any, weight: torch.Tensor, scale: torch.Tensor
@@ -133,12 +155,16 @@ def biased_quant_matmul(
     return dynamic_quant_matmul(x, weight, scale) + bias
 
 
+def int8_layout(n: int) -> str:
+    """How the chip in use reads int8 weights of `n` outputs."""
+    limits = current_limits().quant_matmul
+    if limits.transposed_nz:
+        return TRANSPOSED_NZ
+    # In FRACTAL_NZ N is the inner axis.
+    return NZ if ascend_base.prefers_nz() and n <= limits.max_size else TRANSPOSED
+
+
 def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:
     """Lay int8 `[N, K]` out as the chip in use reads it: `[K, N]`."""
-    limits = current_limits().quant_matmul
-    return to_npu_weight(
-        weight,
-        # In FRACTAL_NZ N is the inner axis.
-        nz=ascend_base.prefers_nz() and len(weight) <= limits.max_size,
-        transposed_nz=limits.transposed_nz,
-    )
+    layout = int8_layout(len(weight))
+    return to_npu_weight(weight, nz=layout == NZ, transposed_nz=layout == TRANSPOSED_NZ)
