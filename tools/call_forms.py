@@ -14,6 +14,7 @@ from vllm_ascend_ct.ops.precedents import (
     GROUPED,
     NZ,
     QUANT_MATMUL,
+    QUANT_MATMUL_DEQUANT,
     QUANTIZE,
     ROWS,
     TRANSPOSED,
@@ -34,12 +35,7 @@ _KINDS = {
 
 
 def form_of(operator: str, args: list[Any], kwargs: dict[str, Any]) -> Form:
-    """Tell a call's form by its arguments, as `tools.record_npu_calls` keeps them.
-
-    Raises:
-        KeyError: No call of the operator is known.
-
-    """
+    """Tell a call's form by its arguments, as `tools.record_npu_calls` keeps them."""
     schema = getattr(torch.ops.npu, operator).default._schema
     # The dispatcher leaves out what is as by default.
     named = {argument.name: argument.default_value for argument in schema.arguments}
@@ -51,6 +47,8 @@ def form_of(operator: str, args: list[Any], kwargs: dict[str, Any]) -> Form:
     if operator == QUANTIZE:
         layout = "divided" if named["div_mode"] else "reciprocal"
         return Form(operator, "static", layout)
+    if operator not in _PRODUCTS:
+        return Form(operator, "unknown", "unknown")
     kind, weight = _PRODUCTS[operator](named)
     return Form(operator, kind, _layout(weight))
 
@@ -70,6 +68,10 @@ def _quant_matmul(named: dict[str, Any]) -> tuple[str, Any]:
         return "w8a8", weight
     is_int32 = named["output_dtype"] in (torch.int32, _INT32)
     return f"w8a8-{'asymmetric' if is_int32 else 'static'}", weight
+
+
+def _quant_matmul_dequant(named: dict[str, Any]) -> tuple[str, Any]:
+    return "w8a8", named["quantized_weight"]
 
 
 def _grouped(named: dict[str, Any]) -> tuple[str, Any]:
@@ -97,6 +99,7 @@ _INT32 = 3
 _PRODUCTS = {
     WEIGHT_ONLY: _weight_only,
     QUANT_MATMUL: _quant_matmul,
+    QUANT_MATMUL_DEQUANT: _quant_matmul_dequant,
     GROUPED: _grouped,
     FUSED_GATE: _fused_gate,
 }

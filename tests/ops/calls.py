@@ -76,6 +76,14 @@ def quant_matmul_call(
     )
 
 
+def quant_matmul_dequant_call() -> Call:
+    return Call(
+        "npu_quant_matmul_dequant",
+        [x(torch.float16), int8(N, K), scales(N) * 1e-2],
+        {"quant_mode": "pertoken"},
+    )
+
+
 def a8w4_call(
     out_dtype: torch.dtype = torch.bfloat16, group: int = 256, k: int = 512
 ) -> Call:
@@ -244,4 +252,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "npu_moe_token_unpermute": unpermute_call,
     "npu_moe_finalize_routing": finalize_call,
     "npu_swiglu": lambda: Call("npu_swiglu", [x()]),
+}
+# Of operators that the other chips lack.
+CALLS_310P: dict[str, Callable[[], Call]] = {
+    "npu_quant_matmul_dequant": quant_matmul_dequant_call,
 }

@@ -15,6 +15,7 @@ from vllm_ascend_ct.kernels import announce
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
+from vllm_ascend_ct.ops.layouts import CHOICES
 from vllm_ascend_ct.ops.precedents import PRECEDENTS, Form, precedent
 from vllm_ascend_ct.ops.soc import Soc
 
@@ -25,6 +26,8 @@ DTYPES = {Soc.ASCEND_310P: torch.float16}
 # One of each way of calling products, for a test of seconds.
 # What a layer calls beside its products and what quantizes for them.
 UNANNOUNCED = ("routing", "activation", "loading")
+IN_OTHER_LAYOUTS = ["w4a16-g64", "w4a8-channel", "w8a8-channel-dynamic"]
+IN_OTHER_LAYOUTS += ["w8a8-channel-static"]
 SOME = ["w4a16-g64-asym", "w8a16-channel", "w4a8-channel", "w8a8-channel-static"]
 
 
@@ -65,6 +68,10 @@ def test_each_call_has_a_row_and_each_row_a_call(
         made |= made_calls(schemes, soc)
     # Whose scales are packed for float16 models only.
     made |= made_calls(["w8a8-channel-static"], soc, torch.float16)
+    # Where there is a choice, the other.
+    others = (f"{k}={c.names[1]}" for k, c in CHOICES.items() if soc in c.chips)
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", ",".join(others))
+    made |= made_calls(IN_OTHER_LAYOUTS, soc)
     assert without_a_row(made, soc) == set()
     assert {row.form for row in PRECEDENTS if soc in row.chips} - made == set()
     announced = {call.args[0] for call in looked_up.call_args_list}
@@ -92,9 +99,7 @@ def test_a_call_without_a_row_is_found(mocker: MockerFixture) -> None:
     def quantizing(
         kernel: AscendWNA16LinearKernel, layer: object, x: torch.Tensor, bias: object
     ) -> torch.Tensor:
-        torch.ops.npu.npu_quantize(
-            x, x.new_ones(1), x.new_ones(1), torch.qint8, -1, False
-        )
+        torch.ops.npu.npu_convert_weight_to_int4pack(x.new_zeros(8, 8).int())
         return apply_weights(kernel, layer, x, None)
 
     mocker.patch.object(AscendWNA16LinearKernel, "apply_weights", quantizing)
@@ -103,7 +108,7 @@ def test_a_call_without_a_row_is_found(mocker: MockerFixture) -> None:
     forms = {form_of(*call) for call in calls.values()}
     assert without_a_row(forms, Soc.A2) == {
         Form("npu_weight_quant_batchmatmul", "w4a16-channel", "contiguous"),
-        Form("npu_quantize", "static", "reciprocal"),
+        Form("npu_convert_weight_to_int4pack", "unknown", "unknown"),
     }
 
 

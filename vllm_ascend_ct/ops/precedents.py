@@ -50,6 +50,7 @@ class Precedent:
 
 WEIGHT_ONLY = "npu_weight_quant_batchmatmul"
 QUANT_MATMUL = "npu_quant_matmul"
+QUANT_MATMUL_DEQUANT = "npu_quant_matmul_dequant"
 GROUPED = "npu_grouped_matmul"
 FUSED_GATE = "npu_grouped_matmul_swiglu_quant_v2"
 DYNAMIC_QUANT = "npu_dynamic_quant"
@@ -160,6 +161,23 @@ PRECEDENTS: tuple[Precedent, ...] = (
         f"by reciprocals of the model's dtype: {_METHODS}w8a8_static.py",
     ),
     _row(
+        QUANTIZE,
+        "static",
+        "reciprocal",
+        _A2_A3,
+        f"{_METHODS}w8a8_static.py; sgl-project/sglang",
+        "serving",
+    ),
+    _row(QUANTIZE, "static", "reciprocal", _A5, None),
+    _row(
+        QUANTIZE,
+        "static",
+        "reciprocal",
+        _310P,
+        f"{_METHODS_310P}w8a8_static.py",
+        "serving",
+    ),
+    _row(
         QUANT_MATMUL,
         "w8a8",
         NZ,
@@ -184,6 +202,14 @@ PRECEDENTS: tuple[Precedent, ...] = (
         _310P,
         f"{_METHODS_310P}w8a8_dynamic.py",
         "serving, with an accuracy issue that the file mentions",
+    ),
+    _row(
+        QUANT_MATMUL_DEQUANT,
+        "w8a8",
+        CONTIGUOUS,
+        _310P,
+        "vllm-project/vllm-ascend #11427",
+        "310P, Qwen3-32B",
     ),
     _row(
         QUANT_MATMUL,

@@ -20,6 +20,7 @@ from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.precedents import CONTIGUOUS, TRANSPOSED, WEIGHT_ONLY, Form
@@ -153,6 +154,7 @@ def _packs_outputs(c: MPLinearLayerConfig) -> bool:
     return (
         pack_quantized.operator_bits(c.weight_type.size_bits) == 4
         and operator_group_size(c) != 0
+        and layouts.chosen("w4a16-group") == CONTIGUOUS
         and n % INT4_PER_INT32 == 0
         and n <= current_limits().weight_quant_batchmatmul.max_size
     )
