@@ -58,6 +58,14 @@ def test_int8_by_int4_with_a_repeated_scale(
     assert error < tolerance(scheme, dtype)
 
 
+def test_inputs_that_are_no_whole_groups_keep_one_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w4a8-channel=repeated")
+    layer, _ = load(row_case(384, 96), "w4a8-channel", BF16, bias=False)
+    assert layer.weight_scale.shape == (96,)
+
+
 class Reciprocal(FormulaLinear):
     """Quantizes by the reciprocal that the model's dtype holds."""
 

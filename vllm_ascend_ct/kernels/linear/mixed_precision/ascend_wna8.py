@@ -150,11 +150,13 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
 
 def _int4_group_size(c: MPLinearLayerConfig) -> int:
     """The operator's group size; 0 for one scale a channel."""
-    limits = current_limits().a8w4
+    group_size, limits = operator_group_size(c), current_limits().a8w4
+    if group_size or limits is None:
+        return group_size
     repeats = layouts.chosen("w4a8-channel") == layouts.REPEATED
-    if limits is None or not repeats:
-        return operator_group_size(c)
-    return operator_group_size(c) or limits.group_sizes[0]
+    (repeated,) = limits.group_sizes
+    fits = c.partition_weight_shape[0] % repeated == 0
+    return repeated if repeats and fits else 0
 
 
 def with_quantized_activations(
