@@ -152,7 +152,8 @@ def forward(sizes: Sizes) -> Callable[[tuple[AscendExperts, Any]], None]:
         experts.defers_finalize = True
         rows = experts.apply(**arguments)
         index = rows.expanded_idx_to_permuted_idx
-        experts.finalize(rows.gemm2_permuted, index, rows.expert_weights)
+        topk_ids = arguments["topk_ids"]
+        experts.finalize(rows.gemm2_permuted, index, rows.expert_weights, topk_ids)
 
     return run
 

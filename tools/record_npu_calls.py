@@ -4,8 +4,8 @@
 
     python -m tools.record_npu_calls [--out build/npu-calls.pt]
 
-Runs a linear layer and experts of every scheme on the emulated platform, and writes
-each call that is not like another. `VLLM_ASCEND_CT_SOC` names the chip.
+Runs layers of every scheme and kind on the emulated platform, and writes each call that
+is not like another. `VLLM_ASCEND_CT_SOC` names the chip.
 
     python -m tools.real_stack run python -m tools.record_npu_calls
 
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.emulated.registry import is_nz
+from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.soc import current_soc
 
 OUT = Path("build/npu-calls.pt")
@@ -86,10 +87,19 @@ Run = Callable[[str, torch.dtype], None]
 def layers() -> dict[str, Run]:
     """Upstream's layers, where they can be built."""
     from tests.layers import quantized_experts as experts
-    from tests.layers.quantized_layers import activations, load, row_case
+    from tests.layers.quantized_layers import (
+        activations,
+        load,
+        load_embedding,
+        load_head,
+        row_case,
+    )
+    from vllm_ascend_ct.fused_moe.functional import combine
 
     case = row_case(512, 96)
     sizes = experts.Sizes(4, hidden=256, intermediate=256, top_k=2)
+    # More than one group of 256.
+    wider = experts.Sizes(4, hidden=512, intermediate=512, top_k=2)
 
     def run_linear(scheme: str, dtype: torch.dtype) -> None:
         layer, _ = load(case, scheme, dtype, bias=True)
@@ -97,12 +107,39 @@ def layers() -> dict[str, Run]:
             layer(activations(tokens, case.k, dtype))
 
     def run_experts(scheme: str, dtype: torch.dtype) -> None:
-        runner, _ = experts.load(sizes, scheme, dtype)
+        of_scheme = wider if "-g256" in scheme else sizes
+        runner, _ = experts.load(of_scheme, scheme, dtype)
         for tokens in TOKENS:
-            x = activations(tokens, sizes.hidden, dtype)
-            experts.run(runner, x, experts.routing(sizes, tokens))
+            x = activations(tokens, of_scheme.hidden, dtype)
+            experts.run(runner, x, experts.routing(of_scheme, tokens))
 
-    return {"linear": run_linear, "experts": run_experts}
+    def run_head(scheme: str, dtype: torch.dtype) -> None:
+        layer, _ = load_head(sizes.hidden, sizes.hidden, scheme, dtype)
+        for tokens in TOKENS:
+            layer.quant_method.apply(layer, activations(tokens, sizes.hidden, dtype))
+
+    def run_tied_head(scheme: str, dtype: torch.dtype) -> None:
+        layer, _ = load_embedding(sizes.hidden, sizes.hidden, scheme, dtype)
+        for tokens in TOKENS:
+            layer(torch.arange(tokens))
+            layer.quant_method.apply(layer, activations(tokens, sizes.hidden, dtype))
+
+    def run_combine(scheme: str, dtype: torch.dtype) -> None:
+        if not current_limits().grouped_matmul:
+            return
+        for tokens in TOKENS:
+            weights, ids = experts.routing(sizes, tokens)
+            rows = activations(ids.numel(), sizes.hidden, dtype)
+            index = torch.arange(ids.numel(), dtype=torch.int32) - 1
+            combine(rows, index, weights, ids, all_here=False)
+
+    return {
+        "linear": run_linear,
+        "experts": run_experts,
+        "head": run_head,
+        "tied head": run_tied_head,
+        "experts of which some are elsewhere,": run_combine,
+    }
 
 
 def vllm_ascend_layers(vllm_config: Any) -> dict[str, Run]:

@@ -15,6 +15,9 @@ README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- support matrix: tools/support_matrix.py -->\n", "<!-- end -->\n"
 CHIPS = {"A2": "bfloat16", "A3": "bfloat16", "310P": "float16", "A5": "bfloat16"}
 
+# Behind a scheme that makes a call which nobody is known to have made on the chip.
+MARK = " *"
+
 _CHANNEL = {"strategy": "channel"}
 _GROUP = {"strategy": "group", "group_size": 128}
 _GROUP_256 = {"strategy": "group", "group_size": 256}
@@ -46,7 +49,8 @@ def _with_outputs(config: dict[str, Any]) -> dict[str, Any]:
 # (scheme, format as written, operators in one forward) -> a config of it
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 ROWS: Rows = {
-    ("W2A16, W3A16, W4A16", "pack-quantized", "1"): _row(4, _GROUP),
+    ("W2A16, W3A16, W4A16 per channel", "pack-quantized", "1"): _row(4, _CHANNEL),
+    ("W2A16, W3A16, W4A16 in groups", "pack-quantized", "1"): _row(4, _GROUP),
     ("W5A16 to W8A16 per channel", "pack-quantized", "1"): _row(8, _CHANNEL),
     ("W5A16 to W8A16 in groups", "pack-quantized", "1"): _row(8, _GROUP),
     ("W8A8, dynamic, symmetric", "int-quantized", "2"): _row(
@@ -56,7 +60,10 @@ ROWS: Rows = {
         8, _CHANNEL, {**_TOKEN, "symmetric": False}, "int-quantized"
     ),
     ("W8A8, static", "int-quantized", "2"): _row(8, _CHANNEL, _TENSOR, "int-quantized"),
-    ("W4A8 per channel or in groups of 256", "either", "2, with bias 3"): _row(
+    ("W4A8 per channel", "either", "2, with bias 3"): _row(
+        4, _CHANNEL, _TOKEN, "int-quantized"
+    ),
+    ("W4A8 in groups of 256", "either", "2, with bias 3"): _row(
         4, _GROUP_256, _TOKEN, "int-quantized"
     ),
     ("W4A8 in other groups", "either", "1"): _row(4, _GROUP, _TOKEN, "int-quantized"),
@@ -83,30 +90,34 @@ ROWS: Rows = {
     ),
 }
 EXPERT_ROWS: Rows = {
-    ("W2A16, W3A16, W4A16", "pack-quantized", "5"): _row(4, _GROUP),
+    ("W2A16, W3A16, W4A16 per channel", "pack-quantized", "5"): _row(4, _CHANNEL),
+    ("W2A16, W3A16, W4A16 in groups", "pack-quantized", "5"): _row(4, _GROUP),
     ("W5A16 to W8A16 per channel", "pack-quantized", "5"): _row(8, _CHANNEL),
     ("W5A16 to W8A16 in groups", "pack-quantized", ""): _row(8, _GROUP),
-    ("W8A8, dynamic, symmetric", "int-quantized", "4"): _row(
+    ("W8A8, dynamic, symmetric", "int-quantized", "5"): _row(
         8, _CHANNEL, _TOKEN, "int-quantized"
     ),
     ("W8A8, dynamic, asymmetric", "int-quantized", "5"): _row(
         8, _CHANNEL, {**_TOKEN, "symmetric": False}, "int-quantized"
     ),
     ("W8A8, static", "int-quantized", ""): _row(8, _CHANNEL, _TENSOR, "int-quantized"),
-    ("W4A8 per channel or in groups of 256", "either", "4"): _row(
+    ("W4A8 per channel", "either", "5"): _row(4, _CHANNEL, _TOKEN, "int-quantized"),
+    ("W4A8 in groups of 256", "either", "5"): _row(
         4, _GROUP_256, _TOKEN, "int-quantized"
     ),
     ("W4A8 in other groups", "either", "5"): _row(4, _GROUP, _TOKEN, "int-quantized"),
-    ("W2A8, W3A8 like W4A8", "pack-quantized", "4"): _row(3, _CHANNEL, _TOKEN),
-    ("W5A8 to W8A8 per channel", "pack-quantized", "4"): _row(8, _CHANNEL, _TOKEN),
+    ("W2A8, W3A8 like W4A8", "pack-quantized", "5"): _row(3, _CHANNEL, _TOKEN),
+    ("W5A8 to W8A8 per channel", "pack-quantized", "5"): _row(8, _CHANNEL, _TOKEN),
 }
 
 
 def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -> str:
-    """Say what becomes of a config on the current chip."""
+    """Say what becomes of a config on the current chip, with a mark if unproven."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    from tools.enumerate_configs import outcome
+    from tools.enumerate_configs import experts, outcome
+    from vllm_ascend_ct.ops.precedents import unproven
+    from vllm_ascend_ct.ops.soc import current_soc
 
     made = get_quantization_config("compressed-tensors")
     result = outcome(made, config, dtype, build)
@@ -115,7 +126,35 @@ def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -
     group = config["config_groups"]["group_0"]
     dynamic = (group["input_activations"] or {}).get("dynamic")
     only_weights = "WNA16" in result.split()[-1]
-    return "weights" if dynamic and only_weights else "yes"
+    calls = products(config, only_weights, build is experts)
+    mark = MARK if any(unproven(*call, current_soc()) for call in calls) else ""
+    return ("weights" if dynamic and only_weights else "yes") + mark
+
+
+def products(
+    config: dict[str, Any], only_weights: bool, experts: bool
+) -> list[tuple[str, str]]:
+    """Operators that quantize and multiply, each with the kind of its call."""
+    from vllm_ascend_ct.ops import precedents as forms
+    from vllm_ascend_ct.weights.pack_quantized import operator_bits
+
+    group = config["config_groups"]["group_0"]
+    weights, inputs = group["weights"], group["input_activations"]
+    bits, groups = operator_bits(weights["num_bits"]), weights["strategy"]
+    static = [(forms.QUANTIZE, "static")] if inputs == _TENSOR else []
+    if only_weights:
+        operator = forms.GROUPED if experts else forms.WEIGHT_ONLY
+        return [*static, (operator, f"w{bits}a16-{groups}")]
+    kind = "w8a8" if bits == 8 else f"w4a8-{groups}"
+    dynamic = (forms.DYNAMIC_QUANT, "dynamic")
+    if experts:
+        return [dynamic, (forms.FUSED_GATE, kind), (forms.GROUPED, kind)]
+    if static:
+        return [*static, (forms.QUANT_MATMUL, "w8a8-static")]
+    if not inputs.get("symmetric", True):
+        asymmetric = (forms.DYNAMIC_QUANT_ASYMMETRIC, "dynamic")
+        return [asymmetric, (forms.QUANT_MATMUL, "w8a8-asymmetric")]
+    return [dynamic, (forms.QUANT_MATMUL, kind)]
 
 
 def table(rows: Rows, build: Callable[[Any, Any], str]) -> str:

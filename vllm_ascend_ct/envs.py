@@ -9,8 +9,9 @@ EMULATE = "VLLM_ASCEND_CT_EMULATE"
 EMULATE_KEEP_GIB = "VLLM_ASCEND_CT_EMULATE_KEEP_GIB"
 SOC = "VLLM_ASCEND_CT_SOC"
 ANY_RELEASE = "VLLM_ASCEND_CT_ANY_RELEASE"
+LAYOUT = "VLLM_ASCEND_CT_LAYOUT"
 
-ENVIRONMENT_VARIABLES = (EMULATE, EMULATE_KEEP_GIB, SOC, ANY_RELEASE)
+ENVIRONMENT_VARIABLES = (EMULATE, EMULATE_KEEP_GIB, SOC, ANY_RELEASE, LAYOUT)
 _DEFAULT_KEEP_GIB = 4
 
 
@@ -57,6 +58,13 @@ def emulate_keep_bytes() -> int:
             f"Invalid value in the environment ({EMULATE_KEEP_GIB}={value!r}). "
             "Supported: a number of GiB, or unset. Correct or unset the variable."
         ) from error
+
+
+def layouts() -> dict[str, str]:
+    """The layouts that are asked for, by kind; `ops/layouts.py` knows the names."""
+    pairs = (os.environ.get(LAYOUT) or "").split(",")
+    named = (pair.partition("=") for pair in pairs if pair.strip())
+    return {kind.strip(): name.strip() for kind, _, name in named}
 
 
 def choice(name: str, choices: Collection[str]) -> str | None:

@@ -72,6 +72,7 @@ def test_sort_tokens(npu: MockType, quantize: bool, experts: tuple[int, int]) ->
     args, kwargs = npu.npu_moe_init_routing_v2.call_args
     assert args == (x, topk_ids)
     assert kwargs == {
+        "active_num": M,
         "expert_num": E,
         "expert_tokens_num_type": 1,
         "expert_tokens_num_flag": True,
@@ -151,12 +152,13 @@ def test_int8_rows(
     fused, product = "npu_grouped_matmul_swiglu_quant_v2", "npu_grouped_matmul"
     assert called(npu) == [fused, product]
     args, kwargs = npu.npu_grouped_matmul_swiglu_quant_v2.call_args
-    assert args == (rows, [w13.weight], [w13.scale], row_scale, COUNTS)
+    assert args[:4] == (rows, [w13.weight], [w13.scale], row_scale)
+    assert args[4].tolist() == [4, 4, 7, 10] and args[4].dtype == torch.int64
     assert kwargs == {
         "weight_assist_matrix": [assist] if weight == torch.int32 else None,
         "dequant_mode": 1 if groups else 0,
         "dequant_dtype": torch.float32,
-        "group_list_type": 1,
+        "group_list_type": 0,
     }
     (call,) = npu.npu_grouped_matmul.call_args_list
     assert call.args[0][0].dtype == torch.int8 and call.args[1] == [w2.weight]
@@ -189,7 +191,8 @@ def test_int8_rows_unfused(npu: MockType, swiglu: bool) -> None:
 def test_combine_where_all_experts_are_here(npu: MockType) -> None:
     rows, index = torch.zeros(M, H), torch.arange(M, dtype=torch.int32)
     weights = torch.ones(T, TOP_K)
-    functional.combine(rows, index, weights, all_here=True)
+    ids = torch.zeros(T, TOP_K, dtype=torch.int32)
+    functional.combine(rows, index, weights, ids, all_here=True)
     assert called(npu) == ["npu_moe_token_unpermute"]
     npu.npu_moe_token_unpermute.assert_called_once_with(rows, index, weights)
 
@@ -199,12 +202,14 @@ def test_combine_where_some_are(npu: MockType, weighted: bool) -> None:
     """Drop-pad mode 3, in which an index of -1 adds nothing."""
     rows, index = torch.zeros(M, H).bfloat16(), torch.arange(M, dtype=torch.int32)
     weights = torch.ones(T, TOP_K) if weighted else None
-    functional.combine(rows, index, weights, all_here=False)
+    ids = torch.zeros(T, TOP_K, dtype=torch.int64)
+    functional.combine(rows, index, weights, ids, all_here=False)
     assert called(npu) == ["npu_moe_finalize_routing"]
     args, kwargs = npu.npu_moe_finalize_routing.call_args
     assert kwargs == {"drop_pad_mode": 3}
-    assert args[0].shape == ((TOP_K, T, H) if weighted else (1, M, H))
-    assert args[1:4] == (None, None, None) and args[6] is None
+    assert args[0].shape == (M, 1, H)
+    assert args[1:4] == (None, None, None)
+    assert torch.equal(args[6], ids) and args[6].dtype == torch.int32
     assert args[5] is index
     if weighted:
         assert args[4].dtype == rows.dtype and args[4].shape == (T, TOP_K)

@@ -76,6 +76,14 @@ def quant_matmul_call(
     )
 
 
+def quant_matmul_dequant_call() -> Call:
+    return Call(
+        "npu_quant_matmul_dequant",
+        [x(torch.float16), int8(N, K), scales(N) * 1e-2],
+        {"quant_mode": "pertoken"},
+    )
+
+
 def a8w4_call(
     out_dtype: torch.dtype = torch.bfloat16, group: int = 256, k: int = 512
 ) -> Call:
@@ -105,6 +113,7 @@ def init_routing_call(quant_mode: int = 1, **options: Any) -> Call:
         "npu_moe_init_routing_v2",
         [torch.randn(TOKENS, K).bfloat16(), choices()],
         {
+            "active_num": TOKENS * TOP_K,
             "expert_num": EXPERTS,
             "active_expert_range": [0, EXPERTS],
             "expert_tokens_num_type": 1,
@@ -131,11 +140,11 @@ def finalize_call(dtype: torch.dtype = torch.bfloat16) -> Call:
     """As `unpermute_call`, with every third row missing."""
     order = torch.randperm(TOKENS * TOP_K, dtype=torch.int32)
     order[::3] = -1
-    rows = torch.randn(TOP_K, TOKENS, K).to(dtype)
+    rows = torch.randn(TOKENS * TOP_K, 1, K).to(dtype)
     weights = torch.rand(TOKENS, TOP_K).to(dtype)
     return Call(
         "npu_moe_finalize_routing",
-        [rows, None, None, None, weights, order, None],
+        [rows, None, None, None, weights, order, choices()],
         {"drop_pad_mode": 3},
     )
 
@@ -243,4 +252,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "npu_moe_token_unpermute": unpermute_call,
     "npu_moe_finalize_routing": finalize_call,
     "npu_swiglu": lambda: Call("npu_swiglu", [x()]),
+}
+# Of operators that the other chips lack.
+CALLS_310P: dict[str, Callable[[], Call]] = {
+    "npu_quant_matmul_dequant": quant_matmul_dequant_call,
 }

@@ -12,6 +12,7 @@ from tests.ops.calls import (
     TOP_K,
     Call,
     K,
+    choices,
     finalize_call,
     init_routing_call,
     scales,
@@ -116,8 +117,8 @@ def test_missing_rows_come_back_as_zeros(dtype: torch.dtype) -> None:
 
 def test_missing_rows_unweighted() -> None:
     call = finalize_call()
-    call.args[0], call.args[4] = call.args[0].view(1, -1, K), None
-    rows, index = call.args[0][0], call.args[5].long()
+    call.args[4], call.args[6] = None, call.args[6].view(-1, 1)
+    rows, index = call.args[0][:, 0], call.args[5].long()
     result = call.run()
     assert torch.equal(result[index >= 0], rows[index[index >= 0]])
     assert result[index < 0].eq(0).all()
@@ -175,6 +176,8 @@ REPEATED = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
         (lambda: finalize({}, drop_pad_mode=2), "drop_pad_mode=2, k=1; emulated: 3"),
         (lambda: finalize({3: torch.zeros(EXPERTS, K)}), "bias are not emulated"),
         (lambda: finalize({4: torch.rand(TOKENS, TOP_K)}), "scales is float32"),
+        (lambda: finalize({6: choices().long()}), "export_for_source_row is int64"),
+        (lambda: finalize({6: choices()[1:]}), r"export_for_source_row is int32 \(5,"),
         (lambda: finalize({5: REPEATED - 2}), r"not in \[-1, 12\)"),
         (lambda: finalize({5: REPEATED.long()}), "int32 1-D"),
         (lambda: finalize({0: torch.zeros(1, 12, K)}), "1 experts, top-k=2"),

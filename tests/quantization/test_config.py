@@ -26,7 +26,11 @@ from tests.layers import quantized_experts
 from tests.layers.quantized_layers import FUSED
 from tools import enumerate_configs
 from vllm_ascend_ct import compat
-from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
+from vllm_ascend_ct.errors import (
+    PlatformError,
+    Remedy,
+    UnsupportedCheckpointError,
+)
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
@@ -504,7 +508,7 @@ def test_empty_transform_config_is_none() -> None:
     assert config(W4, transform_config={}).transform_config is None
 
 
-def test_graphs_of_one_chip_are_not_taken_for_another(
+def test_graphs_of_one_chip_and_layout_are_not_taken_for_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By vLLM's hash of an engine's config, which names its cache of graphs."""
@@ -514,8 +518,9 @@ def test_graphs_of_one_chip_are_not_taken_for_another(
     hf_config.quantization_config = {**quantization, "config_groups": {"all": group}}
     hf_config.save_pretrained(tmp_path)
 
-    def hash_on(chip: str) -> str:
+    def hash_on(chip: str, layout: str = "") -> str:
         monkeypatch.setenv("VLLM_ASCEND_CT_SOC", chip)
+        monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", layout)
         arguments = EngineArgs(
             str(tmp_path), skip_tokenizer_init=True, max_model_len=128, dtype="bfloat16"
         )
@@ -524,6 +529,9 @@ def test_graphs_of_one_chip_are_not_taken_for_another(
         return str(pickle.loads(pickle.dumps(made)).compute_hash())
 
     assert hash_on("A2") == hash_on("A2") != hash_on("A5")
+    assert hash_on("A2", "w4a16-group=transposed") != hash_on("A2")
+    with pytest.raises(PlatformError, match="Unknown layout on A2"):
+        hash_on("A2", "w4a16-group=sideways")
 
 
 def test_kv_cache_scheme_is_dropped_with_a_warning(

@@ -35,6 +35,7 @@ def test_both_sides_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "npu_format_cast",
         "npu_grouped_matmul",
         "npu_grouped_matmul_swiglu_quant_v2",
+        "npu_moe_finalize_routing",
         "npu_moe_init_routing_v2",
         "npu_moe_token_unpermute",
         "npu_quant_matmul",

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import PlatformError
+from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.soc import Soc, current_soc, requested_soc, set_default_soc
 
 logger = init_logger("vllm.ascend_ct.ascend_base")
@@ -88,5 +89,6 @@ def serves() -> bool:
 
 
 def graph_key() -> dict[str, dict[str, object]]:
-    """What tells graphs of this process from those compiled for another chip."""
-    return {"ascend_ct": {"soc": current_soc().value, "emulated": not serves()}}
+    """What tells graphs of this process from those of other chips and layouts."""
+    key = {"soc": current_soc().value, "emulated": not serves()}
+    return {"ascend_ct": {**key, "layouts": layouts.requested()}}

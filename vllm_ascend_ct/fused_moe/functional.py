@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_ascend_ct.ops.traced import moe_init_routing
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
-_COUNTS = 1
+_CUMULATIVE, _COUNTS = 0, 1
 _DYNAMIC = 1
 # Row-major, and an index may be -1.
 _DROP_PAD_BY_TOKEN = 3
@@ -77,14 +79,8 @@ def sort_tokens(
 
     """
     return SortedTokens(
-        *torch.ops.npu.npu_moe_init_routing_v2(
-            x,
-            topk_ids,
-            expert_num=num_experts,
-            expert_tokens_num_type=_COUNTS,
-            expert_tokens_num_flag=True,
-            quant_mode=_DYNAMIC if quantize else -1,
-            active_expert_range=list(experts),
+        *moe_init_routing(
+            x, topk_ids, list(experts), num_experts, _DYNAMIC if quantize else -1
         )
     )
 
@@ -154,7 +150,7 @@ def int8_gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply int8 rows by gates and ups, apply the activation, and quantize.
 
-    One launch if fused.
+    Two launches if fused.
 
     Args:
         rows: int8 `[M, H]`, sorted by expert.
@@ -164,7 +160,8 @@ def int8_gate(
             FRACTAL_NZ, its scale fp32; the scale of int4 per channel is `[E, N]`.
         dtype: Of what is not fused, bf16 or fp16.
         activation: From `[M, N]` to `[M, I]`; None for SwiGLU, as if fused.
-        fused: Whether one operator does it all.
+        fused: Whether one operator does it all. Its numbers are known from a chip for
+            a list that says where each expert's rows end.
 
     Returns:
         int8 `[M, I]` and its fp32 scale `[M]`.
@@ -176,12 +173,12 @@ def int8_gate(
             [w13.weight],
             [w13.scale],
             row_scale,
-            counts,
+            counts.cumsum(0),
             weight_assist_matrix=None if w13.bias is None else [w13.bias],
             dequant_mode=int(w13.scale.dim() == 3),
             # An earlier default is one that the operator itself refuses.
             dequant_dtype=torch.float32,
-            group_list_type=_COUNTS,
+            group_list_type=_CUMULATIVE,
         )
     hidden = int8_product(rows, row_scale, counts, w13, dtype)
     if activation is None:
@@ -232,6 +229,7 @@ def combine(
     rows: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
     all_here: bool,
 ) -> torch.Tensor:
     """Sum the rows of each token. One launch, or with some not here two.
@@ -240,6 +238,7 @@ def combine(
         rows: `[T * top-k, H]` fp16 or bf16, sorted by expert.
         index: int32 `[T * top-k]`, token-major.
         weights: `[T, top-k]`; None for one row a token, unweighted.
+        topk_ids: `[T, top-k]`.
         all_here: Whether no index is -1.
 
     Returns:
@@ -248,18 +247,15 @@ def combine(
     """
     if all_here:
         return torch.ops.npu.npu_moe_token_unpermute(rows, index, weights)
-    top_k = 1
-    if weights is not None:
-        top_k = weights.shape[1]
-        weights = weights.to(rows.dtype)
-    # The operator wants as many experts as choices; it only flattens them.
+    # Each row as an expert of one: those who ran this mode on a chip call it so, ids
+    # included, which without a bias are not read.
     return torch.ops.npu.npu_moe_finalize_routing(
-        rows.unflatten(0, (top_k, -1)),
+        rows.unsqueeze(1),
         None,
         None,
         None,
-        weights,
+        None if weights is None else weights.to(rows.dtype),
         index,
-        None,
+        topk_ids.to(torch.int32),
         drop_pad_mode=_DROP_PAD_BY_TOKEN,
     )

@@ -174,6 +174,23 @@ class QuantMatmulLimits:
 
 
 @dataclass(frozen=True)
+class QuantMatmulDequantLimits:
+    """`npu_quant_matmul_dequant`, activations quantized per token by the operator."""
+
+    x_dtypes: tuple[torch.dtype, ...] = FLOAT16
+    multiple: int = 16
+
+    def refusal(self, x_dtype: torch.dtype, k: int, n: int) -> str | None:
+        """Why a `[n, k]` weight cannot be multiplied, or None."""
+        if x_dtype not in self.x_dtypes:
+            return f"x dtype {x_dtype}; supported: {names(self.x_dtypes)}"
+        for name, size in (("K", k), ("N", n)):
+            if size < 1 or size % self.multiple:
+                return f"{name}={size}; supported: multiples of {self.multiple}"
+        return None
+
+
+@dataclass(frozen=True)
 class A8W4Limits:
     """`npu_quant_matmul` with int8 activations and int4 weights packed along N."""
 
@@ -225,6 +242,7 @@ class Limits:
         default_factory=ActivationQuantLimits
     )
     quantize: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
+    quant_matmul_dequant: QuantMatmulDequantLimits | None = None
     a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
     float_weights: tuple[str, ...] = ()
     grouped_matmul: GroupedModes = field(default_factory=lambda: GROUPED)
@@ -255,6 +273,7 @@ LIMITS = {
             x_dtypes=FLOAT16, weight_bits=(8,), groups=False
         ),
         quant_matmul=QuantMatmulLimits(_OPERANDS_310P, transposed_nz=True),
+        quant_matmul_dequant=QuantMatmulDequantLimits(),
         dynamic_quant=ActivationQuantLimits(x_dtypes=FLOAT16, k_multiple=32),
         dynamic_quant_asymmetric=None,
         quantize=ActivationQuantLimits(x_dtypes=FLOAT16),

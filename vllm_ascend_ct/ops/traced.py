@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""An operator that has another name in the graphs that torch traces.
+"""Operators that have another name in the graphs that torch traces.
 
 torch_npu's compiler of graphs, `npugraph_ex`, looks for
 `npu_weight_quant_batchmatmul` by its name, to work around a fault of its other
 compiler, and sets an option that its own config has not (2.10.0.post4 to 2.13.0,
 `npu_fx_compiler.py`): "'CompilerConfig' object has no attribute 'experimental_config'".
+
+`npu_moe_init_routing_v2` is told how many rows there are by a plain integer. A graph
+would hold that of the tokens it was traced with.
 """
+
+from typing import Any
 
 import torch
 
@@ -15,6 +20,12 @@ _LIBRARY.define(
     "weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, "
     "Tensor? antiquant_offset, Tensor? bias, int antiquant_group_size) -> Tensor"
 )
+_LIBRARY.define(
+    "moe_init_routing(Tensor x, Tensor expert_idx, int[2] active_expert_range, "
+    "int expert_num, int quant_mode) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_COUNTS = 1
+_ALL_ROWS = -1
 
 
 def weight_quant_batchmatmul(
@@ -57,3 +68,54 @@ _LIBRARY.impl("weight_quant_batchmatmul", _multiply, "CompositeExplicitAutograd"
 torch.library.register_fake(
     "ascend_ct::weight_quant_batchmatmul", _multiply, lib=_LIBRARY
 )
+
+
+_Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def moe_init_routing(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    active_expert_range: list[int],
+    expert_num: int,
+    quant_mode: int,
+) -> _Routed:
+    """Call `npu_moe_init_routing_v2` for counts, in a graph by another name."""
+    operator = _route
+    if torch.compiler.is_compiling():
+        operator = torch.ops.ascend_ct.moe_init_routing
+    routed: _Routed = operator(
+        x, expert_idx, active_expert_range, expert_num, quant_mode
+    )
+    return routed
+
+
+def _route(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    active_expert_range: list[int],
+    expert_num: int,
+    quant_mode: int,
+    *,
+    active_num: int | None = None,
+) -> _Routed:
+    routed: _Routed = torch.ops.npu.npu_moe_init_routing_v2(
+        x,
+        expert_idx,
+        active_num=expert_idx.numel() if active_num is None else active_num,
+        expert_num=expert_num,
+        expert_tokens_num_type=_COUNTS,
+        expert_tokens_num_flag=True,
+        quant_mode=quant_mode,
+        active_expert_range=active_expert_range,
+    )
+    return routed
+
+
+def _route_fake(*arguments: Any) -> _Routed:
+    x, expert_idx, *options = arguments
+    return _route(x, expert_idx, *options, active_num=_ALL_ROWS)
+
+
+_LIBRARY.impl("moe_init_routing", _route, "CompositeExplicitAutograd")
+torch.library.register_fake("ascend_ct::moe_init_routing", _route_fake, lib=_LIBRARY)

@@ -75,10 +75,12 @@ class AscendCTPlatformMixin(_Base):
         from vllm_ascend_ct.register import check_in_charge
 
         check_in_charge(vllm_config.quant_config)
+        # Refuses unknown layouts as well.
+        key = graph_key()
         settings = vllm_config.additional_config
         if not compat.HASHES_ADDED_FIELDS and isinstance(settings, dict):
             # In the model's config, where `AscendCTConfig` writes it, nothing reads it.
-            vllm_config.additional_config = {**settings, **graph_key()}
+            vllm_config.additional_config = {**settings, **key}
 
     @classmethod
     def announce(cls) -> None:

@@ -11,6 +11,7 @@ from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.ops.precedents import Form
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
 
@@ -24,6 +25,10 @@ class AscendBaseExpertsMixin(AscendExperts):
         quantized = cls.quantizes_activations
         reason = fused_moe.refusal(moe, operator_bits(bits), group_size, quantized)
         return reason or super().refusal(moe, bits, group_size, symmetric)
+
+    def _forms(self) -> list[Form]:
+        """None of ours."""
+        return []
 
     def _prepare_forward(self, expert_map: torch.Tensor | None) -> None:
         """None of ours."""

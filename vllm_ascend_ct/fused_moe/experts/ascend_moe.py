@@ -26,7 +26,9 @@ from vllm_ascend_ct.fused_moe.functional import (
     combine,
     sort_tokens,
 )
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import Form
 
 
 class AscendExperts(mk.FusedMoEExpertsModular):
@@ -95,7 +97,12 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         for name, (k, n) in self.products(self.moe_config).items():
             self._lay_out(layer, name, k, n)
         self._layer = layer
+        announce(self, *self._forms())
         self._prepare_forward(getattr(layer, "_expert_map", None))
+
+    @abstractmethod
+    def _forms(self) -> list[Form]:
+        """The calls that multiply, and quantize in between."""
 
     @abstractmethod
     def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:
@@ -174,9 +181,10 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         local_ids = self._layer.local_expert_ids
         if local_ids is not None:
             topk_ids, global_num_experts = local_ids[topk_ids], len(w1) + 1
+        topk_ids = topk_ids.to(torch.int32)
         tokens = sort_tokens(
             hidden_states,
-            topk_ids.to(torch.int32),
+            topk_ids,
             self._experts,
             global_num_experts,
             self.quantizes_activations,
@@ -187,11 +195,15 @@ class AscendExperts(mk.FusedMoEExpertsModular):
             index = tokens.row_index.view(topk_ids.shape)
             return UnfinalizedMoEOutput(rows, topk_weights, index)
         weights = None if apply_router_weight_on_input else topk_weights
-        output.copy_(self.finalize(rows, tokens.row_index, weights))
+        output.copy_(self.finalize(rows, tokens.row_index, weights, topk_ids))
         return None
 
     def finalize(
-        self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None
+        self,
+        rows: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
     ) -> torch.Tensor:
         """Sum the rows of each token.
 
@@ -199,6 +211,7 @@ class AscendExperts(mk.FusedMoEExpertsModular):
             rows: `[T * top-k, H]`.
             index: int32, the row of each choice.
             weights: `[T, top-k]`; None if they are in already, for one choice a token.
+            topk_ids: `[T, top-k]`.
 
         Returns:
             `[T, H]`.
@@ -206,7 +219,7 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         """
         moe = self.moe_config
         all_here = moe.num_local_experts == moe.num_experts
-        return combine(rows, index.flatten(), weights, all_here)
+        return combine(rows, index.flatten(), weights, topk_ids, all_here)
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:

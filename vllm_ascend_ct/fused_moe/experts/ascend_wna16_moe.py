@@ -17,6 +17,7 @@ from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.moe_limits import GroupedMatmulMode
+from vllm_ascend_ct.ops.precedents import CONTIGUOUS, GROUPED, TRANSPOSED, Form
 from vllm_ascend_ct.weights import experts
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
@@ -71,6 +72,16 @@ class AscendWNA16Experts(AscendExperts):
         if bias is not None:
             bias_dtype = current_limits().weight_quant_batchmatmul.bias_dtype(dtype)
             set_parameter(layer, f"{name}_bias", bias.data.to(bias_dtype))
+
+    def _forms(self) -> list[Form]:
+        forms = []
+        for name in self.products(self.moe_config):
+            experts = self.operands(name)
+            groups = "group" if experts.scale.dim() == 3 else "channel"
+            kind = f"w{4 if experts.is_int4 else 8}a16-{groups}"
+            layout = CONTIGUOUS if experts.weight.is_contiguous() else TRANSPOSED
+            forms.append(Form(GROUPED, kind, layout))
+        return forms
 
     def operands(self, name: str) -> Operands:
         layer = self._layer

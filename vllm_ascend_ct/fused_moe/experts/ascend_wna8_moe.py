@@ -14,6 +14,16 @@ from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_we
 from vllm_ascend_ct.fused_moe.functional import Operands, int8_gate, int8_product
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import (
+    CONTIGUOUS,
+    DYNAMIC_QUANT,
+    FUSED_GATE,
+    GROUPED,
+    NZ,
+    ROWS,
+    TRANSPOSED,
+    Form,
+)
 from vllm_ascend_ct.weights import experts
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
@@ -21,7 +31,7 @@ from vllm_ascend_ct.weights.pack_quantized import operator_bits
 class AscendWNA8Experts(AscendExperts):
     """Activations quantized to int8 per token, by int4 or int8 weights.
 
-    Four launches with SwiGLU. The layer gains `w13_assist` and `w2_assist` where the
+    Five launches with SwiGLU. The layer gains `w13_assist` and `w2_assist` where the
     weights are int4.
     """
 
@@ -129,6 +139,18 @@ class AscendWNA8Experts(AscendExperts):
         set_parameter(layer, scale_name, raw_scale)
         set_parameter(layer, f"{name}_assist", assist)
 
+    def _forms(self) -> list[Form]:
+        w13, w2 = self.operands("w13"), self.operands("w2")
+        layout = CONTIGUOUS if w2.is_int4 else TRANSPOSED
+        if ascend_base.prefers_nz():
+            layout = NZ
+        down = Form(GROUPED, _kind(w2), layout)
+        if self._fused:
+            gate_layout = layout if w13.is_int4 else NZ
+            return [Form(FUSED_GATE, _kind(w13), gate_layout), down]
+        gate = Form(GROUPED, _kind(w13), layout)
+        return [gate, Form(DYNAMIC_QUANT, "dynamic", ROWS), down]
+
     def operands(self, name: str) -> Operands:
         layer = self._layer
         return Operands(
@@ -160,6 +182,13 @@ class AscendWNA8Experts(AscendExperts):
         assert scale is not None
         dtype = self.moe_config.in_dtype
         return int8_product(hidden, scale, counts, self.operands("w2"), dtype)
+
+
+def _kind(experts: Operands) -> str:
+    if not experts.is_int4:
+        return "w8a8"
+    in_groups = experts.scale.dim() == 3 and experts.scale.shape[1] > 1
+    return "w4a8-group" if in_groups else "w4a8-channel"
 
 
 class AscendW4A8Experts(AscendWNA8Experts):

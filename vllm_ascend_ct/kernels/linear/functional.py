@@ -101,6 +101,34 @@ def dynamic_quant_matmul(
     return _with_axes_of(x, y)
 
 
+def quant_matmul_dequant(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Take `dynamic_quant_matmul` by one operator, which 310P has.
+
+    One launch, and one to add a bias.
+
+    Args:
+        x: `[..., K]` fp16.
+        weight: int8 `[N, K]`, contiguous.
+        weight_scale: fp32 `[N]`.
+        bias: `[N]`, dtype of x.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    y = torch.ops.npu.npu_quant_matmul_dequant(
+        _matrix(x), weight, weight_scale, quant_mode="pertoken"
+    )
+    if bias is not None:
+        y = y + bias
+    return _with_axes_of(x, y)
+
+
 def dynamic_quant_int4_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -198,6 +226,7 @@ def static_quant_matmul(
     x_scale: torch.Tensor,
     x_zero_point: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    divides: bool = True,
 ) -> torch.Tensor:
     """Activations quantized with given parameters, by int8 weights. Two launches.
 
@@ -206,16 +235,17 @@ def static_quant_matmul(
         weight: int8 `[K, N]`, contiguous or a transposed view.
         dequant_scale: `[N]`, `x_scale` times the weight's scale: fp32 for bf16 x, int64
             from `npu_trans_quant_param` for fp16 x.
-        x_scale: fp32 `[1]`; x is divided by it.
-        x_zero_point: int32 `[1]`.
+        x_scale: fp32 `[1]`, which divides x; or its reciprocal `[K]`, dtype of x.
+        x_zero_point: int32 `[1]`; or `[K]`, dtype of x.
         bias: int32 `[N]`, added to the int32 product.
+        divides: Whether `x_scale` divides.
 
     Returns:
         `[..., N]`, dtype of x.
 
     """
     q = torch.ops.npu.npu_quantize(
-        _matrix(x), x_scale, x_zero_point, torch.qint8, -1, True
+        _matrix(x), x_scale, x_zero_point, torch.qint8, -1, divides
     )
     y = torch.ops.npu.npu_quant_matmul(
         q, weight, dequant_scale, bias=bias, output_dtype=x.dtype

@@ -17,6 +17,7 @@ from vllm_ascend_ct.ops.emulated import (  # noqa: F401
     moe_combine,
     moe_routing,
     quant_matmul,
+    quant_matmul_dequant,
     quantize,
     swiglu,
     weight_quant_batchmatmul,

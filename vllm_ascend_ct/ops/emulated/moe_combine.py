@@ -122,6 +122,15 @@ def _finalize_fake(
     ):
         refuse(_FINALIZE, reason)
     tokens = index.shape[0] // top_k
+    if export_for_source_row is not None and (
+        export_for_source_row.dtype,
+        export_for_source_row.shape,
+    ) != (torch.int32, (tokens, top_k)):
+        refuse(
+            _FINALIZE,
+            f"export_for_source_row is {describe(export_for_source_row)}; supported: "
+            "int32, one an index",
+        )
     if scales is not None and (scales.dtype, scales.shape) != (
         rows.dtype,
         (tokens, top_k),
@@ -166,7 +175,7 @@ def npu_moe_finalize_routing(
         scales: `[T, top-k]`, dtype of the rows; None for one row a token, unweighted.
         expanded_src_to_dst_row: int32 `[T * top-k]`, token-major, each a row of the
             flattened `[E * C, H]`, or -1 for none.
-        export_for_source_row: Without a bias, not read.
+        export_for_source_row: int32 `[T, top-k]`; without a bias, not read.
         drop_pad_mode: 3.
         k: 1.
 

@@ -16,11 +16,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.scalar_type import ScalarType, scalar_types
 
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import CONTIGUOUS, TRANSPOSED, WEIGHT_ONLY, Form
 from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
 # Of GPTQ's and AWQ's layouts, `[K, N]`.
@@ -115,6 +118,10 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
         replace_weight(layer, self.w_q_name, weight)
         set_parameter(layer, self.w_s_name, scale)
         _convert_bias(layer, c.act_type)
+        bits = 4 if weight.dtype == torch.int32 else 8
+        kind = f"w{bits}a16-{'group' if self.group_size else 'channel'}"
+        layout = CONTIGUOUS if along_outputs else TRANSPOSED
+        announce(self, Form(WEIGHT_ONLY, kind, layout))
 
     def apply_weights(
         self,
@@ -147,6 +154,7 @@ def _packs_outputs(c: MPLinearLayerConfig) -> bool:
     return (
         pack_quantized.operator_bits(c.weight_type.size_bits) == 4
         and operator_group_size(c) != 0
+        and layouts.chosen("w4a16-group") == CONTIGUOUS
         and n % INT4_PER_INT32 == 0
         and n <= current_limits().weight_quant_batchmatmul.max_size
     )

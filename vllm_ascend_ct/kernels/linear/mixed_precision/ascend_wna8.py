@@ -11,7 +11,11 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 )
 
 from vllm_ascend_ct import compat
-from vllm_ascend_ct.kernels.linear.functional import dynamic_quant_int4_matmul
+from vllm_ascend_ct.kernels.announce import announce
+from vllm_ascend_ct.kernels.linear.functional import (
+    dynamic_quant_int4_matmul,
+    quant_matmul_dequant,
+)
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     WEIGHT_TYPES,
@@ -22,10 +26,20 @@ from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
 )
 from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     biased_quant_matmul,
+    dynamic_forms,
+    fuses_quant,
     npu_int8_weight,
 )
 from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import (
+    CONTIGUOUS,
+    DYNAMIC_QUANT,
+    QUANT_MATMUL,
+    ROWS,
+    Form,
+)
 from vllm_ascend_ct.weights import int4, pack_quantized
 
 
@@ -41,6 +55,9 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.operands = current_limits().quant_matmul.operands
+        self.fuses_quant = False
+        if pack_quantized.operator_bits(self.config.weight_type.size_bits) == 4:
+            self.group_size = _int4_group_size(self.config)
 
     @classmethod
     def quantizes_activations(cls, c: MPLinearLayerConfig) -> bool:
@@ -62,12 +79,12 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         k, n = c.partition_weight_shape
         limits = current_limits()
         reason = limits.dynamic_quant.refusal(c.act_type, k)
-        group_size = operator_group_size(c)
         if pack_quantized.operator_bits(c.weight_type.size_bits) == 4:
             if limits.a8w4 is None:
                 return False, "the chip has no product of int8 by int4"
+            group_size = _int4_group_size(c)
             reason = reason or limits.a8w4.refusal(c.act_type, k, n, group_size)
-        elif group_size:
+        elif group_size := operator_group_size(c):
             reason = f"group_size={group_size} of 8-bit weights; supported: per channel"
         else:
             reason = reason or limits.quant_matmul.refusal(c.act_type, [k])
@@ -79,12 +96,24 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
             self._process_int4(layer, scale)
         else:
             self._process_int8(layer, scale)
+        announce(self, *self._forms())
+
+    def _forms(self) -> list[Form]:
+        if pack_quantized.operator_bits(self.config.weight_type.size_bits) == 8:
+            _, n = self.config.partition_weight_shape
+            return dynamic_forms(n, self.fuses_quant)
+        groups = "group" if self.group_size else "channel"
+        product = Form(QUANT_MATMUL, f"w4a8-{groups}", CONTIGUOUS)
+        return [Form(DYNAMIC_QUANT, "dynamic", ROWS), product]
 
     def _process_int8(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
         k, _ = self.config.partition_weight_shape
         bits = self.config.weight_type.size_bits
         weight = pack_quantized.to_int8(getattr(layer, self.w_q_name).data, bits, k)
-        replace_weight(layer, self.w_q_name, npu_int8_weight(weight))
+        self.fuses_quant = fuses_quant(self.config.act_type, weight)
+        if not self.fuses_quant:
+            weight = npu_int8_weight(weight)
+        replace_weight(layer, self.w_q_name, weight)
         set_parameter(layer, self.w_s_name, scale.reshape(-1).float())
 
     def _process_int4(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
@@ -95,9 +124,11 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         # The operator's scales lie along N; it takes one row of them to pack.
         scale = scale.t().contiguous().float()
         packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
-        groups = (len(scale), n) if self.group_size else (n,)
+        if self.group_size:
+            # One scale a channel may be asked for in groups.
+            packed = packed.view(-1, n).expand(k // self.group_size, n).contiguous()
         replace_weight(layer, self.w_q_name, npu_weight)
-        set_parameter(layer, self.w_s_name, packed.reshape(groups))
+        set_parameter(layer, self.w_s_name, packed)
         set_parameter(layer, "activation_assist", assist)
 
     def apply_weights(
@@ -112,7 +143,20 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
             return dynamic_quant_int4_matmul(
                 x, weight, scale, assist, bias, self.group_size
             )
+        if self.fuses_quant:
+            return quant_matmul_dequant(x, weight, scale, bias)
         return biased_quant_matmul(x, weight, scale, bias, self.operands)
+
+
+def _int4_group_size(c: MPLinearLayerConfig) -> int:
+    """The operator's group size; 0 for one scale a channel."""
+    group_size, limits = operator_group_size(c), current_limits().a8w4
+    if group_size or limits is None:
+        return group_size
+    repeats = layouts.chosen("w4a8-channel") == layouts.REPEATED
+    (repeated,) = limits.group_sizes
+    fits = c.partition_weight_shape[0] % repeated == 0
+    return repeated if repeats and fits else 0
 
 
 def with_quantized_activations(

@@ -11,14 +11,30 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
 )
 
 from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_asymmetric_quant_matmul,
     dynamic_quant_matmul,
+    quant_matmul_dequant,
     static_quant_matmul,
 )
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.limits import OperandTable, current_limits
+from vllm_ascend_ct.ops.precedents import (
+    CONTIGUOUS,
+    DYNAMIC_QUANT,
+    DYNAMIC_QUANT_ASYMMETRIC,
+    NZ,
+    QUANT_MATMUL,
+    QUANT_MATMUL_DEQUANT,
+    QUANTIZE,
+    ROWS,
+    TRANSPOSED,
+    TRANSPOSED_NZ,
+    Form,
+)
 from vllm_ascend_ct.weights.int_quantized import (
     int32_bias,
     to_npu_weight,
@@ -59,6 +75,8 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         super().__init__(*args, **kwargs)
         # Once, not in each call.
         self.operands = current_limits().quant_matmul.operands
+        self.divides = layouts.chosen("w8a8-static") == layouts.DIVIDED
+        self.fuses_quant = False
 
     def process_weights_after_loading(self, layer: Any) -> None:
         weight_name, scale_name, *_, azp_adj_name = self.layer_param_names
@@ -72,7 +90,21 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         elif not self.config.input_symmetric:
             set_parameter(layer, azp_adj_name, weight_sum(weight.data).float())
         set_parameter(layer, scale_name, scale)
-        set_parameter(layer, weight_name, npu_int8_weight(weight.data))
+        if not self.config.is_static_input_scheme and self.config.input_symmetric:
+            self.fuses_quant = fuses_quant(_dtype(layer), weight.data)
+        npu_weight = weight.data if self.fuses_quant else npu_int8_weight(weight.data)
+        set_parameter(layer, weight_name, npu_weight)
+        announce(self, *self._forms(len(scale)))
+
+    def _forms(self, n: int) -> list[Form]:
+        if not self.config.is_static_input_scheme and self.config.input_symmetric:
+            return dynamic_forms(n, self.fuses_quant)
+        quantization = Form(DYNAMIC_QUANT_ASYMMETRIC, "dynamic", ROWS)
+        kind = "w8a8-asymmetric"
+        if self.config.is_static_input_scheme:
+            name = layouts.DIVIDED if self.divides else layouts.RECIPROCAL
+            quantization, kind = Form(QUANTIZE, "static", name), "w8a8-static"
+        return [quantization, Form(QUANT_MATMUL, kind, int8_layout(n))]
 
     def _process_static(
         self, layer: Any, weight: torch.Tensor, scale: torch.Tensor
@@ -85,17 +117,40 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             zero_point = getattr(layer, x_zero_point_name).data.reshape(1).int()
             set_parameter(layer, x_zero_point_name, zero_point)
             zero_point_share = weight_sum(weight) * -zero_point
+        if not self.divides:
+            self._multiply_by_reciprocal(layer, weight.shape[1])
         dequant_scale = x_scale * scale
         bias = getattr(layer, "bias", None)
         set_parameter(layer, azp_adj_name, zero_point_share)
         set_parameter(
             layer, "quant_bias", int32_bias(zero_point_share, bias, dequant_scale)
         )
-        if getattr(layer, "params_dtype", torch.get_default_dtype()) == torch.float16:
+        if _dtype(layer) == torch.float16:
             # Rounded to the 10 mantissa bits that a float16 output keeps; the operator
             # itself would truncate.
             dequant_scale = torch.ops.npu.npu_trans_quant_param(dequant_scale, None, 1)
         set_parameter(layer, "dequant_scale", dequant_scale)
+
+    def _multiply_by_reciprocal(self, layer: Any, k: int) -> None:
+        """Hold the reciprocal of the activations' scale, as vllm-ascend does.
+
+        Raises:
+            ValueError: The model's dtype does not hold it.
+
+        """
+        *_, x_scale_name, x_zero_point_name, _ = self.layer_param_names
+        dtype = _dtype(layer)
+        x_scale = getattr(layer, x_scale_name).data
+        reciprocal = x_scale.reciprocal().to(dtype)
+        if not bool(reciprocal.isfinite().all()):
+            raise ValueError(
+                f"1 / {x_scale_name} = {1 / x_scale.item():.3g}, supported by the "
+                f"layout {layouts.RECIPROCAL}: what {dtype} holds"
+            )
+        set_parameter(layer, x_scale_name, reciprocal.repeat(k))
+        if not self.config.input_symmetric:
+            zero_point = getattr(layer, x_zero_point_name).data.to(dtype)
+            set_parameter(layer, x_zero_point_name, zero_point.repeat(k))
 
     def apply_weights(
         self,
@@ -113,11 +168,36 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
                 x_scale,
                 x_zero_point,
                 azp_adj if bias is None else layer.quant_bias,
+                self.divides,
             )
         if not self.config.input_symmetric:
             assert azp_adj is not None
             return dynamic_asymmetric_quant_matmul(x, weight, scale, azp_adj, bias)
+        if self.fuses_quant:
+            return quant_matmul_dequant(x, weight, scale, bias)
         return biased_quant_matmul(x, weight, scale, bias, self.operands)
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    dtype: torch.dtype = getattr(layer, "params_dtype", torch.get_default_dtype())
+    return dtype
+
+
+def fuses_quant(dtype: torch.dtype, weight: torch.Tensor) -> bool:
+    """Whether one operator quantizes activations and multiplies int8 `[N, K]`."""
+    if layouts.chosen("w8a8-dynamic") != layouts.DEQUANT:
+        return False
+    limits = current_limits().quant_matmul_dequant
+    n, k = weight.shape
+    return limits is not None and limits.refusal(dtype, k, n) is None
+
+
+def dynamic_forms(n: int, fused: bool) -> list[Form]:
+    """How int8 weights of `n` outputs are multiplied, activations dynamic."""
+    if fused:
+        return [Form(QUANT_MATMUL_DEQUANT, "w8a8", CONTIGUOUS)]
+    product = Form(QUANT_MATMUL, "w8a8", int8_layout(n))
+    return [Form(DYNAMIC_QUANT, "dynamic", ROWS), product]
 
 
 def biased_quant_matmul(
@@ -133,12 +213,16 @@ def biased_quant_matmul(
     return dynamic_quant_matmul(x, weight, scale) + bias
 
 
+def int8_layout(n: int) -> str:
+    """How the chip in use reads int8 weights of `n` outputs."""
+    limits = current_limits().quant_matmul
+    if limits.transposed_nz:
+        return TRANSPOSED_NZ
+    # In FRACTAL_NZ N is the inner axis.
+    return NZ if ascend_base.prefers_nz() and n <= limits.max_size else TRANSPOSED
+
+
 def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:
     """Lay int8 `[N, K]` out as the chip in use reads it: `[K, N]`."""
-    limits = current_limits().quant_matmul
-    return to_npu_weight(
-        weight,
-        # In FRACTAL_NZ N is the inner axis.
-        nz=ascend_base.prefers_nz() and len(weight) <= limits.max_size,
-        transposed_nz=limits.transposed_nz,
-    )
+    layout = int8_layout(len(weight))
+    return to_npu_weight(weight, nz=layout == NZ, transposed_nz=layout == TRANSPOSED_NZ)

@@ -183,6 +183,7 @@ class AscendCTMoEMixin(_Base):
             output.gemm2_permuted,
             output.expanded_idx_to_permuted_idx,
             None if weighted else output.expert_weights,
+            topk_ids,
         )
         return result
 

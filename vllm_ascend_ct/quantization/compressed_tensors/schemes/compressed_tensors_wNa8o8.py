@@ -12,8 +12,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes.compress
 from vllm.model_executor.parameter import PerTensorScaleParameter
 from vllm.scalar_type import scalar_types
 
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import static_fake_quant
 from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops.precedents import QUANTIZE, Form
 
 _SCALES = ("input_scale", "output_scale")
 
@@ -66,6 +68,7 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
             if scale.any() and not scale.all():
                 raise ValueError(f"{name} is 0 for some shards of the layer: {scale}")
         self.kernel.process_weights_after_loading(layer)
+        announce(self, Form(QUANTIZE, "static", "divided"))
         # All shards see one input; their outputs have a grid each.
         input_scale, output_scale = scales.values()
         set_parameter(layer, "input_scale", input_scale.max().reshape(1))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The layouts that `VLLM_ASCEND_CT_LAYOUT` names, against float64."""
+
+import pytest
+import torch
+
+from tests.formula import FormulaLinear, relative_error
+from tests.layers.quantized_layers import activations, load, row_case, tolerance
+from tests.layers.test_linear import QUANTIZED_IN_FLOAT16
+from tools.launches import Launches
+from vllm_ascend_ct.errors import PlatformError
+from vllm_ascend_ct.ops import layouts
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+ROWS = 40
+CASE = row_case(512, 96)
+BF16, FP16 = torch.bfloat16, torch.float16
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+WEIGHT_ONLY = "npu.npu_weight_quant_batchmatmul"
+
+
+def error_of(
+    scheme: str, dtype: torch.dtype, formula_class: type[FormulaLinear] | None = None
+) -> tuple[float, list[str], torch.nn.Module]:
+    """A layer's error against float64, what it launched, and the layer."""
+    layer, (formula,) = load(CASE, scheme, dtype, bias=True)
+    if formula_class is not None:
+        formula = formula_class(**vars(formula))
+    x = formula.without_ties(activations(ROWS, CASE.k, dtype))
+    with Launches() as launches:
+        y, _ = layer(x)
+    return relative_error(y, formula(x)), launches.names, layer
+
+
+@DTYPES
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g128-asym", "w3a16-g64"])
+def test_int4_in_groups_transposed(
+    scheme: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w4a16-group=transposed")
+    error, launches, layer = error_of(scheme, dtype)
+    assert layer.weight.shape == (64, 96) and layer.weight.stride() == (1, 64)
+    assert launches == [WEIGHT_ONLY] and error < tolerance(scheme, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("scheme", ["w4a8-channel", "w3a8-channel-packed"])
+def test_int8_by_int4_with_a_repeated_scale(
+    scheme: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w4a8-channel=repeated")
+    error, launches, layer = error_of(scheme, dtype)
+    assert layer.weight_scale.shape == (2, 96) and layer.weight_scale.is_contiguous()
+    assert torch.equal(layer.weight_scale[0], layer.weight_scale[1])
+    assert launches == ["npu.npu_dynamic_quant", "npu.npu_quant_matmul", "aten.add"]
+    assert error < tolerance(scheme, dtype)
+
+
+def test_inputs_that_are_no_whole_groups_keep_one_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w4a8-channel=repeated")
+    layer, _ = load(row_case(384, 96), "w4a8-channel", BF16, bias=False)
+    assert layer.weight_scale.shape == (96,)
+
+
+class Reciprocal(FormulaLinear):
+    """Quantizes by the reciprocal that the model's dtype holds."""
+
+    dtype = BF16
+
+    def _quantize(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, scale, zero_point = super()._quantize(x)
+        reciprocal = (1 / scale.float()).to(self.dtype).double()
+        return x * reciprocal + zero_point, scale, zero_point
+
+
+class ReciprocalFloat16(Reciprocal):
+    dtype = FP16
+
+
+@pytest.mark.parametrize("formula", [Reciprocal, ReciprocalFloat16])
+@pytest.mark.parametrize("scheme", ["w8a8-channel-static", "w8a8-tensor-static-asym"])
+def test_static_by_reciprocals(
+    scheme: str, formula: type[Reciprocal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly what it says; from the config's own grid some integers are off by 1."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
+    dtype = formula.dtype
+    error, launches, layer = error_of(scheme, dtype, formula)
+    assert layer.input_scale.shape == (512,) and layer.input_scale.dtype == dtype
+    assert launches == ["npu.npu_quantize", "npu.npu_quant_matmul"]
+    assert error < tolerance(scheme, dtype)
+    error, *_ = error_of(scheme, dtype)
+    assert error < 1e-2
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w8a8-channel-dynamic", "w8a8-tensor-dynamic", "w6a8-channel-packed"]
+)
+def test_quantized_and_multiplied_by_one_operator(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the tolerance of chips that quantize in fp32, which the other way misses."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-dynamic=dequant")
+    error, launches, layer = error_of(scheme, FP16)
+    assert layer.weight.shape == (96, 512) and layer.weight.is_contiguous()
+    assert launches == ["npu.npu_quant_matmul_dequant", "aten.add"]
+    assert error < tolerance(scheme, FP16)
+    monkeypatch.delenv("VLLM_ASCEND_CT_LAYOUT")
+    error, launches, _ = error_of(scheme, FP16)
+    assert "npu.npu_quant_matmul" in launches
+    assert tolerance(scheme, FP16) < error < QUANTIZED_IN_FLOAT16
+
+
+def test_what_one_operator_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that are no multiple of 16 go the other way."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-dynamic=dequant")
+    layer, _ = load(row_case(512, 100), "w8a8-channel-dynamic", FP16, bias=False)
+    x = activations(ROWS, 512, FP16)
+    with Launches() as launches:
+        layer(x)
+    assert launches.names == ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"]
+
+
+@pytest.mark.parametrize(
+    ("soc", "value", "reason"),
+    [
+        ("A2", "w4a16-group=sideways", "A2 .*w4a16-group=sideways"),
+        ("A2", "w4a16=transposed", "w4a16=transposed"),
+        ("A2", "transposed", "transposed=[)]"),
+        ("A2", "w8a8-static=divided,w8a8-dynamic=dequant", "w8a8-dynamic=dequant"),
+        ("310P", "w4a16-group=transposed", "310P .*w4a16-group=transposed"),
+    ],
+)
+def test_unknown_names_are_refused(
+    soc: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", value)
+    with pytest.raises(PlatformError, match=reason) as refusal:
+        layouts.requested()
+    assert "w8a8-static=divided|reciprocal" in str(refusal.value)
+    assert str(refusal.value).endswith("Correct or unset VLLM_ASCEND_CT_LAYOUT.")

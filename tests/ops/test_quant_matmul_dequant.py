@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""The operator of 310P that quantizes activations and multiplies them."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ops.calls import K, M, N, int8, quant_matmul_dequant_call, scales
+from vllm_ascend_ct.errors import OperatorLimitError
+
+
+@pytest.fixture(autouse=True)
+def chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+
+
+def test_product_is_the_formula() -> None:
+    call = quant_matmul_dequant_call()
+    x, weight, weight_scale = (arg.double() for arg in call.args)
+    x[0] = call.args[0][0] = 0
+    scale = x.abs().amax(dim=1, keepdim=True) / 127
+    q = torch.where(scale > 0, x / scale, 0).round()
+    expected = q @ weight.t() * weight_scale * scale
+    y = call.run()
+    assert y.dtype == torch.float16
+    # One rounding to fp16; none of these x lies next to the middle of two integers.
+    torch.testing.assert_close(y.double(), expected, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    find_spec("torch_npu") is not None, reason="torch_npu has its own meta functions"
+)
+def test_schema_and_fake() -> None:
+    call = quant_matmul_dequant_call()
+    operator = torch.ops.npu.npu_quant_matmul_dequant.default
+    torch.library.opcheck(operator, tuple(call.args), call.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "reason"),
+    [
+        ({0: torch.randn(M, K)}, {}, "x dtype torch.float32"),
+        ({0: torch.randn(M, K // 2).half()}, {}, r"x is float16 .*\[M, 128\]"),
+        ({1: int8(K, N).t()}, {}, "quantized_weight is .* contiguous"),
+        ({1: int8(40, K), 2: scales(40)}, {}, "N=40; supported: multiples of 16"),
+        ({2: scales(N).half()}, {}, "weight_scale is float16"),
+        ({}, {"quant_mode": "pertensor"}, "quant_mode=pertensor"),
+        ({}, {"bias": torch.zeros(N).int()}, "without bias"),
+    ],
+)
+def test_refused(args: dict[int, Any], kwargs: dict[str, Any], reason: str) -> None:
+    call = quant_matmul_dequant_call()
+    for position, value in args.items():
+        call.args[position] = value
+    call.kwargs.update(kwargs)
+    with pytest.raises(OperatorLimitError, match=f"on 310P .*{reason}"):
+        call.run()
+
+
+@pytest.mark.parametrize("soc", ["A2", "A5"])
+def test_other_chips_lack_it(monkeypatch: pytest.MonkeyPatch, soc: str) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    with pytest.raises(OperatorLimitError, match="does not have this operator"):
+        quant_matmul_dequant_call().run()

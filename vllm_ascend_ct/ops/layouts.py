@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Which of several named layouts kernels take, for who has a chip to compare them."""
+
+from dataclasses import dataclass
+
+from vllm_ascend_ct import envs
+from vllm_ascend_ct.errors import PlatformError
+from vllm_ascend_ct.ops.precedents import CONTIGUOUS, TRANSPOSED
+from vllm_ascend_ct.ops.soc import Soc, current_soc
+
+# One scale a channel, or the same in each group of 256.
+SINGLE, REPEATED = "single", "repeated"
+# Activations divided by an fp32 scale, or multiplied by reciprocals of their own dtype.
+DIVIDED, RECIPROCAL = "divided", "reciprocal"
+# Activations quantized by an operator of their own, or by that which multiplies.
+SPLIT, DEQUANT = "split", "dequant"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layouts of one kind of linear layer.
+
+    Attributes:
+        names: The first is the default.
+        chips: Where there is a choice.
+
+    """
+
+    names: tuple[str, ...]
+    chips: tuple[Soc, ...]
+
+
+CHOICES = {
+    "w4a16-group": Choice((CONTIGUOUS, TRANSPOSED), (Soc.A2, Soc.A3, Soc.A5)),
+    "w4a8-channel": Choice((SINGLE, REPEATED), (Soc.A2, Soc.A3)),
+    "w8a8-dynamic": Choice((SPLIT, DEQUANT), (Soc.ASCEND_310P,)),
+    "w8a8-static": Choice((DIVIDED, RECIPROCAL), tuple(Soc)),
+}
+
+
+def requested() -> dict[str, str]:
+    """What `VLLM_ASCEND_CT_LAYOUT` asks for, by kind.
+
+    Raises:
+        PlatformError: The chip in use has no such choice.
+
+    """
+    soc = current_soc()
+    choices = {kind: c.names for kind, c in CHOICES.items() if soc in c.chips}
+    pairs = envs.layouts()
+    for kind, name in pairs.items():
+        if name not in choices.get(kind, ()):
+            known = (f"{kind}={'|'.join(names)}" for kind, names in choices.items())
+            raise PlatformError(
+                f"Unknown layout on {soc.value}",
+                where=f"{envs.LAYOUT}, {kind}={name}",
+                supported=", ".join(known),
+                remedy=f"Correct or unset {envs.LAYOUT}",
+            )
+    return pairs
+
+
+def chosen(kind: str) -> str:
+    """The layout that kernels take for a kind."""
+    return requested().get(kind, CHOICES[kind].names[0])
