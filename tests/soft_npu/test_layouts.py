@@ -4,6 +4,11 @@
 
 import copy
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +219,16 @@ def test_layer_in_parts(weight_type: ScalarType, mocker: MockerFixture) -> None:
     shifted = values.view(2 * N, groups, -1).float() - shift.unsqueeze(-1)
     expected = (shifted * scale.float().unsqueeze(-1)).view(2 * N, K).t()
     assert torch.equal(kernel.apply_weights(layer, x).cpu(), expected.bfloat16())
+
+
+def test_named_layouts_are_compared(tmp_path: Path) -> None:
+    """As whoever has a chip does, away from the clone."""
+    out = tmp_path / "report.json"
+    module = "vllm_ascend_ct.compare_layouts"
+    command = [sys.executable, "-m", module, "--out", str(out)]
+    command += ["--k", "512", "--n", "256", "--tokens", "1", "16"]
+    variables = os.environ | {"VLLM_PLUGINS": "ascend_ct"}
+    subprocess.run(command, cwd=tmp_path, env=variables, check=True)
+    report = json.loads(out.read_text())
+    assert report["chip"] != "emulated" and len(report["results"]) == 7
+    assert all(found["is_right"] for found in report["results"])

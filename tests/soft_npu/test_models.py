@@ -8,6 +8,7 @@ import pytest
 
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, SMALL, Result, Run
+from vllm_ascend_ct import compat
 
 pytestmark = [pytest.mark.soft_npu, pytest.mark.long]
 # Of the trained dense model: each row of the README's table, and more sizes of groups.
@@ -38,6 +39,12 @@ DENSE = (
     "w4a8o8-channel",
     "w8a8o8-channel-int",
 )
+# vLLM 0.30 has parameters for zero points of 4 and 8 bits only, beside int8 for none.
+REFUSED = (
+    *("dense/w3a16-g64-asym", "dense/w7a16-channel-asym"),
+    "dense/w4a8-g64-asym-packed",
+)
+LACKS_ZERO_POINTS = not compat.ZERO_POINTS_BESIDE_INT8
 # Name of a process -> checkpoints.
 PROCESSES = {
     "weights": [f"dense/{name}" for name in DENSE if "a16" in name],
@@ -68,6 +75,17 @@ PROCESSES = {
 }
 
 
+if LACKS_ZERO_POINTS:
+    PROCESSES = {
+        process: [name for name in names if name not in REFUSED]
+        for process, names in PROCESSES.items()
+    }
+
+
+def run(name: str) -> Run:
+    return {"checkpoint": name, **EAGER, **SMALL}
+
+
 @pytest.mark.parametrize(
     ("process", "name"),
     [(process, name) for process, names in PROCESSES.items() for name in names],
@@ -78,8 +96,13 @@ def test_close_to_float32(
     name: str,
 ) -> None:
     names = PROCESSES[process]
-    runs: list[Run] = [{"checkpoint": x, **EAGER, **SMALL} for x in names]
-    index = names.index(name)
-    result = serve(runs)[index]
-    engines.check_served(runs[index], result)
-    engines.check_close(runs[index], result)
+    result = serve([run(x) for x in names])[names.index(name)]
+    engines.check_served(run(name), result)
+    engines.check_close(run(name), result)
+
+
+@pytest.mark.skipif(not LACKS_ZERO_POINTS, reason="this vLLM has their parameters")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(serve: Callable[..., list[Result]], name: str) -> None:
+    with pytest.raises(AssertionError, match="errors.UnsupportedCheckpointError"):
+        serve([run(name)])

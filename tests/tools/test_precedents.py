@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 
 # 310P serves no others.
 DTYPES = {Soc.ASCEND_310P: torch.float16}
-# One of each way of calling products, for a test of seconds.
 # What a layer calls beside its products and what quantizes for them.
 UNANNOUNCED = ("routing", "activation", "loading")
 IN_OTHER_LAYOUTS = ["w4a16-g64", "w4a8-channel", "w8a8-channel-dynamic"]
 IN_OTHER_LAYOUTS += ["w8a8-channel-static"]
+# One of each way of calling products, for a test of seconds.
 SOME = ["w4a16-g64-asym", "w8a16-channel", "w4a8-channel", "w8a8-channel-static"]
 
 

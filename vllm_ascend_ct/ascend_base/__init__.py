@@ -72,6 +72,13 @@ def _load_general_plugins() -> None:
                 logger.exception("Failed to load plugin %s", entry_point.name)
 
 
+def init_config(vllm_config: object) -> None:
+    """Read vllm-ascend's settings, as its engine does first."""
+    from vllm_ascend.ascend_config import init_ascend_config
+
+    init_ascend_config(vllm_config)
+
+
 def prefers_nz() -> bool:
     """Whether vllm-ascend is configured to hold quantized weights in FRACTAL_NZ."""
     if not serves():
