@@ -7,6 +7,7 @@
     python -m tools.soft_npu test [--release R] [pytest arguments]
     python -m tools.soft_npu set-up [--release R]
     python -m tools.soft_npu stand-ins
+    python -m tools.soft_npu op-plugin DIRECTORY [--release R]
 
 `run` gives a command, and all that it starts, NPUs: torch_npu over a runtime in the
 host's memory, which computes on the CPU. What it needs is downloaded and compiled once.
@@ -21,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from tools import stacks
-from tools.soft_npu import environment, stand_ins, suite
+from tools.soft_npu import environment, op_plugin, stand_ins, suite
 from tools.soft_npu.environment import Device
 
 
@@ -33,9 +34,11 @@ def main() -> None:
     run = actions.add_parser("run", help="a command on software NPUs")
     make = actions.add_parser("set-up", help="download and compile only")
     actions.add_parser("stand-ins", help="list what stands in for what")
+    operators = actions.add_parser("op-plugin", help="run op-plugin's own tests")
+    operators.add_argument("directory", type=Path, help="its test/test_custom_ops")
     test = actions.add_parser("test", help="run tests/soft_npu; the rest is pytest's")
     default = Device()
-    for action in (run, make, test):
+    for action in (run, make, test, operators):
         # Without one, `test` runs over all that are served.
         known = None if action is test else default.release
         action.add_argument("--release", default=known, help="of vllm-ascend")
@@ -62,6 +65,8 @@ def main() -> None:
         print("\n".join(stand_ins.describe()))
     if arguments.action == "test":
         sys.exit(suite.test(others, arguments.release))
+    if arguments.action == "op-plugin":
+        sys.exit(op_plugin.run(arguments.directory, arguments.release))
     if arguments.action == "run":
         sys.exit(_run(arguments))
 
