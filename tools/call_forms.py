@@ -8,6 +8,7 @@ import torch
 
 from vllm_ascend_ct.ops.precedents import (
     CONTIGUOUS,
+    DIVIDED,
     DYNAMIC_QUANT,
     DYNAMIC_QUANT_ASYMMETRIC,
     FUSED_GATE,
@@ -16,6 +17,7 @@ from vllm_ascend_ct.ops.precedents import (
     QUANT_MATMUL,
     QUANT_MATMUL_DEQUANT,
     QUANTIZE,
+    RECIPROCAL,
     ROWS,
     TRANSPOSED,
     TRANSPOSED_NZ,
@@ -45,7 +47,7 @@ def form_of(operator: str, args: list[Any], kwargs: dict[str, Any]) -> Form:
     if operator == "npu_format_cast":
         return Form(operator, "loading", _layout(args[0]))
     if operator == QUANTIZE:
-        layout = "divided" if named["div_mode"] else "reciprocal"
+        layout = DIVIDED if named["div_mode"] else RECIPROCAL
         return Form(operator, "static", layout)
     if operator not in _PRODUCTS:
         return Form(operator, "unknown", "unknown")

@@ -13,12 +13,10 @@ no NPU both sides are emulated, to check this script.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from tests.ops.calls import CALLS, Call
+from tests.ops.calls import CALLS, CALLS_310P, Call
 from tools.record_npu_calls import ASCEND_OUT, OUT
+from vllm_ascend_ct import compare_layouts
 from vllm_ascend_ct.errors import OperatorLimitError
 from vllm_ascend_ct.ops import emulated
+from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.ops.emulated.registry import is_nz
-from vllm_ascend_ct.ops.emulated.weights import FRACTAL_NZ
-from vllm_ascend_ct.ops.soc import current_soc
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 REPEATS = 20
 # Norm of the difference by that of the emulation's result: some roundings to the dtype.
@@ -51,7 +50,8 @@ def main() -> int:
     arguments = parser.parse_args()
     emulated.install()
     torch.manual_seed(0)
-    calls = {name: make() for name, make in CALLS.items()}
+    usual = CALLS | (CALLS_310P if current_soc() is Soc.ASCEND_310P else {})
+    calls = {name: make() for name, make in usual.items()}
     for path in arguments.calls:
         if path.exists():
             calls |= recorded(path)
@@ -79,7 +79,10 @@ def npu_device() -> str:
         return "cpu"
     import torch_npu
 
-    return "npu" if torch_npu.npu.is_available() else "cpu"
+    if not torch_npu.npu.is_available():
+        return "cpu"
+    compare_layouts.allow_internal_format()
+    return "npu"
 
 
 def load_vllm_ascend(device: str) -> None:
@@ -124,25 +127,7 @@ def check(calls: Mapping[str, Call], device: str) -> dict[str, Any]:
     results = [
         {"call": name, **check_call(call, device)} for name, call in calls.items()
     ]
-    return {"machine": machine(device), "calls": results}
-
-
-def machine(device: str) -> dict[str, str]:
-    """What the results depend on."""
-    versions = {}
-    for name in ("torch", "torch_npu", "vllm-ascend-ct"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "missing"
-    chip = "emulated" if device == "cpu" else getattr(torch, device).get_device_name()
-    return {
-        "device": device,
-        "chip": chip,
-        "emulated chip": current_soc().value,
-        "python": platform.python_version(),
-        **versions,
-    }
+    return {"machine": compare_layouts.machine(device), "calls": results}
 
 
 def check_call(call: Call, device: str) -> dict[str, Any]:

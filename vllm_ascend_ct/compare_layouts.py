@@ -6,38 +6,48 @@
 
 Lays random weights out as kernels do when they load a checkpoint, in each layout that
 `ops/layouts.py` names for the chip, multiplies, and compares with float64 and with a
-16-bit product. Needs what serving needs, no checkpoint and no clone. Without an NPU the
-operators are emulated: the errors then are those of the emulation, the times nothing.
+16-bit product. Products are timed in a graph, as engines run them, over a weight that
+may stay in the chip's cache. Needs what serving needs, no checkpoint and no clone.
+Without an NPU the operators are emulated, and times mean nothing.
 """
 
 import argparse
 import json
+import math
 import os
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_ascend_ct import envs
+from vllm_ascend_ct.errors import PlatformError
+from vllm_ascend_ct.ops import layouts
+from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 GROUP = 128
+# Of which all layouts take K and N, and none falls back to another.
+SIZE_STEP = 256
 TOKENS = (1, 16, 64, 1024)
-REPEATS = 30
+CALLS, ROUNDS = 20, 5
 # Norm of the difference by that of float64: some roundings to bfloat16, and integers of
 # activations that are rounded the other way. What a chip misreads is off by far more.
 TOLERANCE = 2.0**-7
-# Of which a layout has to be faster than the default to be proposed.
-MARGIN = 0.95
-_FRACTAL_NZ = 29
+# What a layout may take of the default's time, and its error of the default's, to be
+# proposed.
+MAX_TIME, MAX_ERROR = 0.95, 1.5
+# bfloat16 holds its reciprocal to 0.1 %, as the mean of random ones.
+INPUT_SCALE = 1 / 27.03
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,8 +59,9 @@ class Result:
     Attributes:
         kind: Of linear layers, as `VLLM_ASCEND_CT_LAYOUT` names it.
         layout: Its name; the first of a kind is the default.
-        error: Norm of the difference from float64, by that of float64.
-        is_right: Whether it is within the tolerance.
+        fault: What it raised, or that it is wrong; None if it is right.
+        error: Norm of the difference from float64, by that of float64; None if it
+            raised, or is not finite.
         microseconds: By number of tokens.
         ratios: Of the time of a 16-bit product.
 
@@ -58,10 +69,10 @@ class Result:
 
     kind: str
     layout: str
-    error: float
-    is_right: bool
-    microseconds: dict[int, float]
-    ratios: dict[int, float]
+    fault: str | None = None
+    error: float | None = None
+    microseconds: dict[int, float] = field(default_factory=dict)
+    ratios: dict[int, float] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -73,16 +84,18 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--out", type=Path, default=Path("compare-layouts.json"))
     arguments = parser.parse_args()
+    if arguments.k % SIZE_STEP or arguments.n % SIZE_STEP:
+        parser.error(f"--k and --n: multiples of {SIZE_STEP}")
     device = start()
     results = compare(arguments.k, arguments.n, arguments.tokens, device)
+    print(table(results))
+    print(advice(results, device))
     report = {**machine(device), "k": arguments.k, "n": arguments.n}
     report["results"] = [asdict(result) for result in results]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2))
-    print(table(results))
-    is_emulated = device == "cpu"
-    print("Emulated: times mean nothing." if is_emulated else advice(results))
     print(f"Report: {arguments.out}")
-    return int(not all(result.is_right for result in results))
+    return int(any(result.fault for result in results))
 
 
 def start() -> str:
@@ -92,44 +105,66 @@ def start() -> str:
         The device to compute on.
 
     Raises:
-        RuntimeError: The chip does not hold tensors in FRACTAL_NZ.
+        PlatformError: This package does not serve here.
 
     """
     os.environ.setdefault("VLLM_PLUGINS", "ascend_ct")
     from vllm.config import VllmConfig
-    from vllm.plugins import load_general_plugins
 
-    load_general_plugins()
     from vllm_ascend_ct import ascend_base
+    from vllm_ascend_ct.register import register
 
-    if not ascend_base.serves():
+    register()
+    if not ascend_base.runs_on_vllm_ascend():
         return "cpu"
+    # Kernels ask it for its memory format of weights.
     ascend_base.init_config(VllmConfig())
-    import torch_npu
-
-    # Else casts are ignored in silence; vllm-ascend's runner sets it too.
-    torch_npu.npu.config.allow_internal_format = True
-    weight = torch.zeros(64, 64, dtype=torch.int8, device="npu")
-    cast = torch_npu.npu_format_cast(weight, _FRACTAL_NZ)
-    if (found := torch_npu.get_npu_format(cast)) != _FRACTAL_NZ:
-        raise RuntimeError(f"npu_format_cast to {_FRACTAL_NZ} left format {found}")
+    allow_internal_format()
     return "npu"
 
 
+def allow_internal_format() -> None:
+    """Have casts to FRACTAL_NZ done, which torch_npu else ignores in silence.
+
+    vllm-ascend's runner sets it too.
+
+    Raises:
+        PlatformError: They are not.
+
+    """
+    import torch_npu
+
+    torch_npu.npu.config.allow_internal_format = True
+    weight = torch.zeros(64, 64, dtype=torch.int8, device="npu")
+    found = torch_npu.get_npu_format(torch_npu.npu_format_cast(weight, FRACTAL_NZ))
+    if found != FRACTAL_NZ:
+        raise PlatformError(
+            "Casts to FRACTAL_NZ do nothing on this chip",
+            where=f"npu_format_cast(weight, {FRACTAL_NZ}) left format {found}",
+            supported="torch_npu whose npu.config.allow_internal_format works",
+            remedy="Report it with the versions of torch_npu and CANN; serve with "
+            "vllm-ascend's weight_nz_mode=0 meanwhile",
+        )
+
+
 def machine(device: str) -> dict[str, Any]:
-    """What the results depend on."""
-    from vllm_ascend_ct.ops.soc import current_soc
+    """What results depend on."""
+    found = {"device": device, "chip": "emulated", "soc": current_soc().value}
+    if device != "cpu":
+        backend = getattr(torch, device)
+        found["chip"] = backend.get_device_name()
+        for module in ("CANN", "DRIVER"):
+            found[module] = str(backend.utils.get_cann_version(module))
+    found["python"] = platform.python_version()
+    for name in ("torch", "torch_npu", "vllm", "vllm_ascend", "vllm-ascend-ct"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
 
-    chip = "emulated" if device == "cpu" else getattr(torch, device).get_device_name()
-    versions = {
-        name: version(name)
-        for name in ("torch", "torch_npu", "vllm", "vllm_ascend", "vllm-ascend-ct")
-        if find_spec(name.replace("-", "_")) is not None
-    }
-    return {"chip": chip, "soc": current_soc().value, **versions}
 
-
-def compare(k: int, n: int, tokens: tuple[int, ...], device: str) -> list[Result]:
+def compare(k: int, n: int, tokens: Sequence[int], device: str) -> list[Result]:
     """Compare each layout of the chip in use.
 
     Args:
@@ -139,8 +174,6 @@ def compare(k: int, n: int, tokens: tuple[int, ...], device: str) -> list[Result
         device: Where to compute.
 
     """
-    from vllm_ascend_ct.ops.soc import Soc, current_soc
-
     is_310p = current_soc() is Soc.ASCEND_310P
     dtype = torch.float16 if is_310p else torch.bfloat16
     torch.manual_seed(0)
@@ -152,19 +185,19 @@ def compare(k: int, n: int, tokens: tuple[int, ...], device: str) -> list[Result
     for kind, make in _LAYERS.items():
         for name, setting in settings(kind).items():
             torch.manual_seed(1)
-            with requested(setting):
-                product, formula = make(k, n, dtype, device)
-            results.append(
-                measured(kind, name, product, formula, rows, reference, device)
-            )
+            try:
+                with requested(setting):
+                    product, formula = make(k, n, dtype, device)
+                result = measured(product, formula, rows, reference, device)
+            except Exception as error:
+                # What is unproven may well be refused; the others still count.
+                result = {"fault": f"{type(error).__name__}: {error}"}
+            results.append(Result(kind, name, **result))
     return results
 
 
 def settings(kind: str) -> dict[str, str]:
     """The layouts of a kind on the chip in use, and how to ask for each."""
-    from vllm_ascend_ct.ops import layouts
-    from vllm_ascend_ct.ops.soc import current_soc
-
     choice = layouts.CHOICES[kind]
     if current_soc() in choice.chips:
         return {name: f"{kind}={name}" for name in choice.names}
@@ -175,90 +208,110 @@ def settings(kind: str) -> dict[str, str]:
 @contextmanager
 def requested(setting: str) -> Iterator[None]:
     """Have kernels take a layout."""
-    before = os.environ.pop(envs.LAYOUT, None)
+    before = os.environ.get(envs.LAYOUT)
     os.environ[envs.LAYOUT] = setting
     try:
         yield
     finally:
-        del os.environ[envs.LAYOUT]
-        if before is not None:
+        if before is None:
+            del os.environ[envs.LAYOUT]
+        else:
             os.environ[envs.LAYOUT] = before
 
 
 def measured(
-    kind: str,
-    name: str,
     product: Product,
     formula: Product,
     rows: dict[int, torch.Tensor],
     reference: dict[int, float],
     device: str,
-) -> Result:
-    """Compare a product with its formula, and time it."""
+) -> dict[str, Any]:
+    """Compare a product with its formula, and time it: fields of a `Result`."""
     errors, times = [], {}
     for m, x in rows.items():
-        on_device = x.to(device)
-        expected = formula(x)
+        on_device, expected = x.to(device), formula(x)
         difference = product(on_device).cpu().double() - expected
         errors.append(float(difference.norm() / expected.norm()))
         times[m] = timed(product, on_device, device)
-    error = max(errors)
     # NaN is not within.
-    is_right = error <= TOLERANCE
-    ratios = {m: round(seconds / reference[m], 3) for m, seconds in times.items()}
-    microseconds = {m: round(seconds * 1e6, 1) for m, seconds in times.items()}
-    return Result(kind, name, error, is_right, microseconds, ratios)
+    is_right = all(error <= TOLERANCE for error in errors)
+    return {
+        "fault": None if is_right else "wrong",
+        "error": max(errors) if all(map(math.isfinite, errors)) else None,
+        "microseconds": {m: round(x * 1e6, 1) for m, x in times.items()},
+        "ratios": {m: round(x / reference[m], 3) for m, x in times.items()},
+    }
 
 
 def timed(product: Product, x: torch.Tensor, device: str) -> float:
-    """Median seconds of some calls after the first."""
-
-    def synchronize() -> None:
-        if device != "cpu":
-            getattr(torch, device).synchronize()
-
-    times = []
-    for _ in range(REPEATS + 1):
-        synchronize()
+    """Seconds of one call, of many in a graph; emulated of a single one."""
+    if device == "cpu":
         begin = time.perf_counter()
         product(x)
-        synchronize()
-        times.append(time.perf_counter() - begin)
+        return time.perf_counter() - begin
+    backend = getattr(torch, device)
+    product(x)
+    backend.synchronize()
+    graph = backend.NPUGraph()
+    with backend.graph(graph):
+        for _ in range(CALLS):
+            product(x)
+    times = []
+    for _ in range(ROUNDS + 1):
+        backend.synchronize()
+        begin = time.perf_counter()
+        graph.replay()
+        backend.synchronize()
+        times.append((time.perf_counter() - begin) / CALLS)
     return statistics.median(times[1:])
 
 
-def table(results: list[Result]) -> str:
+def table(results: Sequence[Result]) -> str:
     """Write the results for people; times are microseconds, with their ratios."""
-    tokens = [*results[0].microseconds]
+    tokens = next((list(r.microseconds) for r in results if r.microseconds), [])
     lines = [
         f"| kind | layout | error | {' | '.join(f'{m} rows' for m in tokens)} |",
         f"|{'---|' * (len(tokens) + 3)}",
     ]
     for result in results:
-        error = f"{result.error:.1e}{'' if result.is_right else ' WRONG'}"
-        times = (f"{result.microseconds[m]} ({result.ratios[m]})" for m in tokens)
-        cells = (result.kind, result.layout, error, *times)
+        error = "" if result.error is None else f"{result.error:.1e} "
+        cells = [result.kind, result.layout, f"{error}{result.fault or ''}".strip()]
+        for m in tokens:
+            time_of = result.microseconds.get(m, "")
+            cells.append(f"{time_of} ({result.ratios[m]})" if time_of else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("In parentheses: time by that of a 16-bit product.")
     return "\n".join(lines)
 
 
-def advice(results: list[Result]) -> str:
-    """Say which layouts to take instead of defaults."""
-    better = []
+def advice(results: Sequence[Result], device: str) -> str:
+    """Say which layouts to take instead of defaults, and what not to serve."""
+    lines, better = [], []
     for kind in dict.fromkeys(result.kind for result in results):
         default, *others = (result for result in results if result.kind == kind)
-        right = [result for result in (default, *others) if result.is_right]
-        if not right:
+        right = [result for result in others if not result.fault]
+        if default.fault and not right:
+            lines.append(f"{kind}: no layout is right; do not serve such layers here.")
             continue
-        fastest = min(right, key=_time)
-        if not default.is_right or _time(fastest) < MARGIN * _time(default):
-            better.append(f"{kind}={fastest.layout}")
-    if not better:
-        return "No other layout is right and faster than its default."
-    return (
-        f"Set {envs.LAYOUT}={','.join(better)}, and tell us: it should be the default."
-    )
+        fast = [other for other in right if _is_better(other, default)]
+        if fast and (default.fault or device != "cpu"):
+            better.append(f"{kind}={min(fast, key=_time).layout}")
+    if better:
+        lines.append(f"Better than the default: {envs.LAYOUT}={','.join(better)}")
+    if device == "cpu":
+        lines.append("Emulated: times mean nothing.")
+    elif not lines:
+        lines.append("Each default is right, and no other layout is faster.")
+    if device != "cpu":
+        lines.append("Please send the report back, with what you found.")
+    return "\n".join(lines)
+
+
+def _is_better(other: Result, default: Result) -> bool:
+    if default.fault or default.error is None:
+        return True
+    is_as_right = other.error is not None and other.error <= MAX_ERROR * default.error
+    return is_as_right and _time(other) < MAX_TIME * _time(default)
 
 
 def _time(result: Result) -> float:
@@ -307,6 +360,9 @@ def _mixed_precision(
     layer: Any = torch.nn.Module()
     set_parameter(layer, "weight_packed", packed)
     set_parameter(layer, "weight_scale", scale.to(device))
+    serves, reason = kernel_class.can_implement(config)
+    if not serves:
+        raise ValueError(reason)
     kernel = kernel_class(config, "weight_packed", "weight_scale")
     kernel.process_weights_after_loading(layer)
     weight = values * scale.t().double().repeat_interleave(k // groups, 0)
@@ -350,7 +406,7 @@ def _int8(
     )
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
     scale = torch.rand(n, 1) / 1000 + 0.001
-    input_scale = torch.tensor([4 / 127])
+    input_scale = torch.tensor([INPUT_SCALE])
     layer: Any = torch.nn.Module()
     layer.params_dtype = dtype
     set_parameter(layer, "weight", weight.to(device))

@@ -30,7 +30,7 @@ STATIC = (
             "A2",
             "w4a16-group=transposed",
             "w4a16-g64",
-            WEIGHT_ONLY.format("transposed"),
+            WEIGHT_ONLY.format("transposed, unproven on A2"),
         ),
         ("A2", "", "w8a8-channel-static-asym", STATIC),
     ],

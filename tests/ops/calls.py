@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.weights import FRACTAL_NZ, unpack_int4
+from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
+from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
 M, K, N, GROUP = 5, 128, 48, 32
 

@@ -81,14 +81,14 @@ def init_config(vllm_config: object) -> None:
 
 def prefers_nz() -> bool:
     """Whether vllm-ascend is configured to hold quantized weights in FRACTAL_NZ."""
-    if not serves():
+    if not runs_on_vllm_ascend():
         return False
     from vllm_ascend.ascend_config import get_ascend_config
 
     return bool(get_ascend_config().weight_nz_mode)
 
 
-def serves() -> bool:
+def runs_on_vllm_ascend() -> bool:
     """Whether vllm-ascend is what this process runs on."""
     from vllm.platforms import current_platform
 
@@ -97,5 +97,5 @@ def serves() -> bool:
 
 def graph_key() -> dict[str, dict[str, object]]:
     """What tells graphs of this process from those of other chips and layouts."""
-    key = {"soc": current_soc().value, "emulated": not serves()}
+    key = {"soc": current_soc().value, "emulated": not runs_on_vllm_ascend()}
     return {"ascend_ct": {**key, "layouts": layouts.requested()}}

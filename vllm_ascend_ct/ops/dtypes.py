@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Dtypes that the limits of operators are stated in."""
+"""Dtypes and formats that the limits of operators are stated in."""
 
 import torch
 
 FLOAT16 = (torch.float16,)
 FLOAT16_BFLOAT16 = (torch.float16, torch.bfloat16)
+# What torch_npu calls the memory format.
+FRACTAL_NZ = 29
 # An int4 tensor is handed over as int32.
 INT4_PER_INT32 = 8
 

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import PlatformError
-from vllm_ascend_ct.ops.precedents import CONTIGUOUS, TRANSPOSED
+from vllm_ascend_ct.ops.precedents import (
+    CONTIGUOUS,
+    DIVIDED,
+    RECIPROCAL,
+    TRANSPOSED,
+)
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 # One scale a channel, or the same in each group of 256.
 SINGLE, REPEATED = "single", "repeated"
-# Activations divided by an fp32 scale, or multiplied by reciprocals of their own dtype.
-DIVIDED, RECIPROCAL = "divided", "reciprocal"
 # Activations quantized by an operator of their own, or by that which multiplies.
 SPLIT, DEQUANT = "split", "dequant"
 

@@ -59,10 +59,12 @@ QUANTIZE = "npu_quantize"
 
 CONTIGUOUS, TRANSPOSED = "contiguous", "transposed"
 NZ, TRANSPOSED_NZ = "nz", "transposed-nz"
+# Activations divided by an fp32 scale, or multiplied by reciprocals of their own dtype.
+DIVIDED, RECIPROCAL = "divided", "reciprocal"
 ROWS = "rows"
 
 _A2_A3, _A5, _310P = (Soc.A2, Soc.A3), (Soc.A5,), (Soc.ASCEND_310P,)
-_VLLM_ASCEND = "vllm-project/vllm-ascend, vllm_ascend/"
+_VLLM_ASCEND = "vllm-project/vllm-ascend v0.23.0, vllm_ascend/"
 _METHODS = f"{_VLLM_ASCEND}quantization/methods/"
 _METHODS_310P = f"{_VLLM_ASCEND}_310p/quantization/methods/"
 _OP_PLUGIN = "Ascend/op-plugin, test/test_custom_ops/"
@@ -96,8 +98,9 @@ PRECEDENTS: tuple[Precedent, ...] = (
         "w4a16-group",
         TRANSPOSED,
         _A2_A3,
-        "ggml-org/llama.cpp, ggml/src/ggml-cann, Q4_0",
-        "910B, float16, groups of 32 without zero points",
+        None,
+        "910B, float16, groups of 32 without zero points: ggml-org/llama.cpp, "
+        "ggml/src/ggml-cann, Q4_0",
     ),
     _row(WEIGHT_ONLY, "w4a16-group", TRANSPOSED, _A5, None),
     _row(
@@ -123,8 +126,9 @@ PRECEDENTS: tuple[Precedent, ...] = (
         "w8a16-group",
         TRANSPOSED,
         _A2_A3,
-        "ggml-org/llama.cpp, ggml/src/ggml-cann, Q8_0",
-        "910B, float16, groups of 32 without zero points",
+        None,
+        "910B, float16, groups of 32 without zero points: ggml-org/llama.cpp, "
+        "ggml/src/ggml-cann, Q8_0",
     ),
     _row(WEIGHT_ONLY, "w8a16-group", TRANSPOSED, _A5, None),
     _row(
@@ -155,7 +159,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
     _row(
         QUANTIZE,
         "static",
-        "divided",
+        DIVIDED,
         tuple(Soc),
         None,
         f"by reciprocals of the model's dtype: {_METHODS}w8a8_static.py",
@@ -163,16 +167,16 @@ PRECEDENTS: tuple[Precedent, ...] = (
     _row(
         QUANTIZE,
         "static",
-        "reciprocal",
+        RECIPROCAL,
         _A2_A3,
         f"{_METHODS}w8a8_static.py; sgl-project/sglang",
         "serving",
     ),
-    _row(QUANTIZE, "static", "reciprocal", _A5, None),
+    _row(QUANTIZE, "static", RECIPROCAL, _A5, None),
     _row(
         QUANTIZE,
         "static",
-        "reciprocal",
+        RECIPROCAL,
         _310P,
         f"{_METHODS_310P}w8a8_static.py",
         "serving",
@@ -397,10 +401,11 @@ PRECEDENTS: tuple[Precedent, ...] = (
         "npu_trans_quant_param",
         "loading",
         ROWS,
-        tuple(Soc),
-        f"{_METHODS}w4a8.py",
-        "serving, without its argument round_mode",
+        _A2_A3,
+        f"{_OP_PLUGIN}test_npu_trans_quant_param.py",
+        "910B, a test of the operator without its argument round_mode",
     ),
+    _row("npu_trans_quant_param", "loading", ROWS, (*_310P, *_A5), None),
     _row(
         "npu_format_cast",
         "loading",

@@ -8,9 +8,9 @@ a layer there is never more than one expert.
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.weights import int4, pack_quantized
 
-_FRACTAL_NZ = 29
 _RAW_BITS = 0xFFFFFFFF
 
 
@@ -69,7 +69,7 @@ def to_nz(stacked: torch.Tensor) -> torch.Tensor:
             allocated with.
 
     """
-    cast: torch.Tensor = torch.ops.npu.npu_format_cast(stacked, _FRACTAL_NZ)
+    cast: torch.Tensor = torch.ops.npu.npu_format_cast(stacked, FRACTAL_NZ)
     return cast
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.weights import int4
 
-_FRACTAL_NZ = 29
 _ROWS_AT_ONCE = 256
 # Leaves the int32 accumulator room for the product itself.
 _MAX_INT32_BIAS = 2**30
@@ -32,9 +32,9 @@ def to_npu_weight(weight: torch.Tensor, nz: bool, transposed_nz: bool) -> torch.
     """
     if transposed_nz:
         # Unpacked weights are views, which torch_npu does not cast.
-        return torch.ops.npu.npu_format_cast(weight.clone(), _FRACTAL_NZ).t()
+        return torch.ops.npu.npu_format_cast(weight.clone(), FRACTAL_NZ).t()
     if nz:
-        return torch.ops.npu.npu_format_cast(weight.t().contiguous(), _FRACTAL_NZ)
+        return torch.ops.npu.npu_format_cast(weight.t().contiguous(), FRACTAL_NZ)
     return weight.t()
 
 

@@ -4,6 +4,7 @@
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.ops.emulated.registry import (
     describe,
     emulates,
@@ -14,7 +15,6 @@ from vllm_ascend_ct.ops.emulated.registry import (
 _INT4_PER_INT32 = 8
 _FP19_MASK = 0xFFFFE000
 _SCALE_FLAG = 1 << 46
-FRACTAL_NZ = 29
 _ND = 2
 
 

@@ -10,7 +10,8 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
     Int8ScaledMMLinearLayerConfig,
 )
 
-from vllm_ascend_ct import ascend_base
+from vllm_ascend_ct import ascend_base, envs
+from vllm_ascend_ct.errors import PlatformError
 from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_asymmetric_quant_matmul,
@@ -24,12 +25,14 @@ from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.limits import OperandTable, current_limits
 from vllm_ascend_ct.ops.precedents import (
     CONTIGUOUS,
+    DIVIDED,
     DYNAMIC_QUANT,
     DYNAMIC_QUANT_ASYMMETRIC,
     NZ,
     QUANT_MATMUL,
     QUANT_MATMUL_DEQUANT,
     QUANTIZE,
+    RECIPROCAL,
     ROWS,
     TRANSPOSED,
     TRANSPOSED_NZ,
@@ -75,7 +78,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         super().__init__(*args, **kwargs)
         # Once, not in each call.
         self.operands = current_limits().quant_matmul.operands
-        self.divides = layouts.chosen("w8a8-static") == layouts.DIVIDED
+        self.divides = layouts.chosen("w8a8-static") == DIVIDED
         self.fuses_quant = False
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -102,7 +105,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         quantization = Form(DYNAMIC_QUANT_ASYMMETRIC, "dynamic", ROWS)
         kind = "w8a8-asymmetric"
         if self.config.is_static_input_scheme:
-            name = layouts.DIVIDED if self.divides else layouts.RECIPROCAL
+            name = DIVIDED if self.divides else RECIPROCAL
             quantization, kind = Form(QUANTIZE, "static", name), "w8a8-static"
         return [quantization, Form(QUANT_MATMUL, kind, int8_layout(n))]
 
@@ -135,7 +138,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         """Hold the reciprocal of the activations' scale, as vllm-ascend does.
 
         Raises:
-            ValueError: The model's dtype does not hold it.
+            PlatformError: The model's dtype does not hold it.
 
         """
         *_, x_scale_name, x_zero_point_name, _ = self.layer_param_names
@@ -143,9 +146,12 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         x_scale = getattr(layer, x_scale_name).data
         reciprocal = x_scale.reciprocal().to(dtype)
         if not bool(reciprocal.isfinite().all()):
-            raise ValueError(
-                f"1 / {x_scale_name} = {1 / x_scale.item():.3g}, supported by the "
-                f"layout {layouts.RECIPROCAL}: what {dtype} holds"
+            raise PlatformError(
+                f"{dtype} does not hold the reciprocal of a scale",
+                where=f"layer {getattr(layer, 'prefix', '')}, "
+                f"{x_scale_name}={x_scale.item():.3g}",
+                supported=f"{envs.LAYOUT}=w8a8-static={DIVIDED}, the default",
+                remedy=f"Unset {envs.LAYOUT}",
             )
         set_parameter(layer, x_scale_name, reciprocal.repeat(k))
         if not self.config.input_symmetric:

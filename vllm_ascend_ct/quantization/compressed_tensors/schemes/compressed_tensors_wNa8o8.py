@@ -15,7 +15,7 @@ from vllm.scalar_type import scalar_types
 from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import static_fake_quant
 from vllm_ascend_ct.kernels.parameters import set_parameter
-from vllm_ascend_ct.ops.precedents import QUANTIZE, Form
+from vllm_ascend_ct.ops.precedents import DIVIDED, QUANTIZE, Form
 
 _SCALES = ("input_scale", "output_scale")
 
@@ -68,7 +68,8 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
             if scale.any() and not scale.all():
                 raise ValueError(f"{name} is 0 for some shards of the layer: {scale}")
         self.kernel.process_weights_after_loading(layer)
-        announce(self, Form(QUANTIZE, "static", "divided"))
+        if self.has_input_act or self.has_output_act:
+            announce(self, Form(QUANTIZE, "static", DIVIDED))
         # All shards see one input; their outputs have a grid each.
         input_scale, output_scale = scales.values()
         set_parameter(layer, "input_scale", input_scale.max().reshape(1))
