@@ -56,10 +56,6 @@ def test_imports_point_down(path: Path) -> None:
     for module in imports(path):
         target = layer_of(module)
         if target is not None:
-            # The platforms register; what is registered needs no platform but to ask
-            # which one is in use.
-            if (layer, target) == ("register", "platforms"):
-                continue
             assert LAYERS.index(target) <= LAYERS.index(layer), f"{layer} -> {module}"
         assert module.split(".")[0] not in FORBIDDEN.get(layer, ()), module
 

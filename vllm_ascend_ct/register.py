@@ -3,6 +3,7 @@
 """What this package hooks into vLLM, all through vLLM's public registries."""
 
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,6 @@ def register() -> None:
     """
     from vllm.platforms import PlatformEnum, current_platform
 
-    from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
-
     if current_platform._enum is not PlatformEnum.OOT:
         raise PlatformError(
             f"vLLM runs on {type(current_platform).__name__}, no Ascend platform",
@@ -36,8 +35,9 @@ def register() -> None:
             remedy="Name ascend only where vllm-ascend is installed, and unset "
             "VLLM_TARGET_DEVICE, which turns platform plugins off",
         )
-    if isinstance(current_platform, AscendCTPlatformMixin):
-        current_platform.prepare_process()
+    prepare = _own_preparation()
+    if prepare is not None:
+        prepare()
     else:
         releases.check(on_npu=True)
         ascend_base.prepare_process(load_plugins=False)
@@ -47,6 +47,15 @@ def register() -> None:
     check_in_charge()
 
 
+def _own_preparation() -> Callable[[], None] | None:
+    """How a platform of this package prepares a process; None on another's."""
+    from vllm.platforms import current_platform
+
+    prepare: Callable[[], None] | None
+    prepare = getattr(type(current_platform), "prepare_ascend_ct", None)
+    return prepare
+
+
 @cache
 def register_quantization_config() -> None:
     """Serve "compressed-tensors" with our config.
@@ -54,12 +63,10 @@ def register_quantization_config() -> None:
     A vLLM that has the `get_quant_config` hook asks the platform; the registry is
     needed where the hook or our platform is missing.
     """
-    from vllm.platforms import Platform, current_platform
-
-    from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
+    from vllm.platforms import Platform
 
     hook = getattr(Platform, "get_quant_config", None)
-    if hook is not None and isinstance(current_platform, AscendCTPlatformMixin):
+    if hook is not None and _own_preparation() is not None:
         return
 
     from vllm.model_executor.layers.quantization import register_quantization_config

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ascend_base import serves
+from vllm_ascend_ct.ascend_base import runs_on_vllm_ascend
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 _ACTIVATIONS = ("silu", "swiglustep")
@@ -26,7 +26,7 @@ def unquantized_class(tid2eid: Any) -> tuple[Any, dict[str, Any]] | None:
         The class and what it takes beside a layer's `moe_config`.
 
     """
-    if not serves():
+    if not runs_on_vllm_ascend():
         return None
     if current_soc() is Soc.ASCEND_310P:
         from vllm_ascend._310p.fused_moe import fused_moe as fused_moe_310p
@@ -43,8 +43,7 @@ def unquantized_class(tid2eid: Any) -> tuple[Any, dict[str, Any]] | None:
 def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None:
     """Why vllm-ascend cannot compute experts, or None.
 
-    Where it would compute something else in silence, it is what it does not take into
-    account that is refused.
+    Refuses whatever vllm-ascend would ignore in silence.
 
     Args:
         moe: The layer.

@@ -4,7 +4,7 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_ascend_ct.ascend_base import serves
+from vllm_ascend_ct.ascend_base import runs_on_vllm_ascend
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearMethodBase
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def unquantized_class() -> "type[LinearMethodBase] | None":
     """vllm-ascend's method for layers that are not quantized; None off the NPU."""
-    if not serves():
+    if not runs_on_vllm_ascend():
         return None
     from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 
@@ -25,4 +25,4 @@ def reads_weight(prefix: str) -> bool:
 
     That is so in the compressors of DeepSeek-V4's attention.
     """
-    return serves() and ".compressor." in prefix
+    return runs_on_vllm_ascend() and ".compressor." in prefix

@@ -4,7 +4,7 @@
 
 from typing import Any
 
-from vllm_ascend_ct.ascend_base import serves
+from vllm_ascend_ct.ascend_base import runs_on_vllm_ascend
 from vllm_ascend_ct.ascend_base.routed_experts import asks_for_products
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.soc import Soc, current_soc
@@ -20,7 +20,7 @@ def check_linear(prefix: str) -> None:
         UnsupportedCheckpointError: One is set.
 
     """
-    if not serves():
+    if not runs_on_vllm_ascend():
         return
     from vllm_ascend.ascend_config import get_ascend_config
 
@@ -62,7 +62,7 @@ def check_latent_query(prefix: str, is_mixed: bool, is_packed: bool) -> None:
         UnsupportedCheckpointError: One is set.
 
     """
-    if not serves() or not asks_for_products():
+    if not runs_on_vllm_ascend() or not asks_for_products():
         return
     from vllm.config import get_current_vllm_config
     from vllm_ascend.attention.utils import enabling_mlapo

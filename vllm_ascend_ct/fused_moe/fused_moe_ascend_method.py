@@ -10,7 +10,12 @@ from vllm.model_executor.layers.fused_moe import (
     FusedMoEQuantConfig,
 )
 
-from vllm_ascend_ct.ascend_base import fused_moe, routed_experts, serves, settings
+from vllm_ascend_ct.ascend_base import (
+    fused_moe,
+    routed_experts,
+    runs_on_vllm_ascend,
+    settings,
+)
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
@@ -36,7 +41,7 @@ _ROUTING = frozenset(
 
 def experts_classes() -> tuple[type[AscendExperts], type[AscendExperts]]:
     """The experts for activations of 8 bits and of 16, for this process's runner."""
-    if not serves() or routed_experts.asks_for_products():
+    if not runs_on_vllm_ascend() or routed_experts.asks_for_products():
         return AscendWNA8Experts, AscendWNA16Experts
     from vllm_ascend_ct.fused_moe.experts import ascend_base_moe
 

@@ -67,7 +67,7 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
         compilation.inductor_compile_config.setdefault("reorder_for_peak_memory", False)
 
     @classmethod
-    def prepare_process(cls) -> None:
+    def prepare_ascend_ct(cls) -> None:
         from vllm_ascend_ct.ops import emulated
 
         emulated.install()

@@ -25,10 +25,10 @@ logger = init_logger("vllm.ascend_ct.platforms")
 
 
 class AscendCTPlatformMixin(_Base):
-    """Goes before the base platform among the bases of a platform class."""
+    """First base of a platform class; vLLM's or vllm-ascend's platform follows."""
 
     @classmethod
-    def prepare_process(cls) -> None:
+    def prepare_ascend_ct(cls) -> None:
         """Make the NPU operators usable in this process; may be called again."""
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ class NPUAscendCTPlatform(AscendCTPlatformMixin, NPUPlatform):
     """vllm-ascend's platform with our compressed-tensors config and kernels."""
 
     @classmethod
-    def prepare_process(cls) -> None:
+    def prepare_ascend_ct(cls) -> None:
         ascend_base.prepare_process(load_plugins=True)
 
     @classmethod

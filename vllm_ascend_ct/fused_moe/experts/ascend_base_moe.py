@@ -16,7 +16,7 @@ from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
 
 class AscendBaseExpertsMixin(AscendExperts):
-    """Goes before experts that only lay weights out."""
+    """First base of experts that only lay weights out: vllm-ascend multiplies."""
 
     @classmethod
     def refusal(
@@ -27,11 +27,11 @@ class AscendBaseExpertsMixin(AscendExperts):
         return reason or super().refusal(moe, bits, group_size, symmetric)
 
     def _forms(self) -> list[Form]:
-        """None of ours."""
+        """None: vllm-ascend's own calls multiply."""
         return []
 
     def _prepare_forward(self, expert_map: torch.Tensor | None) -> None:
-        """None of ours."""
+        """Nothing to prepare: vllm-ascend runs the forward."""
 
     def arguments(self) -> dict[str, Any]:
         """What of `build_fused_experts_input`'s arguments is known of the weights."""

@@ -15,8 +15,7 @@ from vllm_ascend_ct.fused_moe.functional import (
 )
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
-from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.ops.moe_limits import GroupedMatmulMode
+from vllm_ascend_ct.ops.limits import GroupedMatmulMode, current_limits
 from vllm_ascend_ct.ops.precedents import CONTIGUOUS, GROUPED, TRANSPOSED, Form
 from vllm_ascend_ct.weights import experts
 from vllm_ascend_ct.weights.pack_quantized import operator_bits

@@ -23,8 +23,7 @@ from vllm_ascend_ct.ops.emulated.weight_quant_batchmatmul import (
     weight_size,
 )
 from vllm_ascend_ct.ops.emulated.weights import unpack_raw_scale
-from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.ops.moe_limits import GroupedMatmulMode
+from vllm_ascend_ct.ops.limits import GroupedMatmulMode, current_limits
 
 _NAME = "npu_grouped_matmul"
 _COUNTS = 1

@@ -28,7 +28,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.headers import (
     LayerFiles,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import FIELDS
-from vllm_ascend_ct.quantization.compressed_tensors.utils import difference, essence
+from vllm_ascend_ct.quantization.compressed_tensors.utils import (
+    comparable_args,
+    difference,
+)
 
 # Of a layer: names that it and its shards have in vLLM, and what the file has.
 Parts = Mapping[str, FileLayer]
@@ -109,7 +112,11 @@ def check_one_scheme(
 
     """
     first, *others = schemes
-    differs = [o for o in others if essence(schemes[o]) != essence(schemes[first])]
+    differs = [
+        o
+        for o in others
+        if comparable_args(schemes[o]) != comparable_args(schemes[first])
+    ]
     if not differs:
         return
     other = differs[0]

@@ -155,8 +155,8 @@ def _check_groups(config: dict[str, Any]) -> None:
             and ActivationOrdering(actorder.lower()) == ActivationOrdering.GROUP
         ):
             raise _refused(
-                "Weights in the order of their activations need an index that no "
-                "operator takes",
+                "Weights in the order of their activations need a permutation "
+                "(g_idx), which no NPU operator takes",
                 f"{field}.weights.actorder={actorder}",
                 "actorder=null, weight or static",
             )

@@ -44,7 +44,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compr
 )
 from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method import (
     AscendCTDequantizedLinearMethod,
-    is_read_elsewhere,
+    needs_dense_weight,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
@@ -185,7 +185,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         if type(method) is CompressedTensorsLinearMethod and args is not None:
             settings.check_linear(prefix)
             self._check_latent_query(layer, prefix, args)
-            if is_read_elsewhere(prefix):
+            if needs_dense_weight(prefix):
                 return AscendCTDequantizedLinearMethod(self, args)
             return AscendCTLinearMethod(self, args)
         return method
@@ -300,4 +300,4 @@ def _has_zero_points_beside_int8(args: dict[str, Any]) -> bool:
 
 
 class Linear(torch.nn.Module):
-    """What an output head is in a checkpoint, by its class's name."""
+    """Stand-in that lets the class target `Linear` match an output head."""

@@ -26,7 +26,7 @@ logger = init_logger("vllm.ascend_ct.quantization")
 _HANDED_TO_AN_OPERATOR = "wo_a"
 
 
-def is_read_elsewhere(prefix: str) -> bool:
+def needs_dense_weight(prefix: str) -> bool:
     """Whether attention reads a layer's weight, which then has to be in 16 bits.
 
     Not all models with latent attention are among vLLM's `use_mla`, so it is the name

@@ -177,7 +177,7 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         if part != k and part * weights.num_bits % _WORD:
             return (
                 f"K={part} of {k} a rank, weights.num_bits={weights.num_bits}; "
-                "supported: ranks that begin with a whole word"
+                "supported: shards that begin on an int32 boundary"
             ), Remedy.CHANGE_RANKS
         # Upstream pads a vocabulary, and cuts it off before.
         shards = [*shards, getattr(layer, "org_vocab_size", 0)]

@@ -30,7 +30,7 @@ _MARK = -(1 + 37 / 128) * 2**-10
 
 
 class WatchedMixin(_Base):
-    """Goes before an unquantized method of vLLM's or vllm-ascend's."""
+    """First base of an unquantized method of vLLM's or vllm-ascend's."""
 
     checkpoint: Checkpoint
     files: LayerFiles

@@ -27,7 +27,7 @@ def difference(
     return part
 
 
-def essence(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
+def comparable_args(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
     """What of a scheme has to be the same for shards of one layer."""
     return scheme and {
         key: value.model_dump(exclude=_NOT_ESSENTIAL)

@@ -97,5 +97,5 @@ class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
 
 
 def _tied_embedding(layer: Any) -> Any | None:
-    """The embedding that a release before `METHODS_TIE_WEIGHTS` tied a head to."""
+    """The embedding that vLLM without `METHODS_TIE_WEIGHTS` tied a head to, or None."""
     return getattr(getattr(layer, "weight", None), "embedding", None)

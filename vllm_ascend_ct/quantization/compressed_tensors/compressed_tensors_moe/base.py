@@ -40,7 +40,7 @@ else:
 
 
 class AscendCTMoEMixin(_Base):
-    """Goes before an upstream method, of which it uses `create_weights`.
+    """First base of a method: keeps upstream's `create_weights`, and no more of it.
 
     Upstream's constructors look for experts among those of platforms in tree.
     """

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import (
     UnquantizedFusedMoEMethod,
 )
 
-from vllm_ascend_ct.ascend_base import fused_moe, serves
+from vllm_ascend_ct.ascend_base import fused_moe, runs_on_vllm_ascend
 from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
@@ -108,7 +108,7 @@ def _quantized_method(
     if registered := registered_method(scheme, experts_cls, layer, layer_name, files):
         return registered
     method = method_cls(weights, inputs, moe, experts_cls, checkpoint, files)
-    return ascend_method(method, layer, tid2eid) if serves() else method
+    return ascend_method(method, layer, tid2eid) if runs_on_vllm_ascend() else method
 
 
 def choose_experts(
@@ -177,7 +177,7 @@ def _size_refusal(
         if part != size and part * bits % _WORD:
             return (
                 f"{name} product is {part} of {size} a rank, weights.num_bits={bits}; "
-                "supported: ranks that begin with a whole word"
+                "supported: shards that begin on an int32 boundary"
             ), remedy
         if not weights.symmetric and part * bits % _WORD:
             return (

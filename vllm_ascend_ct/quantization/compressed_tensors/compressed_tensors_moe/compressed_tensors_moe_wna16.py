@@ -51,7 +51,7 @@ class AscendCTWNA16MoEMethod(AscendCTMoEMixin, CompressedTensorsWNA16MoEMethod):
         return math.ceil(values / self.packed_factor)
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        # Nor does a later one want the size.
+        # Read with activation ordering only, which is refused.
         super().create_weights(layer, *args, intermediate_size_full=None, **kwargs)
         for name, parameter in list(layer.named_parameters(recurse=False)):
             parameter.is_transposed = False

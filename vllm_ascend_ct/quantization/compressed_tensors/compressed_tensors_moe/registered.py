@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Upstream's own methods, where vLLM asks platforms for experts.
 
-Needs the hooks `register_moe_experts` that `upstream_patches` stages. What upstream's
-methods do not create weights for, or lose on the way to experts, stays with ours.
+Needs the hook `register_moe_experts` that `upstream_patches` stages. Schemes that
+upstream's methods cannot express keep ours.
 """
 
 from typing import Any
@@ -75,7 +75,7 @@ def registered_method(
 
     """
     oracle = _oracle(scheme, experts_cls, layer)
-    if oracle not in compat.MOE_EXPERTS_TYPES or ascend_base.serves():
+    if oracle not in compat.MOE_EXPERTS_TYPES or ascend_base.runs_on_vllm_ascend():
         return None
     moe = layer.moe_config
     if getattr(moe, "moe_backend", "auto") != "auto" or moe.is_lora_enabled:
