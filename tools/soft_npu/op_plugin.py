@@ -5,7 +5,8 @@
     python -m tools.soft_npu op-plugin DIRECTORY
 
 DIRECTORY is `test/test_custom_ops` of Ascend/op-plugin. Each test passes, is refused by
-an error that names what is not emulated, is skipped by itself, or is wrong.
+an error that names what is not emulated, is skipped by itself, or is wrong. Needs the
+package `expecttest`, which torch's own test cases import.
 """
 
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from tools import patch_tree
@@ -35,9 +37,12 @@ def run(directory: Path, release: str) -> int:
         1 if a test is wrong.
 
     Raises:
-        SystemExit: The directory has no test of an operator that is emulated.
+        SystemExit: The directory has no test of an operator that is emulated, or a
+            package is missing.
 
     """
+    if find_spec("expecttest") is None:
+        raise SystemExit("soft_npu: op-plugin's tests need `pip install expecttest`.")
     total: Counter[str] = Counter()
     paths = files(directory)
     if not paths:
