@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from vllm_ascend_ct.ops.emulated.derived import derived
-from vllm_ascend_ct.ops.emulated.float_matmul import float_matmul, is_faster
+from vllm_ascend_ct.ops.emulated.float_matmul import float_matmul
 from vllm_ascend_ct.ops.emulated.registry import (
     check_layout,
     describe,
@@ -25,6 +25,11 @@ _WEIGHT_BITS = {torch.int32: 4, torch.int8: 8}
 _ROWS_AT_ONCE = 1024
 # Up to so many rows, the product is bound by reading the weight: 16 bits are best.
 _FEW_ROWS = 3
+# Any of them, as torch names them: of x86, and of ARM.
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def weight_size(weight: torch.Tensor) -> tuple[int, int]:
@@ -266,6 +271,10 @@ def weight_only_product(
 
 @cache
 def _multiplies_16_bits(dtype: torch.dtype) -> bool:
-    """Whether this CPU is faster with a dtype than with float32."""
-    x, matrix = torch.ones(16, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    return is_faster(lambda: linear(x, matrix), lambda: float_matmul(x, matrix.t()))
+    """Whether this CPU has instructions for products of a dtype.
+
+    Else it is faster in float32. Asked and not measured, as both round differently, and
+    each process has to compute what the others do.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in _INSTRUCTIONS[dtype])
