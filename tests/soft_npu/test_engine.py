@@ -6,6 +6,7 @@ Over each release that is served.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,6 +101,14 @@ def test_bit_equal_to_vllm_ascends_own(
     assert theirs["config"].startswith("vllm_ascend.")
     assert theirs["logprobs"] == ours["logprobs"]
     assert theirs["tokens"] == ours["tokens"]
+    more = operators(ours) - operators(theirs)
+    assert not more, f"called more often than by vllm-ascend: {more}"
+
+
+def operators(result: Result) -> Counter[str]:
+    """How often the device was told to compute what, while the engine served."""
+    (rank,) = result["ranks"]
+    return Counter(rank["operators"])
 
 
 @pytest.mark.long

@@ -53,7 +53,7 @@ def start(
         env=variables,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     return result.returncode, result.stdout + result.stderr
 

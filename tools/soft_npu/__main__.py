@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from tools import stacks
-from tools.soft_npu import environment, op_plugin, stand_ins, suite
+from tools.soft_npu import covered, environment, op_plugin, stand_ins, suite
 from tools.soft_npu.environment import Device
 
 
@@ -52,6 +52,12 @@ def main() -> None:
         default=[],
         metavar="KIND[:NAME]@N",
         help="allocate, operator or hang: the N-th, or with a + from there on, fails",
+    )
+    run.add_argument(
+        "--coverage",
+        type=Path,
+        metavar="REPORT",
+        help="write which functions of vllm-ascend and which operators ran",
     )
     run.add_argument("--verbose", action="store_true", help="print the stand-ins")
     run.add_argument("command", nargs=argparse.REMAINDER)
@@ -96,9 +102,16 @@ def _run(arguments: argparse.Namespace) -> int:
         command = command[1:]
     if not command:
         raise SystemExit("soft_npu: no command. Name one after `--`.")
+    if arguments.coverage:
+        covered.check()
     with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
         variables = environment.variables(device, Path(state))
-        return subprocess.run(command, env=variables).returncode
+        if arguments.coverage:
+            variables[covered.VARIABLE] = state
+        code = subprocess.run(command, env=variables).returncode
+        if arguments.coverage:
+            covered.report(Path(state), arguments.coverage)
+    return code
 
 
 if __name__ == "__main__":

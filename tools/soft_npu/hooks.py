@@ -9,12 +9,13 @@ what is installed, but for the stand-ins that `stand_ins.py` lists.
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.soft_npu import stand_ins
+from tools.soft_npu import covered, stand_ins
 
 
 def _after_torch_npu() -> None:
@@ -83,6 +84,8 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Watch imports of this process."""
+    """Watch imports of this process, and what it runs if that is asked for."""
     sys.meta_path.insert(0, _Finder())
     sys.meta_path.append(_StandIns())
+    if directory := os.environ.get(covered.VARIABLE):
+        covered.start(directory)

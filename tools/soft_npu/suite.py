@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Run the tests of the software NPU, with the checkpoints that they serve."""
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools import stacks
@@ -51,6 +53,8 @@ def contents(name: str) -> str:
 def test(arguments: Sequence[str], release: str | None = None) -> int:
     """Run tests/soft_npu; all that they need is made if missing.
 
+    An engine computes on one core, so as many parts run at once as there are cores.
+
     Args:
         arguments: Of pytest. Files replace what is run else.
         release: Of vllm-ascend; None for all that are served, of which those that are
@@ -59,16 +63,41 @@ def test(arguments: Sequence[str], release: str | None = None) -> int:
     """
     prepare()
     served = [row.vllm_ascend[-1] for row in releases.served(on_npu=True)]
-    codes = []
-    for name in served if release is None else [release]:
-        paths = ["tests/soft_npu" if name == Device.release else str(ENGINES)]
-        if any(argument.startswith("tests/") for argument in arguments):
-            paths = []
-        options = ["-m", "soft_npu and not long", *paths, *arguments]
-        command = [sys.executable, "-m", "pytest", *options]
-        print(f"soft_npu: vllm-ascend {name}:", *command[1:], flush=True)
-        with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
-            variables = environment.variables(Device(name, devices=2), Path(state))
-            codes.append(subprocess.run(command, env=variables).returncode)
+    names = served if release is None else [release]
+    for name in names:
+        environment.set_up(name)
+    has_files = any(argument.startswith("tests/") for argument in arguments)
+    runs = [
+        (name, [*paths, *arguments], not has_files)
+        for name in names
+        for paths in ([[]] if has_files else parts(name))
+    ]
+    with ThreadPoolExecutor(1 if has_files else os.cpu_count()) as pool:
+        codes = list(pool.map(lambda run: _test(*run), runs))
     # A crash has a negative one.
     return int(any(codes))
+
+
+def parts(release: str) -> list[list[str]]:
+    """The tests of a release, in parts that take about as long."""
+    if release != Device.release:
+        return [[str(ENGINES)]]
+    return [[str(ENGINES)], ["tests/soft_npu", f"--ignore={ENGINES}"]]
+
+
+def _test(release: str, arguments: Sequence[str], capture: bool) -> int:
+    """Run one pytest; if captured, print what it said in one piece."""
+    options = ["-m", "soft_npu and not long", *arguments]
+    command = [sys.executable, "-m", "pytest", *options]
+    print(f"soft_npu: vllm-ascend {release}:", *command[1:], flush=True)
+    with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
+        result = subprocess.run(
+            command,
+            env=environment.variables(Device(release, devices=2), Path(state)),
+            stdout=subprocess.PIPE if capture else None,
+            stderr=subprocess.STDOUT if capture else None,
+            text=True,
+        )
+    if capture:
+        print(f"soft_npu: vllm-ascend {release}:\n{result.stdout}", flush=True)
+    return result.returncode
