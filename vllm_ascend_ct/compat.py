@@ -2,17 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """What of vLLM differs between supported releases, or is none of its interfaces."""
 
-from dataclasses import fields
 from inspect import signature
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 from vllm.config import get_current_vllm_config_or_none
 from vllm.config.utils import normalize_value
-from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
-    MPLinearLayerConfig,
-)
 from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
@@ -62,24 +58,6 @@ except ImportError:
     CompressedTensorsWNA16MoEMethod = _wna16.CompressedTensorsWNA16MoEMethod
 else:
     CompressedTensorsWNA16MoEMethod = _marlin.CompressedTensorsWNA16MarlinMoEMethod
-
-# Hooks that `upstream_patches` stages. Whether kernels are told how activations are
-# quantized:
-KERNELS_KNOW_ACTIVATIONS = "activation_quant_key" in {
-    field.name for field in fields(MPLinearLayerConfig)
-}
-# How to register experts, and for which oracles.
-register_moe_experts: Any = None
-MOE_EXPERTS_TYPES: tuple[str, ...] = ()
-try:
-    from vllm.model_executor.layers.fused_moe.oracle import (  # type: ignore[attr-defined]
-        registry as _registry,
-    )
-except ImportError:
-    pass
-else:
-    register_moe_experts = _registry.register_moe_experts
-    MOE_EXPERTS_TYPES = get_args(_registry.MoEExpertsType)
 
 
 def load_format() -> str:
