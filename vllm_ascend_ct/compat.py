@@ -15,6 +15,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload import layerwise
 
+# What this package serves, as vLLM calls it.
+QUANTIZATION = "compressed-tensors"
+
 # Result type of experts that leave the top-k reduction to the caller. None in releases
 # whose modular kernel does not pass it on.
 UnfinalizedMoEOutput: Any = None
@@ -58,6 +61,11 @@ except ImportError:
     CompressedTensorsWNA16MoEMethod = _wna16.CompressedTensorsWNA16MoEMethod
 else:
     CompressedTensorsWNA16MoEMethod = _marlin.CompressedTensorsWNA16MarlinMoEMethod
+
+
+def is_ours(quant_config: Any) -> bool:
+    """Whether a quantization config, if any, is of what this package serves."""
+    return quant_config is not None and quant_config.get_name() == QUANTIZATION
 
 
 def load_format() -> str:

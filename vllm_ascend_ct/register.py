@@ -50,11 +50,12 @@ def register_quantization_config() -> None:
     """Serve "compressed-tensors" with our config."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from vllm_ascend_ct.compat import QUANTIZATION
     from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
         AscendCTConfig,
     )
 
-    register_quantization_config("compressed-tensors")(AscendCTConfig)
+    register_quantization_config(QUANTIZATION)(AscendCTConfig)
 
 
 def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
@@ -72,12 +73,13 @@ def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
     """
     from vllm.model_executor.layers.quantization import get_quantization_config
 
+    from vllm_ascend_ct.compat import QUANTIZATION, is_ours
     from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
         AscendCTConfig,
     )
 
-    serving: type = get_quantization_config("compressed-tensors")
-    if quant_config is not None and quant_config.get_name() == "compressed-tensors":
+    serving: type = get_quantization_config(QUANTIZATION)
+    if is_ours(quant_config):
         serving = type(quant_config)
     if not issubclass(serving, AscendCTConfig):
         raise PlatformError(

@@ -4,7 +4,6 @@
 
 from typing import Any
 
-from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import (
@@ -38,6 +37,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.rules import EXPERT_RULES, refusal
 from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_packed
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -96,7 +96,7 @@ def _quantized_method(
     lora.check_experts(layer_name)
     weights = scheme["weights"]
     method_cls: Any = AscendCTWNA16MoEMethod
-    if scheme["format"] != CompressionFormat.pack_quantized.value:
+    if not is_packed(scheme):
         is_int4 = weights.num_bits == 4
         method_cls = AscendCTW4A8Int8MoEMethod if is_int4 else AscendCTW8A8Int8MoEMethod
     moe, inputs = layer.moe_config, scheme["input_activations"]
