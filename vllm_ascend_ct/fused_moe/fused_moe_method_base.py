@@ -45,7 +45,3 @@ class AscendMethod(FusedMoEMethodBase):
             gemm1_beta=getattr(layer, "swiglu_beta", None),
             gemm1_clamp_limit=getattr(layer, "swiglu_limit", None),
         )
-
-    @property
-    def supports_eplb(self) -> bool:
-        return False
