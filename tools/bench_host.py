@@ -173,7 +173,8 @@ def kernels_of(model: Any) -> list[str]:
         if kernel is not None:
             found.add(type(kernel).__name__)
         if experts is not None:
-            found.add(type(experts.fused_experts).__name__)
+            fused = experts.fused_experts
+            found.add(type(getattr(fused, "experts", fused)).__name__)
     return sorted(found)
 
 

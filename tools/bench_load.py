@@ -105,12 +105,14 @@ def measure(
 
 
 def _held(made: Any) -> Iterator[torch.Tensor]:
-    """Find the tensors of what was made: a layer, or a kernel and its layer."""
+    """Find the tensors of what was made: of a layer, a kernel and it, or experts."""
     for part in made if isinstance(made, tuple) else (made,):
         if isinstance(part, torch.Tensor):
             yield part
-        elif isinstance(part, torch.nn.Module):
-            yield from part.parameters()
+            continue
+        layer = getattr(part, "layer", part)
+        if isinstance(layer, torch.nn.Module):
+            yield from layer.parameters()
 
 
 def parameters(**tensors: torch.Tensor) -> torch.nn.Module:

@@ -30,6 +30,7 @@ from tools.bench_load import Result, measure, packed_weight, parameters
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.fused_moe.modular_kernel import AscendModularExperts
 from vllm_ascend_ct.ops import emulated
 from vllm_ascend_ct.weights import experts as layouts
 from vllm_ascend_ct.weights import int4, pack_quantized
@@ -104,8 +105,8 @@ def config(sizes: Sizes) -> FusedMoEConfig:
     )
 
 
-def loaded(sizes: Sizes, scheme: Scheme) -> tuple[AscendExperts, Any]:
-    """Make experts, and a layer as upstream's loader leaves it."""
+def loaded(sizes: Sizes, scheme: Scheme) -> AscendExperts:
+    """Make experts of a layer as upstream's loader leaves it."""
     tensors = {}
     for name, (k, n) in sizes.products.items():
         groups = k // scheme.group_size if scheme.group_size else 1
@@ -121,17 +122,15 @@ def loaded(sizes: Sizes, scheme: Scheme) -> tuple[AscendExperts, Any]:
             words = packed_weight(scheme.bits, n, sizes.experts * groups)
             zero_point = words.unflatten(0, (sizes.experts, groups)).transpose(1, 2)
             tensors[f"{name}_weight_zero_point"] = zero_point.contiguous()
-    experts = scheme.experts_cls(config(sizes), FusedMoEQuantConfig.make())
-    return experts, parameters(**tensors)
+    return scheme.experts_cls(parameters(**tensors), config(sizes))
 
 
-def expert_by_expert(made: tuple[AscendExperts, Any]) -> None:
+def expert_by_expert(experts: AscendExperts) -> None:
     """Lay out a layer as this package does."""
-    experts, layer = made
-    experts.process_weights_after_loading(layer)
+    experts.lay_out()
 
 
-def forward(sizes: Sizes) -> Callable[[tuple[AscendExperts, Any]], None]:
+def forward(sizes: Sizes) -> Callable[[AscendExperts], None]:
     """Make a forward of one token, as upstream's modular kernel and its caller do."""
     weights = torch.full((1, TOP_K), 1 / TOP_K)
     # What the kernel passes and these experts do not read.
@@ -147,13 +146,13 @@ def forward(sizes: Sizes) -> Callable[[tuple[AscendExperts, Any]], None]:
         "apply_router_weight_on_input": False,
     }
 
-    def run(made: tuple[AscendExperts, Any]) -> None:
-        experts, _ = made
-        experts.defers_finalize = True
-        rows = experts.apply(**arguments)
+    def run(experts: AscendExperts) -> None:
+        runner = AscendModularExperts(experts, FusedMoEQuantConfig.make())
+        runner.defers_finalize = True
+        rows = runner.apply(**arguments)
         index = rows.expanded_idx_to_permuted_idx
         topk_ids = arguments["topk_ids"]
-        experts.finalize(rows.gemm2_permuted, index, rows.expert_weights, topk_ids)
+        runner.finalize(rows.gemm2_permuted, index, rows.expert_weights, topk_ids)
 
     return run
 
@@ -161,8 +160,8 @@ def forward(sizes: Sizes) -> Callable[[tuple[AscendExperts, Any]], None]:
 def whole_layer(sizes: Sizes, kind: str) -> Callable[[Any], object]:
     """Lay out all experts at once."""
 
-    def run(made: tuple[AscendExperts, Any]) -> list[torch.Tensor]:
-        _, layer = made
+    def run(experts: AscendExperts) -> list[torch.Tensor]:
+        layer = experts.layer
         kept = []
         for name, (k, _) in sizes.products.items():
             if kind == "w8a8":

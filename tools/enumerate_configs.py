@@ -96,7 +96,8 @@ def experts(config: Any, dtype: Any) -> str:
         prefix="model.layers.0.mlp.experts",
     )
     method: Any = runner.routed_experts.quant_method
-    return f"{type(method).__name__} with {method.experts_cls.__name__}"
+    weights = method.weights
+    return f"{type(weights).__name__} with {weights.experts_cls.__name__}"
 
 
 def outcome(

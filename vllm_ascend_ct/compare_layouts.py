@@ -328,7 +328,6 @@ def _packed_int4(k: int, n: int, device: str) -> tuple[torch.Tensor, torch.Tenso
 
 def _mixed_precision(
     kernel_class: Any,
-    activation_key: Any,
     group_size: int,
     k: int,
     n: int,
@@ -343,8 +342,8 @@ def _mixed_precision(
     from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import packed_type
     from vllm_ascend_ct.kernels.parameters import set_parameter
 
-    # Of vLLM before 0.30, and of one whose kernels know activations.
-    others: Any = {"has_g_idx": False, "activation_quant_key": activation_key}
+    # Of vLLM before 0.30.
+    others: Any = {"has_g_idx": False}
     names = {field.name for field in fields(MPLinearLayerConfig)}
     config = MPLinearLayerConfig(
         full_weight_shape=(k, n),
@@ -376,23 +375,17 @@ def _w4a16(k: int, n: int, dtype: torch.dtype, device: str) -> tuple[Product, Pr
     )
 
     product, weight = _mixed_precision(
-        AscendWNA16LinearKernel, None, GROUP, k, n, dtype, device
+        AscendWNA16LinearKernel, GROUP, k, n, dtype, device
     )
     return product, lambda x: x.double() @ weight
 
 
 def _w4a8(k: int, n: int, dtype: torch.dtype, device: str) -> tuple[Product, Product]:
-    from vllm.model_executor.layers.quantization.utils.quant_utils import (
-        kInt8DynamicTokenSym,
-    )
-
     from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
         AscendWNA8LinearKernel,
     )
 
-    product, weight = _mixed_precision(
-        AscendWNA8LinearKernel, kInt8DynamicTokenSym, -1, k, n, dtype, device
-    )
+    product, weight = _mixed_precision(AscendWNA8LinearKernel, -1, k, n, dtype, device)
     return product, lambda x: _dynamic(x) @ weight
 
 

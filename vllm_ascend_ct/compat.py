@@ -2,22 +2,21 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """What of vLLM differs between supported releases, or is none of its interfaces."""
 
-from dataclasses import fields
 from inspect import signature
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 from vllm.config import get_current_vllm_config_or_none
 from vllm.config.utils import normalize_value
-from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
-    MPLinearLayerConfig,
-)
 from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 from vllm.model_executor.model_loader.reload import layerwise
+
+# What this package serves, as vLLM calls it.
+QUANTIZATION = "compressed-tensors"
 
 # Result type of experts that leave the top-k reduction to the caller. None in releases
 # whose modular kernel does not pass it on.
@@ -63,23 +62,10 @@ except ImportError:
 else:
     CompressedTensorsWNA16MoEMethod = _marlin.CompressedTensorsWNA16MarlinMoEMethod
 
-# Hooks that `upstream_patches` stages. Whether kernels are told how activations are
-# quantized:
-KERNELS_KNOW_ACTIVATIONS = "activation_quant_key" in {
-    field.name for field in fields(MPLinearLayerConfig)
-}
-# How to register experts, and for which oracles.
-register_moe_experts: Any = None
-MOE_EXPERTS_TYPES: tuple[str, ...] = ()
-try:
-    from vllm.model_executor.layers.fused_moe.oracle import (  # type: ignore[attr-defined]
-        registry as _registry,
-    )
-except ImportError:
-    pass
-else:
-    register_moe_experts = _registry.register_moe_experts
-    MOE_EXPERTS_TYPES = get_args(_registry.MoEExpertsType)
+
+def is_ours(quant_config: Any) -> bool:
+    """Whether a quantization config, if any, is of what this package serves."""
+    return quant_config is not None and quant_config.get_name() == QUANTIZATION
 
 
 def load_format() -> str:

@@ -3,7 +3,6 @@
 """What this package hooks into vLLM, all through vLLM's public registries."""
 
 import os
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,8 @@ def register() -> None:
             remedy="Name ascend only where vllm-ascend is installed, and unset "
             "VLLM_TARGET_DEVICE, which turns platform plugins off",
         )
-    prepare = _own_preparation()
+    # Of a platform of this package.
+    prepare = getattr(type(current_platform), "prepare_ascend_ct", None)
     if prepare is not None:
         prepare()
     else:
@@ -43,39 +43,19 @@ def register() -> None:
         ascend_base.prepare_process(load_plugins=False)
     register_quantization_config()
     register_linear_kernels()
-    register_moe_experts()
     check_in_charge()
 
 
-def _own_preparation() -> Callable[[], None] | None:
-    """How a platform of this package prepares a process; None on another's."""
-    from vllm.platforms import current_platform
-
-    prepare: Callable[[], None] | None
-    prepare = getattr(type(current_platform), "prepare_ascend_ct", None)
-    return prepare
-
-
-@cache
 def register_quantization_config() -> None:
-    """Serve "compressed-tensors" with our config.
-
-    A vLLM that has the `get_quant_config` hook asks the platform; the registry is
-    needed where the hook or our platform is missing.
-    """
-    from vllm.platforms import Platform
-
-    hook = getattr(Platform, "get_quant_config", None)
-    if hook is not None and _own_preparation() is not None:
-        return
-
+    """Serve "compressed-tensors" with our config."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    from vllm_ascend_ct.compat import QUANTIZATION
     from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
         AscendCTConfig,
     )
 
-    register_quantization_config("compressed-tensors")(AscendCTConfig)
+    register_quantization_config(QUANTIZATION)(AscendCTConfig)
 
 
 def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
@@ -93,12 +73,13 @@ def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
     """
     from vllm.model_executor.layers.quantization import get_quantization_config
 
+    from vllm_ascend_ct.compat import QUANTIZATION, is_ours
     from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
         AscendCTConfig,
     )
 
-    serving: type = get_quantization_config("compressed-tensors")
-    if quant_config is not None and quant_config.get_name() == "compressed-tensors":
+    serving: type = get_quantization_config(QUANTIZATION)
+    if is_ours(quant_config):
         serving = type(quant_config)
     if not issubclass(serving, AscendCTConfig):
         raise PlatformError(
@@ -118,32 +99,12 @@ def register_linear_kernels() -> None:
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 
-    from vllm_ascend_ct import compat
     from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
         AscendWNA16LinearKernel,
-    )
-    from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
-        AscendWNA8LinearKernel,
     )
     from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
         AscendInt8ScaledMMLinearKernel,
     )
 
-    if compat.KERNELS_KNOW_ACTIVATIONS:
-        register_linear_kernel(AscendWNA8LinearKernel, PlatformEnum.OOT, "mp")
     register_linear_kernel(AscendWNA16LinearKernel, PlatformEnum.OOT, "mp")
     register_linear_kernel(AscendInt8ScaledMMLinearKernel, PlatformEnum.OOT, "int8")
-
-
-def register_moe_experts() -> None:
-    """Offer the NPU experts to upstream's oracles, where vLLM has the hook."""
-    from vllm.platforms import PlatformEnum
-
-    from vllm_ascend_ct import compat
-    from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
-        EXPERTS,
-    )
-
-    for experts_type, experts_cls in EXPERTS.items():
-        if experts_type in compat.MOE_EXPERTS_TYPES:
-            compat.register_moe_experts(experts_cls, PlatformEnum.OOT, experts_type)

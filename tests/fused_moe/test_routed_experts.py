@@ -44,8 +44,8 @@ def call(**changes: Any) -> Any:
 def laid_out(request: pytest.FixtureRequest) -> AscendExperts:
     (scheme,) = (scheme for scheme in SCHEMES if scheme.name == request.param)
     torch.manual_seed(0)
-    experts, layer = loaded(SIZES, scheme)
-    experts.process_weights_after_loading(layer)
+    experts = loaded(SIZES, scheme)
+    experts.lay_out()
     return experts
 
 
@@ -56,9 +56,7 @@ def without_vllm_ascend(mocker: MockerFixture) -> None:
 
 
 def method_of(experts: AscendExperts) -> RoutedExpertsAscendMethod:
-    weights = SimpleNamespace(
-        moe=experts.moe_config, experts_cls=type(experts), num_bits=8
-    )
+    weights = SimpleNamespace(moe=experts.moe, experts_cls=type(experts), num_bits=8)
     method = RoutedExpertsAscendMethod(weights)
     method.experts = experts
     return method

@@ -12,12 +12,8 @@ from vllm.model_executor.kernels.linear import (
     MPLinearLayerConfig,
     choose_mp_linear_kernel,
 )
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    kInt8DynamicTokenSym,
-)
 from vllm.scalar_type import ScalarType, scalar_types
 
-from tests import hooks
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     WEIGHT_TYPES,
     AscendWNA16LinearKernel,
@@ -150,8 +146,6 @@ def test_g_idx_is_refused() -> None:
 def test_quantized_activations(
     config: MPLinearLayerConfig, symmetric: bool, reason: str | None
 ) -> None:
-    if hooks.ACTIVATIONS:
-        config.activation_quant_key = kInt8DynamicTokenSym  # type: ignore[attr-defined]
     weight_only = AscendWNA16LinearKernel(config, "q", "s", "z")
     kernel, given = with_quantized_activations(weight_only, symmetric)
     if reason is None:

@@ -9,14 +9,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
     MoEPrepareAndFinalizeNoDPEPModular,
 )
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
-    CompressedTensorsW4A8Int8MoEMethod,
-)
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
-    CompressedTensorsW8A8Int8MoEMethod,
-)
 
-from tests import hooks
 from tests.formula import relative_error
 from tests.layers.quantized_experts import (
     INT8_TOLERANCE,
@@ -37,6 +30,10 @@ from vllm_ascend_ct.compat import CompressedTensorsWNA16MoEMethod
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.fused_moe.modular_kernel import (
+    AscendModularExperts,
+    ModularAscendMethod,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
     AscendCTW4A8Int8MoEMethod,
 )
@@ -45,9 +42,6 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compr
 )
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
     AscendCTWNA16MoEMethod,
-)
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
-    is_upstreams,
 )
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -83,37 +77,14 @@ def sizes_of(scheme: str) -> list[str]:
     return names if scheme in representative else names[:1]
 
 
-def method_of(scheme: str, dtype: torch.dtype) -> type:
-    """Upstream's own, where vLLM has the hooks and it can serve the scheme."""
+def weights_of(scheme: str) -> type:
+    """What creates the parameters."""
     args = SCHEMES[scheme]
-    if hooks.EXPERTS and is_upstreams_to_serve(scheme, dtype):
-        if args.input_activations is None:
-            method: type = CompressedTensorsWNA16MoEMethod
-            return method
-        if args.weights.num_bits == 8:
-            return CompressedTensorsW8A8Int8MoEMethod
-        return CompressedTensorsW4A8Int8MoEMethod
     if args.input_activations is None or args.format == "pack-quantized":
         return AscendCTWNA16MoEMethod
     if args.weights.num_bits == 4:
         return AscendCTW4A8Int8MoEMethod
     return AscendCTW8A8Int8MoEMethod
-
-
-def is_upstreams_to_serve(scheme: str, dtype: torch.dtype) -> bool:
-    args = SCHEMES[scheme]
-    if args.input_activations is None:
-        return args.weights.num_bits in (4, 8)
-    if args.format == "pack-quantized":
-        return False
-    # Upstream's scales of int4 groups are bfloat16.
-    exact = args.weights.num_bits == 8 or args.weights.group_size is None
-    return not is_weight_only(scheme) and (exact or dtype == BF16)
-
-
-def launches_of(layer: Any, launches: list[str]) -> list[str]:
-    """Upstream's methods have a buffer for what experts return."""
-    return [*launches, "aten.copy_"] if is_upstreams(layer.quant_method) else launches
 
 
 def inputs(formula: Any, tokens: int, sizes: Sizes, dtype: torch.dtype) -> torch.Tensor:
@@ -129,9 +100,12 @@ def test_output_is_the_formula(scheme: str, size: str, dtype: torch.dtype) -> No
     sizes, weight_only = SIZES[size], is_weight_only(scheme)
     runner, formula = load(sizes, scheme, dtype, weight_only)
     method = runner.routed_experts.quant_method
-    assert type(method) is method_of(scheme, dtype)
+    assert type(method) is ModularAscendMethod
+    assert type(method.weights) is weights_of(scheme)
+    kernel_experts = method.moe_kernel.fused_experts
+    assert type(kernel_experts) is AscendModularExperts
     experts = AscendWNA16Experts if weight_only else AscendWNA8Experts
-    assert isinstance(method.moe_kernel.fused_experts, experts)
+    assert type(kernel_experts.experts) is experts
     prepare = method.moe_kernel.prepare_finalize
     assert type(prepare) is MoEPrepareAndFinalizeNoDPEPModular
     for batch in BATCHES:
@@ -186,8 +160,7 @@ def test_chip_without_fused_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         y = run(runner, x, routed)
     assert relative_error(y, formula(x, *routed)) < INT8_TOLERANCE
     unfused = [PRODUCT, "npu.npu_swiglu", "npu.npu_dynamic_quant", PRODUCT]
-    expected = launches_of(runner.routed_experts, [SORT, *unfused, BACK])
-    assert launches.names == expected
+    assert launches.names == [SORT, *unfused, BACK]
 
 
 GATES = {
@@ -238,8 +211,7 @@ def test_biases_and_interleaved_gates(scheme: str, dtype: torch.dtype) -> None:
     runner, formula = load(
         sizes, scheme, dtype, weight_only=True, has_bias=True, activation="swigluoai"
     )
-    experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
-    assert type(experts) is AscendWNA16Experts
+    assert type(runner.routed_experts.quant_method.experts) is AscendWNA16Experts
     x, routed = inputs(formula, 64, sizes, dtype), routing(sizes, 64)
 
     def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -287,7 +259,7 @@ def test_launches(scheme: str, dtype: torch.dtype) -> None:
     run(runner, x, routed)
     with Launches() as launches:
         run(runner, x, routed)
-    assert launches.names == launches_of(runner.routed_experts, LAUNCHES[scheme])
+    assert launches.names == LAUNCHES[scheme]
 
 
 def test_symmetric_experts_share_offsets() -> None:
@@ -303,7 +275,6 @@ def test_symmetric_experts_share_offsets() -> None:
     assert not any(zero.any() for each in zeros for zero in each)
 
 
-@pytest.mark.skipif(hooks.EXPERTS, reason="a vLLM with hooks has the parameters")
 def test_biases_that_this_vllm_would_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM 0.30, which has no parameters for them, and skips them when it loads."""
     create_weights = CompressedTensorsWNA16MoEMethod.create_weights

@@ -21,7 +21,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
 )
 
-from tests import hooks
 from tests.layers import quantized_experts
 from tests.layers.quantized_layers import FUSED
 from tools import enumerate_configs
@@ -251,7 +250,6 @@ def test_what_is_left_unquantized_is_said(mocker: MockerFixture) -> None:
     )
 
 
-@pytest.mark.skipif(hooks.ACTIVATIONS, reason="upstream chooses the right kernel")
 def test_exchanged_kernel_is_said(mocker: MockerFixture) -> None:
     """After upstream's line, which names the other."""
     assert said_of(mocker, ints(4, "channel")) == (

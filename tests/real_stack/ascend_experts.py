@@ -63,7 +63,7 @@ def load(
     layer = build(config, vllm_config, dtype, **options)
     load_tensors(layer, modules)
     layer.quant_method.process_weights_after_loading(layer)
-    if not layer.quant_method.method.experts_cls.quantizes_activations:
+    if not layer.quant_method.weights.experts_cls.quantizes_activations:
         for expert in formulas:
             for formula in expert.values():
                 formula.input_args = None

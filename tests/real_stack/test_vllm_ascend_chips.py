@@ -73,7 +73,7 @@ def test_experts(scheme: str, vllm_config: Any) -> None:
         return
     layer, formula = load(scheme, vllm_config, DTYPE)
     name = type(layer.quant_method.experts).__name__
-    quantized = name == "AscendBaseWNA8Experts"
+    quantized = name == "AscendWNA8Experts"
     # What A5 has, an int8 product, vllm-ascend does not call rightly there.
     assert quantized is (CHIP != "A5" and not is_weight_only(scheme))
     x = formula.without_ties(activations(64, SIZES.hidden, DTYPE))

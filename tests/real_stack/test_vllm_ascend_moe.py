@@ -54,7 +54,7 @@ def check(
     int8_tolerance: float = INT8_TOLERANCE,
 ) -> None:
     dtype = layer.moe_config.in_dtype
-    quantized = layer.quant_method.method.experts_cls.quantizes_activations
+    quantized = layer.quant_method.weights.experts_cls.quantizes_activations
     tolerance = int8_tolerance if quantized else ROUNDINGS[dtype] * 1.1
     for tokens in (20, 64):
         x = formula.without_ties(activations(tokens, SIZES.hidden, dtype))
@@ -67,9 +67,9 @@ def check(
 @pytest.mark.parametrize("scheme", SERVED)
 def test_output_is_the_formula(scheme: str, vllm_config: Any) -> None:
     layer, formula = load(scheme, vllm_config)
-    name = "AscendBaseWNA16Experts"
+    name = "AscendWNA16Experts"
     if not is_weight_only(scheme):
-        name = "AscendBaseWNA8Experts"
+        name = "AscendWNA8Experts"
     assert type(layer.quant_method.experts).__name__ == name
     int4 = SCHEMES[scheme].weights.num_bits <= 4
     tolerance = ROUNDED_TOLERANCE if int4 else INT8_TOLERANCE
@@ -85,7 +85,7 @@ def test_float16(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
     """vllm-ascend has int8 activations of bfloat16 models only."""
     mocker.patch.object(vllm_config.model_config, "dtype", FP16)
     layer, formula = load(scheme, vllm_config, FP16)
-    assert type(layer.quant_method.experts).__name__ == "AscendBaseWNA16Experts"
+    assert type(layer.quant_method.experts).__name__ == "AscendWNA16Experts"
     check(layer, formula, vllm_config)
 
 

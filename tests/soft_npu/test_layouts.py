@@ -23,7 +23,6 @@ from vllm.scalar_type import ScalarType, scalar_types
 from tools.bench_load import parameters
 from tools.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import stored_weight
-from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.kernels.linear import functional
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
@@ -137,19 +136,20 @@ def test_layout_of_experts(
     rows, row_scale = int8(6, 512).npu(), torch.rand(6).npu()
     counts = torch.tensor([4, 2]).npu()
     results = []
-    made, loaded_layer = loaded(sizes, scheme)
+    made = loaded(sizes, scheme)
+    loaded_layer = made.layer
     for prefers_nz in (True, False):
         mocker.patch("vllm_ascend_ct.ascend_base.prefers_nz", return_value=prefers_nz)
-        mocker.patch.object(AscendWNA8Experts, "_is_fused", return_value=False)
         layer = copy.deepcopy(loaded_layer).npu()
-        made._layer = layer
+        unfused = type(made)(layer, made.moe, fuses=lambda _: False)
         for product, (k, n) in sizes.products.items():
             place = stored_weight(layer, product)[1].data_ptr()
-            made._lay_out(layer, product, k, n)
+            unfused._lay_out(product, k, n)
             weight = stored_weight(layer, product)[1]
             assert in_nz(weight) == prefers_nz
             assert prefers_nz or weight.data_ptr() == place, "it was copied"
-        results.append(made.down(*made.gate(rows, row_scale, counts), counts).cpu())
+        hidden = unfused.gate(rows, row_scale, counts)
+        results.append(unfused.down(*hidden, counts).cpu())
     assert results[0].isfinite().all() and results[0].count_nonzero()
     assert torch.equal(*results)
 

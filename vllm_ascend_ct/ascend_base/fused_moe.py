@@ -72,10 +72,15 @@ def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None
     return None
 
 
-def fuses_int4_swiglu(activation: Any) -> bool:
-    """Whether int4 experts per channel go to vllm-ascend's own fused operator."""
+def fuses_gate(weight_dtype: torch.dtype, activation: Any) -> bool:
+    """Whether vllm-ascend fuses the first product of int8 activations and the gate.
+
+    int4 per channel goes to its own operator.
+    """
     from vllm_ascend.utils import enable_custom_op
 
+    if weight_dtype == torch.int8:
+        return True
     return bool(enable_custom_op()) and activation.value == "silu"
 
 

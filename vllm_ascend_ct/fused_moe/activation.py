@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.model_executor.layers import activation as layers
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from vllm_ascend_ct.fused_moe.functional import Activation
@@ -31,21 +32,21 @@ def supports(activation: MoEActivation) -> bool:
     return activation.value in _MODULES
 
 
-def is_swiglu(activation: MoEActivation, clamp_limit: float | None) -> bool:
-    """Whether an activation is what the operators compute themselves."""
-    return activation == MoEActivation.SILU and clamp_limit is None
-
-
-def activation_function(activation: MoEActivation, config: Any) -> Activation | None:
-    """Make the function that computes an activation; None for SwiGLU.
+def activation_function(
+    moe: FusedMoEConfig, quant_config: FusedMoEQuantConfig
+) -> Activation | None:
+    """Make the function that computes a layer's activation; None for SwiGLU.
 
     Args:
-        activation: Which.
-        config: Upstream's `ApplyMoEActivationConfig`.
+        moe: The layer.
+        quant_config: Has the limits and factors that the model names.
 
     """
-    if is_swiglu(activation, config.clamp_limit):
+    # Later than vLLM 0.23, where vllm-ascend computes it.
+    from vllm.model_executor.layers.fused_moe import ApplyMoEActivationConfig
+
+    config = ApplyMoEActivationConfig.from_configs(moe, quant_config)
+    if moe.activation == MoEActivation.SILU and config.clamp_limit is None:
         return None
-    module = _MODULES[activation.value](config)
-    function: Activation = module.forward_native
+    function: Activation = _MODULES[moe.activation.value](config).forward_native
     return function

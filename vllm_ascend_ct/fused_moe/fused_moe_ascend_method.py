@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Methods for vllm-ascend's runners, as upstream's `FusedMoEModularMethod`."""
+"""Methods for vllm-ascend's runners of experts, and which of all is called."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import (
-    FusedMoEMethodBase,
-    FusedMoEQuantConfig,
-)
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 
 from vllm_ascend_ct.ascend_base import (
     fused_moe,
@@ -18,8 +16,9 @@ from vllm_ascend_ct.ascend_base import (
 )
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
-from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
-from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.fused_moe.fused_moe_method_base import AscendMethod
+from vllm_ascend_ct.fused_moe.modular_kernel import ModularAscendMethod
+from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
@@ -39,83 +38,88 @@ _ROUTING = frozenset(
 )
 
 
-def experts_classes() -> tuple[type[AscendExperts], type[AscendExperts]]:
-    """The experts for activations of 8 bits and of 16, for this process's runner."""
-    if not runs_on_vllm_ascend() or routed_experts.asks_for_products():
-        return AscendWNA8Experts, AscendWNA16Experts
-    from vllm_ascend_ct.fused_moe.experts import ascend_base_moe
+def runner_refusal(
+    experts_cls: type[AscendExperts],
+    moe: FusedMoEConfig,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+) -> str | None:
+    """Why experts cannot be run in this process, or None; see `AscendExperts`."""
+    reason = None
+    if runs_on_vllm_ascend() and not routed_experts.asks_for_products():
+        quantized = experts_cls.quantizes_activations
+        reason = fused_moe.refusal(moe, operator_bits(bits), group_size, quantized)
+    return reason or experts_cls.refusal(moe, bits, group_size, symmetric)
 
-    return (
-        ascend_base_moe.AscendBaseWNA8Experts,
-        ascend_base_moe.AscendBaseWNA16Experts,
-    )
 
-
-def ascend_method(method: Any, layer: Any, tid2eid: Any) -> "AscendMethod":
-    """Make what vllm-ascend's runner calls, of a method that has the weights.
+def ascend_method(weights: Any, layer: Any, tid2eid: Any) -> "AscendMethod":
+    """Make what this process's runner of experts calls.
 
     Args:
-        method: Creates and lays out the weights.
-        layer: vllm-ascend's.
+        weights: A method that creates parameters, checks what was loaded and lays it
+            out.
+        layer: The layer.
         tid2eid: Experts by token, of a layer that is routed by hash.
 
     Raises:
-        UnsupportedCheckpointError: Its settings are for its own weights.
+        UnsupportedCheckpointError: vllm-ascend's settings are for its own weights.
 
     """
+    if not runs_on_vllm_ascend():
+        return ModularAscendMethod(weights)
     settings.check_experts(layer.layer_name)
     if routed_experts.asks_for_products():
-        return RoutedExpertsAscendMethod(method)
-    return FusedMoEAscendMethod(method, layer, tid2eid)
-
-
-class AscendMethod(FusedMoEMethodBase):
-    """Hands tokens to vllm-ascend, with another method's weights."""
-
-    def __init__(self, method: Any) -> None:
-        """Wrap a method that creates and lays out the weights."""
-        super().__init__(method.moe)
-        self.method = method
-        self.experts: Any = None
-        # What the runner prepares tokens for.
-        self.quant_method = fused_moe.QuantTypeHolder("NONE")
-
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        self.method.create_weights(layer, *args, **kwargs)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        self.experts = self.method.lay_out_weights(layer)
-
-    def get_fused_moe_quant_config(
-        self, layer: torch.nn.Module
-    ) -> FusedMoEQuantConfig | None:
-        config: FusedMoEQuantConfig = self.method.get_fused_moe_quant_config(layer)
-        return config
-
-    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
-        """vllm-ascend's runner has its own."""
-
-    @property
-    def supports_eplb(self) -> bool:
-        return False
-
-    def _quant_type(self) -> str:
-        """The `QuantType` of int8 activations, or "NONE"."""
-        if not self.method.experts_cls.quantizes_activations:
-            return "NONE"
-        return f"W{operator_bits(self.method.num_bits)}A8"
+        return RoutedExpertsAscendMethod(weights)
+    return FusedMoEAscendMethod(weights, layer, tid2eid)
 
 
 class FusedMoEAscendMethod(AscendMethod):
     """Routes tokens; vllm-ascend's communication methods multiply. Until 0.26."""
 
-    def __init__(self, method: Any, layer: Any, tid2eid: Any) -> None:
+    def __init__(self, weights: Any, layer: Any, tid2eid: Any) -> None:
         """Wrap a method; see `ascend_method`."""
-        super().__init__(method)
+        super().__init__(weights)
         self.tid2eid = tid2eid
         # vllm-ascend takes experts beside quantized ones to be quantized likewise.
-        if getattr(layer, "_shared_experts", layer) is None:
-            self.quant_method = fused_moe.QuantTypeHolder(self._quant_type())
+        alone = getattr(layer, "_shared_experts", layer) is None
+        self.quant_method = fused_moe.QuantTypeHolder(
+            _quant_type(weights) if alone else "NONE"
+        )
+
+    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
+        """vllm-ascend's runner has its own."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        fuses = partial(fused_moe.fuses_gate, activation=self.moe.activation)
+        self.experts = self.weights.lay_out_weights(layer, fuses=fuses)
+
+    def _operands(self) -> dict[str, Any]:
+        """What of `build_fused_experts_input`'s arguments is known of the weights."""
+        w13, w2 = self.experts.operands("w13"), self.experts.operands("w2")
+        if not self.experts.quantizes_activations:
+            # Which vllm-ascend tells by the offsets; of int8 weights too.
+            return {
+                "quant_type": fused_moe.quant_type("W4A16"),
+                "w1": w13.weight,
+                "w2": w2.weight,
+                "w1_scale": w13.scale,
+                "w2_scale": w2.scale,
+                "w1_offset": w13.offset,
+                "w2_offset": w2.offset,
+            }
+        operands = {
+            "quant_type": fused_moe.quant_type("W4A8" if w13.is_int4 else "W8A8"),
+            "w1": [w13.weight],
+            "w2": [w2.weight],
+            "w1_scale": [w13.scale],
+            "w2_scale": [w2.scale],
+        }
+        if w13.is_int4:
+            operands["w1_scale_bias"] = [w13.bias]
+            operands["w2_scale_bias"] = [w2.bias]
+            operands["is_per_channel_weight"] = w13.scale.dim() == 2
+        return operands
 
     def apply(  # type: ignore[override]
         self,
@@ -165,7 +169,7 @@ class FusedMoEAscendMethod(AscendMethod):
             topk_ids=ids,
             dynamic_eplb=False,
             swiglu_limit=layer.swiglu_limit,
-            **self.experts.arguments(),
+            **self._operands(),
             **call,
         )
         if unchanged is not None:
@@ -182,15 +186,17 @@ class RoutedExpertsAscendMethod(AscendMethod):
 
     _counts: torch.Tensor
 
-    def __init__(self, method: Any) -> None:
-        super().__init__(method)
+    def __init__(self, weights: Any) -> None:
+        """Wrap a method; see `ascend_method`."""
+        super().__init__(weights)
+        self.quant_method = fused_moe.QuantTypeHolder("NONE")
         # The `QuantType` by which vllm-ascend quantizes what it sends. Of A5's int8
         # operators of communication nothing is known.
-        self.sent_as = "NONE" if current_soc() is Soc.A5 else self._quant_type()
+        self.sent_as = "NONE" if current_soc() is Soc.A5 else _quant_type(weights)
 
-    @property
-    def is_monolithic(self) -> bool:
-        return False
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        announce(self.experts, *self.experts.forms())
 
     def apply(
         self,
@@ -242,19 +248,23 @@ class RoutedExpertsAscendMethod(AscendMethod):
         """
         routed_experts.check(call)
         self._counts = routed_experts.counts(call)
-        result: tuple[torch.Tensor, torch.Tensor | None]
-        result = self.experts.gate(call.hidden_states, call.dynamic_scale, self._counts)
-        return result
+        return self.experts.gate(call.hidden_states, call.dynamic_scale, self._counts)
 
     def apply_gmm2(
         self, call: Any, hidden: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
         """Multiply by downs what `apply_gmm1_act_quant` returned for the same call."""
-        rows: torch.Tensor = self.experts.down(hidden, scale, self._counts)
-        return rows
+        return self.experts.down(hidden, scale, self._counts)
 
 
 def _refuse_adapters(layer: Any) -> None:
     """Refuse LoRA adapters that vllm-ascend gave a layer."""
     if fused_moe.has_adapters(layer):
         raise lora.refused(f"layer {layer.layer_name}, a LoRA context")
+
+
+def _quant_type(weights: Any) -> str:
+    """vllm-ascend's `QuantType` of int8 activations, or "NONE"."""
+    if not weights.experts_cls.quantizes_activations:
+        return "NONE"
+    return f"W{operator_bits(weights.num_bits)}A8"

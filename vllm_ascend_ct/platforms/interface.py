@@ -13,7 +13,6 @@ from vllm_ascend_ct.ops.soc import current_soc
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.platforms.interface import Platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -31,27 +30,6 @@ class AscendCTPlatformMixin(_Base):
     def prepare_ascend_ct(cls) -> None:
         """Make the NPU operators usable in this process; may be called again."""
         raise NotImplementedError
-
-    @classmethod
-    def get_quant_config(
-        cls, quantization: str, quant_config_cls: "type[QuantizationConfig]"
-    ) -> "type[QuantizationConfig]":
-        """Name the config class that serves a quantization method here.
-
-        vLLM calls this for every method it knows, where it has the hook.
-
-        Args:
-            quantization: Name of the method.
-            quant_config_cls: The class that serves it otherwise.
-
-        """
-        if quantization != "compressed-tensors":
-            return quant_config_cls
-        from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
-            AscendCTConfig,
-        )
-
-        return AscendCTConfig
 
     @classmethod
     def pre_register_and_update(

@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Experts with integer weights and 16-bit activations."""
 
-from typing import Any
-
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
@@ -41,8 +39,8 @@ class AscendWNA16Experts(AscendExperts):
                 return f"{bits}-bit experts of K={k}, N={n}: {reason}"
         return None
 
-    def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:
-        dtype = self.moe_config.in_dtype
+    def _lay_out(self, name: str, k: int, n: int) -> None:
+        layer, dtype = self.layer, self.moe.in_dtype
         weight_name, parameter = stored_weight(layer, name)
         weight = parameter.data
         scale = getattr(layer, f"{name}_weight_scale").data.to(dtype)
@@ -72,9 +70,9 @@ class AscendWNA16Experts(AscendExperts):
             bias_dtype = current_limits().weight_quant_batchmatmul.bias_dtype(dtype)
             set_parameter(layer, f"{name}_bias", bias.data.to(bias_dtype))
 
-    def _forms(self) -> list[Form]:
+    def forms(self) -> list[Form]:
         forms = []
-        for name in self.products(self.moe_config):
+        for name in self.products(self.moe):
             experts = self.operands(name)
             groups = "group" if experts.scale.dim() == 3 else "channel"
             kind = f"w{4 if experts.is_int4 else 8}a16-{groups}"
@@ -83,7 +81,7 @@ class AscendWNA16Experts(AscendExperts):
         return forms
 
     def operands(self, name: str) -> Operands:
-        layer = self._layer
+        layer = self.layer
         offset = getattr(layer, f"{name}_weight_zero_point", None)
         if offset is None:
             offset = getattr(layer, f"{name}_zero_offset", None)
@@ -98,7 +96,7 @@ class AscendWNA16Experts(AscendExperts):
         self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         w13 = self.operands("w13")
-        return weight_only_gate(rows, counts, w13, self._activation), None
+        return weight_only_gate(rows, counts, w13, self.activation), None
 
     def down(
         self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor

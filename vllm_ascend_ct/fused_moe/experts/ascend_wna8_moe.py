@@ -2,14 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Experts with integer weights and activations quantized to int8."""
 
-from typing import Any
-
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from vllm_ascend_ct import ascend_base
-from vllm_ascend_ct.compat import load_format
-from vllm_ascend_ct.fused_moe.activation import is_swiglu
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
 from vllm_ascend_ct.fused_moe.functional import Operands, int8_gate, int8_product
 from vllm_ascend_ct.kernels.parameters import set_parameter
@@ -59,37 +55,37 @@ class AscendWNA8Experts(AscendExperts):
         width = moe.intermediate_size_per_partition
         return limits.dynamic_quant.refusal(moe.in_dtype, width)
 
-    def _is_fused(self, weight_dtype: torch.dtype, group_size: int) -> bool:
+    def _fuses_gate(self, weight_dtype: torch.dtype, group_size: int) -> bool:
         """Whether the first product gates and quantizes as well."""
-        moe = self.moe_config
+        if self.fuses is not None:
+            return self.fuses(weight_dtype)
         limits = current_limits().grouped_matmul_swiglu_quant
-        k, n = self.products(moe)["w13"]
+        k, n = self.products(self.moe)["w13"]
         return (
             limits is not None
-            and is_swiglu(moe.activation, self.activation_config.clamp_limit)
+            and self.activation is None
             and limits.refusal(weight_dtype, k, n, group_size) is None
         )
 
-    def _lay_out(self, layer: Any, name: str, k: int, n: int) -> None:
-        _, parameter = stored_weight(layer, name)
+    def _lay_out(self, name: str, k: int, n: int) -> None:
+        _, parameter = stored_weight(self.layer, name)
         bits = 8 if parameter.dtype == torch.int8 else parameter.shape[2] * 32 // k
-        groups = getattr(layer, f"{name}_weight_scale").shape[2]
+        groups = getattr(self.layer, f"{name}_weight_scale").shape[2]
         is_int4 = operator_bits(bits) == 4
-        weight_dtype = torch.int32 if is_int4 else torch.int8
-        fused = self._is_fused(weight_dtype, k // groups if groups > 1 else 0)
         if name == "w13":
-            self._fused = fused
-        fused = fused and name == "w13"
+            weight_dtype = torch.int32 if is_int4 else torch.int8
+            group_size = k // groups if groups > 1 else 0
+            self._fused = self._fuses_gate(weight_dtype, group_size)
+        fused = self._fused and name == "w13"
         # They let go of what was loaded as soon as it is copied.
         del parameter
         if is_int4:
-            self._lay_out_int4(layer, name, bits, k, fused)
+            self._lay_out_int4(name, bits, k, fused)
         else:
-            self._lay_out_int8(layer, name, bits, k, fused)
+            self._lay_out_int8(name, bits, k, fused)
 
-    def _lay_out_int8(
-        self, layer: Any, name: str, bits: int, k: int, fused: bool
-    ) -> None:
+    def _lay_out_int8(self, name: str, bits: int, k: int, fused: bool) -> None:
+        layer = self.layer
         weight_name, parameter = stored_weight(layer, name)
         weight = parameter.data
         if weight.dtype != torch.int8:
@@ -110,13 +106,12 @@ class AscendWNA8Experts(AscendExperts):
         if fused:
             return torch.float32
         mode = current_limits().grouped_matmul[torch.int8, torch.int8]
-        (dtype,) = mode.by_output[self.moe_config.in_dtype].scale
+        (dtype,) = mode.by_output[self.moe.in_dtype].scale
         assert dtype is not None
         return dtype
 
-    def _lay_out_int4(
-        self, layer: Any, name: str, bits: int, k: int, fused: bool
-    ) -> None:
+    def _lay_out_int4(self, name: str, bits: int, k: int, fused: bool) -> None:
+        layer = self.layer
         weight_name, parameter = stored_weight(layer, name)
         scale_name = f"{name}_weight_scale"
         raw_scale, rounded = experts.to_raw_scale(getattr(layer, scale_name).data)
@@ -139,7 +134,7 @@ class AscendWNA8Experts(AscendExperts):
         set_parameter(layer, scale_name, raw_scale)
         set_parameter(layer, f"{name}_assist", assist)
 
-    def _forms(self) -> list[Form]:
+    def forms(self) -> list[Form]:
         w13, w2 = self.operands("w13"), self.operands("w2")
         layout = CONTIGUOUS if w2.is_int4 else TRANSPOSED
         if ascend_base.prefers_nz():
@@ -152,7 +147,7 @@ class AscendWNA8Experts(AscendExperts):
         return [gate, Form(DYNAMIC_QUANT, "dynamic", ROWS), down]
 
     def operands(self, name: str) -> Operands:
-        layer = self._layer
+        layer = self.layer
         return Operands(
             stored_weight(layer, name)[1],
             getattr(layer, f"{name}_weight_scale"),
@@ -171,8 +166,8 @@ class AscendWNA8Experts(AscendExperts):
             row_scale,
             counts,
             self.operands("w13"),
-            self.moe_config.in_dtype,
-            self._activation,
+            self.moe.in_dtype,
+            self.activation,
             self._fused,
         )
 
@@ -180,7 +175,7 @@ class AscendWNA8Experts(AscendExperts):
         self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
         assert scale is not None
-        dtype = self.moe_config.in_dtype
+        dtype = self.moe.in_dtype
         return int8_product(hidden, scale, counts, self.operands("w2"), dtype)
 
 
@@ -189,16 +184,3 @@ def _kind(experts: Operands) -> str:
         return "w8a8"
     in_groups = experts.scale.dim() == 3 and experts.scale.shape[1] > 1
     return "w4a8-group" if in_groups else "w4a8-channel"
-
-
-class AscendW4A8Experts(AscendWNA8Experts):
-    """For int4 weights that were loaded as one value in each int8."""
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        for name in self.products(self.moe_config):
-            weight_name, parameter = stored_weight(layer, name)
-            if load_format() == "dummy":
-                # vLLM leaves integers as the memory was.
-                parameter.data.clamp_(-8, 7)
-            set_parameter(layer, weight_name, experts.pack_int4(parameter.data))
-        super().process_weights_after_loading(layer)

@@ -5,7 +5,7 @@
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
-_OURS = "compressed-tensors"
+from vllm_ascend_ct.compat import QUANTIZATION, is_ours
 
 
 def foreign_layout() -> str | None:
@@ -16,9 +16,9 @@ def foreign_layout() -> str | None:
     """
     vllm_config = get_current_vllm_config_or_none()
     quant_config = None if vllm_config is None else vllm_config.quant_config
-    if quant_config is None:
+    if quant_config is None or is_ours(quant_config):
         return None
     name = quant_config.get_name()
-    if name in (_OURS, *current_platform.supported_quantization):
+    if name in current_platform.supported_quantization:
         return None
-    return f"weights as {name} lays them out; supported: {_OURS}"
+    return f"weights as {name} lays them out; supported: {QUANTIZATION}"

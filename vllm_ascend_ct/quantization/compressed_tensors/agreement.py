@@ -9,8 +9,6 @@ that is missing, and some models' loaders skip what they do not know.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressed_tensors import CompressionFormat
-
 from vllm_ascend_ct.errors import (
     Remedy,
     UnsupportedCheckpointError,
@@ -31,6 +29,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.tensors import FIELDS
 from vllm_ascend_ct.quantization.compressed_tensors.utils import (
     comparable_args,
     difference,
+    is_packed,
 )
 
 # Of a layer: names that it and its shards have in vLLM, and what the file has.
@@ -41,7 +40,7 @@ def places(scheme: dict[str, Any]) -> set[str]:
     """The kinds of tensors that a layer of a scheme may have."""
     weights, inputs = scheme["weights"], scheme.get("input_activations")
     kinds = {"weight_scale", "bias"}
-    if scheme["format"] == CompressionFormat.pack_quantized.value:
+    if is_packed(scheme):
         kinds |= {"weight_packed", "weight_shape"}
     else:
         kinds.add("weight")

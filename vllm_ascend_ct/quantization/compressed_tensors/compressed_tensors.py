@@ -6,7 +6,6 @@ import re
 from typing import Any, cast
 
 import torch
-from compressed_tensors import CompressionFormat
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -58,6 +57,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w
     AscendCTWNA16,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_packed
 from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding import (
     AscendCTEmbeddingMethod,
     AscendCTHeadMethod,
@@ -198,8 +198,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         if name in ("q_b_proj", "wq_b"):
             other = f"{attention.removesuffix('.indexer')}.fused_qkv_a_proj"
             is_mixed = self.get_scheme_dict(layer, other) is None
-            is_packed = args["format"] == CompressionFormat.pack_quantized.value
-            settings.check_latent_query(prefix, is_mixed, is_packed)
+            settings.check_latent_query(prefix, is_mixed, is_packed(args))
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """Choose the method of an embedding or of an output head."""
@@ -293,7 +292,7 @@ class AscendCTConfig(CompressedTensorsConfig):
 
 def _has_zero_points_beside_int8(args: dict[str, Any]) -> bool:
     return (
-        args["format"] == CompressionFormat.pack_quantized.value
+        is_packed(args)
         and args["input_activations"] is not None
         and not args["weights"].symmetric
     )

@@ -25,7 +25,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
-    AscendWNA8LinearKernel,
     with_quantized_activations,
 )
 from vllm_ascend_ct.ops.limits import current_limits
@@ -216,11 +215,7 @@ def _int8_refusal(
 def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
     """Have a scheme's activations quantized, if there is a kernel for it."""
     weights, inputs = args["weights"], args["input_activations"]
-    if (
-        inputs is None
-        or not isinstance(scheme, _PACKED_A8_SCHEMES)
-        or isinstance(scheme.kernel, AscendWNA8LinearKernel)
-    ):
+    if inputs is None or not isinstance(scheme, _PACKED_A8_SCHEMES):
         return
     chosen = type(scheme.kernel).__name__
     scheme.kernel, reason = with_quantized_activations(scheme.kernel, inputs.symmetric)

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Comparing what a config says of the parts of one layer."""
+"""What a config says of one layer, and of its parts."""
 
 from typing import Any
 
+from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
 
 # How the integers were found, and in which order, does not change what they mean.
 _NOT_ESSENTIAL = {"observer", "observer_kwargs", "actorder"}
+
+
+def is_packed(scheme: dict[str, Any]) -> bool:
+    """Whether several weights share a word in the file."""
+    packed: bool = scheme["format"] == CompressionFormat.pack_quantized.value
+    return packed
 
 
 def difference(

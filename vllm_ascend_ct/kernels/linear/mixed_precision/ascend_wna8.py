@@ -10,7 +10,6 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
     MPLinearLayerConfig,
 )
 
-from vllm_ascend_ct import compat
 from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_quant_int4_matmul,
@@ -46,8 +45,8 @@ from vllm_ascend_ct.weights import int4, pack_quantized
 class AscendWNA8LinearKernel(AscendMPLinearKernel):
     """Activations quantized to int8 per token, by int4 or int8 weights.
 
-    Where the config by which upstream chooses a kernel does not say how activations are
-    quantized, `with_quantized_activations` chooses it.
+    The config by which upstream chooses a kernel does not say how activations are
+    quantized: `with_quantized_activations` chooses it.
 
     The layer gains a parameter `activation_assist` where the weights are int4.
     """
@@ -60,20 +59,9 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
             self.group_size = _int4_group_size(self.config)
 
     @classmethod
-    def quantizes_activations(cls, c: MPLinearLayerConfig) -> bool:
-        """Whether activations are quantized as `c.activation_quant_key` asks."""
-        return True
-
-    @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
         if reason := foreign_layout():
             return False, reason
-        if compat.KERNELS_KNOW_ACTIVATIONS:
-            key: Any = getattr(c, "activation_quant_key", None)
-            if key is None or key.dtype != torch.int8:
-                return False, f"activations {key}; supported: int8, dynamic per token"
-            if not key.symmetric:
-                return False, "asymmetric activations; supported: symmetric"
         if c.weight_type not in WEIGHT_TYPES or c.zero_points:
             return False, f"weight type {c.weight_type}; supported: symmetric integers"
         k, n = c.partition_weight_shape

@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What upstream's methods for experts are on Ascend."""
+"""Parameters of upstream's methods for experts, filled for Ascend."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from vllm.model_executor.layers.fused_moe import (
-    FusedMoEConfig,
-    FusedMoEMethodBase,
-    FusedMoEQuantConfig,
-)
-from vllm.model_executor.layers.fused_moe import modular_kernel as mk
-from vllm.model_executor.layers.fused_moe.all2all_utils import (
-    maybe_make_prepare_finalize,
-)
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
 
-from vllm_ascend_ct.compat import UnfinalizedMoEOutput
 from vllm_ascend_ct.errors import Remedy
-from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.quantization.compressed_tensors import load_formats
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
@@ -42,7 +33,8 @@ else:
 class AscendCTMoEMixin(_Base):
     """First base of a method: keeps upstream's `create_weights`, and no more of it.
 
-    Upstream's constructors look for experts among those of platforms in tree.
+    Upstream's constructors look for experts among those of platforms in tree. What runs
+    the layer is a method of `fused_moe/fused_moe_ascend_method.py`, which has this one.
     """
 
     experts_cls: Any
@@ -105,17 +97,20 @@ class AscendCTMoEMixin(_Base):
             )
         load_formats.mark_scales(layer)
 
-    def lay_out_weights(self, layer: Any) -> AscendExperts:
-        """Check what was loaded, and bring it to where experts compute with it.
+    def lay_out_weights(self, layer: Any, **options: Any) -> AscendExperts:
+        """Check what was loaded, and lay it out.
+
+        Args:
+            layer: What was loaded.
+            options: As of `AscendExperts`.
 
         Raises:
             UnsupportedCheckpointError: Something is missing.
 
         """
         self._check_loaded(layer)
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        experts: AscendExperts = self.experts_cls(self.moe, self.moe_quant_config)
-        experts.process_weights_after_loading(layer)
+        experts: AscendExperts = self.experts_cls(layer, self.moe, **options)
+        experts.lay_out()
         return experts
 
     def _check_loaded(self, layer: Any) -> None:
@@ -129,64 +124,3 @@ class AscendCTMoEMixin(_Base):
         if self._saving is None:
             hook = load_formats.check_saving
             self._saving = layer.register_state_dict_pre_hook(hook)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        experts = self.lay_out_weights(layer)
-        prepare_finalize = maybe_make_prepare_finalize(
-            moe=self.moe,
-            quant_config=self.moe_quant_config,
-            routing_tables=layer._expert_routing_tables(),
-            allow_new_interface=True,
-            use_monolithic=False,
-        )
-        assert prepare_finalize is not None
-        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
-        defers = getattr(self.moe_kernel, "supports_deferred_moe_finalize", bool)
-        experts.defers_finalize = UnfinalizedMoEOutput is not None and defers()
-
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
-        # Scales are the layer's parameters; nothing is quantized before the experts.
-        return FusedMoEQuantConfig.make(
-            gemm1_alpha=getattr(layer, "swiglu_alpha", None),
-            gemm1_beta=getattr(layer, "swiglu_beta", None),
-            gemm1_clamp_limit=getattr(layer, "swiglu_limit", None),
-        )
-
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        assert self.moe_kernel is not None
-        output: Any = self.moe_kernel.apply(
-            x,
-            stored_weight(layer, "w13")[1],
-            stored_weight(layer, "w2")[1],
-            topk_weights,
-            topk_ids,
-            activation=layer.activation,
-            global_num_experts=layer.global_num_experts,
-            expert_map=layer.expert_map,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            shared_experts=shared_experts,
-            shared_experts_input=shared_experts_input,
-        )
-        if isinstance(output, torch.Tensor):
-            return output
-        experts: Any = self.moe_kernel.fused_experts
-        weighted = layer.apply_router_weight_on_input
-        result: torch.Tensor = experts.finalize(
-            output.gemm2_permuted,
-            output.expanded_idx_to_permuted_idx,
-            None if weighted else output.expert_weights,
-            topk_ids,
-        )
-        return result
-
-    @property
-    def supports_eplb(self) -> bool:
-        return False

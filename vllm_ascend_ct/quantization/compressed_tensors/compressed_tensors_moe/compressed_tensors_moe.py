@@ -4,7 +4,6 @@
 
 from typing import Any
 
-from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import (
@@ -13,19 +12,18 @@ from vllm.model_executor.layers.fused_moe import (
     UnquantizedFusedMoEMethod,
 )
 
-from vllm_ascend_ct.ascend_base import fused_moe, runs_on_vllm_ascend
+from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
 from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
     ascend_method,
-    experts_classes,
+    runner_refusal,
 )
 from vllm_ascend_ct.quantization.compressed_tensors import load_formats
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.base import (  # noqa: E501
-    AscendCTMoEMixin,
-)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
     AscendCTW4A8Int8MoEMethod,
 )
@@ -35,13 +33,11 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compr
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
     AscendCTWNA16MoEMethod,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.registered import (  # noqa: E501
-    registered_method,
-)
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.rules import EXPERT_RULES, refusal
 from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_packed
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -99,16 +95,14 @@ def _quantized_method(
     load_formats.check_load_format(layer_name)
     lora.check_experts(layer_name)
     weights = scheme["weights"]
-    method_cls: type[AscendCTMoEMixin] = AscendCTWNA16MoEMethod
-    if scheme["format"] != CompressionFormat.pack_quantized.value:
+    method_cls: Any = AscendCTWNA16MoEMethod
+    if not is_packed(scheme):
         is_int4 = weights.num_bits == 4
         method_cls = AscendCTW4A8Int8MoEMethod if is_int4 else AscendCTW8A8Int8MoEMethod
     moe, inputs = layer.moe_config, scheme["input_activations"]
     experts_cls = choose_experts(weights, inputs, moe, layer_name)
-    if registered := registered_method(scheme, experts_cls, layer, layer_name, files):
-        return registered
     method = method_cls(weights, inputs, moe, experts_cls, checkpoint, files)
-    return ascend_method(method, layer, tid2eid) if runs_on_vllm_ascend() else method
+    return ascend_method(method, layer, tid2eid)
 
 
 def choose_experts(
@@ -129,19 +123,20 @@ def choose_experts(
         raise refused(f"{name} experts: {what}", layer_name, remedy)
     group_size = max(weights.group_size or 0, 0)
     scheme = moe, weights.num_bits, group_size, weights.symmetric
-    wna8, wna16 = experts_classes()
     reason: str | None = "asymmetric activations"
     if inputs is not None:
         if inputs.symmetric:
-            reason = wna8.refusal(*scheme)
+            reason = runner_refusal(AscendWNA8Experts, *scheme)
         if reason is None:
-            logger.info_once("Using %s for %s experts.", wna8.__name__, name)
-            return wna8
-    if weight_reason := wna16.refusal(*scheme):
+            logger.info_once(
+                "Using %s for %s experts.", AscendWNA8Experts.__name__, name
+            )
+            return AscendWNA8Experts
+    if weight_reason := runner_refusal(AscendWNA16Experts, *scheme):
         is_split = moe.tp_size > 1
         remedy = Remedy.CHANGE_RANKS if is_split else Remedy.QUANTIZE_AGAIN
         raise refused(f"{name} experts: {weight_reason}", layer_name, remedy)
-    logger.info_once("Using %s for %s experts.", wna16.__name__, name)
+    logger.info_once("Using AscendWNA16Experts for %s experts.", name)
     if inputs is not None:
         logger.info_once(
             "%s experts are served as W%dA16, their activations unquantized: %s.",
@@ -149,7 +144,7 @@ def choose_experts(
             weights.num_bits,
             reason,
         )
-    return wna16
+    return AscendWNA16Experts
 
 
 def _size_refusal(

@@ -7,13 +7,13 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from compressed_tensors import CompressionFormat
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
 )
 
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import packed_type
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_packed
 
 _WORD = 32
 
@@ -35,7 +35,7 @@ class AscendCTWNA16(CompressedTensorsWNA16):
         """Whether this vLLM has no scheme for a config group that is served."""
         return (
             compat.CompressedTensorsWNA8Int is None
-            and args["format"] == CompressionFormat.pack_quantized.value
+            and is_packed(args)
             and (
                 args["weights"].num_bits not in (4, 8)
                 or args["input_activations"] is not None

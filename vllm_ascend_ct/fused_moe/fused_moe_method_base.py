@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Methods that run experts, as upstream's `fused_moe/fused_moe_method_base.py`."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEMethodBase,
+    FusedMoEQuantConfig,
+)
+
+from vllm_ascend_ct.fused_moe.activation import activation_function
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+
+
+class AscendMethod(FusedMoEMethodBase):
+    """Runs experts whose weights another method has.
+
+    Attributes:
+        weights: Creates parameters, checks what was loaded and lays it out.
+        experts: What it laid out.
+
+    """
+
+    experts: AscendExperts
+
+    def __init__(self, weights: Any) -> None:
+        """Wrap that method."""
+        super().__init__(weights.moe)
+        self.weights = weights
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        self.weights.create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        activation = activation_function(self.moe, self.moe_quant_config)
+        self.experts = self.weights.lay_out_weights(layer, activation=activation)
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
+        # Scales are the layer's parameters; nothing is quantized before the experts.
+        return FusedMoEQuantConfig.make(
+            gemm1_alpha=getattr(layer, "swiglu_alpha", None),
+            gemm1_beta=getattr(layer, "swiglu_beta", None),
+            gemm1_clamp_limit=getattr(layer, "swiglu_limit", None),
+        )
