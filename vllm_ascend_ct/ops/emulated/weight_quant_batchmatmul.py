@@ -25,11 +25,6 @@ _WEIGHT_BITS = {torch.int32: 4, torch.int8: 8}
 _ROWS_AT_ONCE = 1024
 # Up to so many rows, the product is bound by reading the weight: 16 bits are best.
 _FEW_ROWS = 3
-# Any of them, as torch names them: of x86, and of ARM.
-_INSTRUCTIONS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
 
 
 def weight_size(weight: torch.Tensor) -> tuple[int, int]:
@@ -276,5 +271,6 @@ def _multiplies_16_bits(dtype: torch.dtype) -> bool:
     Else it is faster in float32. Asked and not measured, as both round differently, and
     each process has to compute what the others do.
     """
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in _INSTRUCTIONS[dtype])
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_amx_fp16_supported()
