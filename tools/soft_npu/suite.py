@@ -14,7 +14,8 @@ from tools.soft_npu.environment import Device
 from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"
-ENGINES = Path("tests/soft_npu/test_engine.py")
+# What runs over each release.
+EACH = [f"tests/soft_npu/test_{name}.py" for name in ("engine", "fusion")]
 # Those of the usual selection; others are named MODEL/RECIPE.
 MODELS = {
     "dense-w4a16": "dense/w4a16-g128",
@@ -61,7 +62,7 @@ def test(arguments: Sequence[str], release: str | None = None) -> int:
     served = [row.vllm_ascend[-1] for row in releases.served(on_npu=True)]
     codes = []
     for name in served if release is None else [release]:
-        paths = ["tests/soft_npu" if name == Device.release else str(ENGINES)]
+        paths = ["tests/soft_npu"] if name == Device.release else EACH
         if any(argument.startswith("tests/") for argument in arguments):
             paths = []
         options = ["-m", "soft_npu and not long", *paths, *arguments]
