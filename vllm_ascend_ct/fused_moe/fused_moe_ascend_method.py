@@ -18,8 +18,12 @@ from vllm_ascend_ct.ascend_base import (
 )
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
+    AscendWNA8DequantExperts,
+)
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
+from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
@@ -41,14 +45,16 @@ _ROUTING = frozenset(
 
 def experts_classes() -> tuple[type[AscendExperts], type[AscendExperts]]:
     """The experts for activations of 8 bits and of 16, for this process's runner."""
+    dequantizes = current_limits().quant_grouped_matmul_dequant is not None
     if not runs_on_vllm_ascend() or routed_experts.asks_for_products():
-        return AscendWNA8Experts, AscendWNA16Experts
-    from vllm_ascend_ct.fused_moe.experts import ascend_base_moe
+        wna8 = AscendWNA8DequantExperts if dequantizes else AscendWNA8Experts
+        return wna8, AscendWNA16Experts
+    from vllm_ascend_ct.fused_moe.experts import ascend_base_moe as base
 
-    return (
-        ascend_base_moe.AscendBaseWNA8Experts,
-        ascend_base_moe.AscendBaseWNA16Experts,
-    )
+    base_wna8: type[AscendExperts] = base.AscendBaseWNA8Experts
+    if dequantizes:
+        base_wna8 = base.AscendBaseWNA8DequantExperts
+    return base_wna8, base.AscendBaseWNA16Experts
 
 
 def ascend_method(method: Any, layer: Any, tid2eid: Any) -> "AscendMethod":
@@ -164,7 +170,7 @@ class FusedMoEAscendMethod(AscendMethod):
             topk_weights=weights.to(self.moe.in_dtype),
             topk_ids=ids,
             dynamic_eplb=False,
-            swiglu_limit=layer.swiglu_limit,
+            swiglu_limit=layer.swiglu_limit or 0.0,
             **self.experts.arguments(),
             **call,
         )

@@ -9,6 +9,9 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
+    AscendWNA8DequantExperts,
+)
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
 from vllm_ascend_ct.ops.precedents import Form
@@ -76,3 +79,17 @@ class AscendBaseWNA8Experts(AscendBaseExpertsMixin, AscendWNA8Experts):
             arguments["w2_scale_bias"] = [w2.bias]
             arguments["is_per_channel_weight"] = w13.scale.dim() == 2
         return arguments
+
+
+class AscendBaseWNA8DequantExperts(AscendBaseExpertsMixin, AscendWNA8DequantExperts):
+    """vllm-ascend's "W8A8" on 310P, which has no lists."""
+
+    def arguments(self) -> dict[str, Any]:
+        w13, w2 = self.operands("w13"), self.operands("w2")
+        return {
+            "quant_type": fused_moe.quant_type("W8A8"),
+            "w1": w13.weight,
+            "w2": w2.weight,
+            "w1_scale": w13.scale,
+            "w2_scale": w2.scale,
+        }

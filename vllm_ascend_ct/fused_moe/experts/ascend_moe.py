@@ -23,6 +23,7 @@ from vllm_ascend_ct.fused_moe.activation import activation_function, supports
 from vllm_ascend_ct.fused_moe.functional import (
     Activation,
     Operands,
+    SortedTokens,
     combine,
     sort_tokens,
 )
@@ -182,13 +183,7 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         if local_ids is not None:
             topk_ids, global_num_experts = local_ids[topk_ids], len(w1) + 1
         topk_ids = topk_ids.to(torch.int32)
-        tokens = sort_tokens(
-            hidden_states,
-            topk_ids,
-            self._experts,
-            global_num_experts,
-            self.quantizes_activations,
-        )
+        tokens = self._sort(hidden_states, topk_ids, global_num_experts)
         hidden, scale = self.gate(tokens.rows, tokens.scale, tokens.counts)
         rows = self.down(hidden, scale, tokens.counts)
         if self.defers_finalize:
@@ -197,6 +192,14 @@ class AscendExperts(mk.FusedMoEExpertsModular):
         weights = None if apply_router_weight_on_input else topk_weights
         output.copy_(self.finalize(rows, tokens.row_index, weights, topk_ids))
         return None
+
+    def _sort(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
+    ) -> SortedTokens:
+        """Sort tokens by expert, as `gate` takes them."""
+        return sort_tokens(
+            x, topk_ids, self._experts, num_experts, self.quantizes_activations
+        )
 
     def finalize(
         self,

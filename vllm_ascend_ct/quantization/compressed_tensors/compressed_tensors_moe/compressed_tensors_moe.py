@@ -140,6 +140,8 @@ def choose_experts(
     if weight_reason := wna16.refusal(*scheme):
         is_split = moe.tp_size > 1
         remedy = Remedy.CHANGE_RANKS if is_split else Remedy.QUANTIZE_AGAIN
+        if inputs is not None:
+            weight_reason = f"{reason}; with their weights alone: {weight_reason}"
         raise refused(f"{name} experts: {weight_reason}", layer_name, remedy)
     logger.info_once("Using %s for %s experts.", wna16.__name__, name)
     if inputs is not None:

@@ -21,6 +21,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm_ascend_ct import ascend_base, compat
 from vllm_ascend_ct.errors import broken_checkpoint
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
+    AscendWNA8DequantExperts,
+)
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import (
     AscendW4A8Experts,
     AscendWNA8Experts,
@@ -131,6 +134,9 @@ def _oracle(
         served = weight_only and weights.num_bits in (4, 8) and whole
         return "int_wna16" if served else None
     if not experts_cls.quantizes_activations:
+        return None
+    if experts_cls is AscendWNA8DequantExperts:
+        # They are not among those that upstream asks.
         return None
     if weights.num_bits == 8:
         # It does not tell experts of the gate's limits.
