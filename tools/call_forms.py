@@ -13,6 +13,7 @@ from vllm_ascend_ct.ops.precedents import (
     DYNAMIC_QUANT_ASYMMETRIC,
     FUSED_GATE,
     GROUPED,
+    GROUPED_DEQUANT,
     NZ,
     QUANT_MATMUL,
     QUANT_MATMUL_DEQUANT,
@@ -103,6 +104,7 @@ _PRODUCTS = {
     QUANT_MATMUL: _quant_matmul,
     QUANT_MATMUL_DEQUANT: _quant_matmul_dequant,
     GROUPED: _grouped,
+    GROUPED_DEQUANT: _quant_matmul_dequant,
     FUSED_GATE: _fused_gate,
 }
 

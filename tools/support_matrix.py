@@ -136,6 +136,7 @@ def products(
 ) -> list[tuple[str, str]]:
     """Operators that quantize and multiply, each with the kind of its call."""
     from vllm_ascend_ct.ops import precedents as forms
+    from vllm_ascend_ct.ops.limits import current_limits
     from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
     group = config["config_groups"]["group_0"]
@@ -147,6 +148,8 @@ def products(
         return [*static, (operator, f"w{bits}a16-{groups}")]
     kind = "w8a8" if bits == 8 else f"w4a8-{groups}"
     dynamic = (forms.DYNAMIC_QUANT, "dynamic")
+    if experts and current_limits().quant_grouped_matmul_dequant is not None:
+        return [(forms.GROUPED_DEQUANT, kind)]
     if experts:
         return [dynamic, (forms.FUSED_GATE, kind), (forms.GROUPED, kind)]
     if static:

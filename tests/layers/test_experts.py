@@ -28,6 +28,9 @@ from tools.launches import Launches
 from tools.make_checkpoint import SCHEMES
 from vllm_ascend_ct.compat import CompressedTensorsWNA16MoEMethod
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
+    AscendWNA8DequantExperts,
+)
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
 from vllm_ascend_ct.fused_moe.modular_kernel import (
@@ -149,6 +152,47 @@ def test_chip_without_quantized_experts(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
     with pytest.raises(UnsupportedCheckpointError, match="no product of quantized"):
         build_with(SIZES["8-experts"], config_of("Linear", "w8a16-channel"), FP16)
+
+
+@pytest.mark.parametrize("size", ["8-experts", "top-1"])
+@pytest.mark.parametrize("scheme", ["w8a8-channel-dynamic", "w6a8-channel-packed"])
+def test_chip_that_quantizes_in_the_product(
+    scheme: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    sizes = SIZES[size]
+    runner, formula = load(sizes, scheme, FP16)
+    experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+    assert type(experts) is AscendWNA8DequantExperts
+    for batch in BATCHES:
+        x, routed = inputs(formula, batch, sizes, FP16), routing(sizes, batch)
+        y = run(runner, x, routed)
+        assert relative_error(y, formula(x, *routed)) < INT8_TOLERANCE
+    with Launches() as launches:
+        run(runner, x, routed)
+    product = "npu.npu_quant_grouped_matmul_dequant"
+    found = [name for name in launches.names if name.startswith("npu.")]
+    assert found == [SORT, product, "npu.npu_swiglu", product, BACK]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sizes", "reason"),
+    [
+        ("w4a8-channel", Sizes(4, 256, 256, 2), "symmetric int8 experts per channel"),
+        ("w8a8-channel-dynamic-asym", Sizes(4, 256, 256, 2), "asymmetric activations"),
+        (
+            "w8a8-channel-dynamic",
+            Sizes(4, 256, 264, 2),
+            "K=264; supported: multiples of 16",
+        ),
+    ],
+)
+def test_refused_by_that_chip(
+    scheme: str, sizes: Sizes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
+    with pytest.raises(UnsupportedCheckpointError, match=reason):
+        build_with(sizes, config_of("Linear", scheme), FP16)
 
 
 def test_chip_without_fused_gate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,18 @@ def quant_matmul_dequant_call() -> Call:
     )
 
 
+def quant_grouped_matmul_dequant_call(spare: int = 1) -> Call:
+    """As `grouped_call`."""
+    rows = torch.randn(sum(GROUPED_ROWS) + spare, K).half()
+    ends = torch.tensor(GROUPED_ROWS).cumsum(0)
+    weight = torch.ops.npu.npu_format_cast(int8(EXPERTS, N, K), FRACTAL_NZ)
+    return Call(
+        "npu_quant_grouped_matmul_dequant",
+        [rows, weight, scales(EXPERTS, N) * 1e-2, ends],
+        {"quant_mode": "pertoken"},
+    )
+
+
 def a8w4_call(
     out_dtype: torch.dtype = torch.bfloat16, group: int = 256, k: int = 512
 ) -> Call:
@@ -257,4 +269,5 @@ CALLS: dict[str, Callable[[], Call]] = {
 # Of operators that the other chips lack.
 CALLS_310P: dict[str, Callable[[], Call]] = {
     "npu_quant_matmul_dequant": quant_matmul_dequant_call,
+    "npu_quant_grouped_matmul_dequant": lambda: quant_grouped_matmul_dequant_call(0),
 }

@@ -79,8 +79,10 @@ def run(
 ) -> torch.Tensor:
     """Run the layer, with a fixed routing if one is given."""
     from vllm_ascend.ascend_forward_context import set_ascend_forward_context
+    from vllm_ascend.utils import is_310p
 
-    select = "vllm_ascend.ops.fused_moe.experts_selector.select_experts"
+    package = "_310p" if is_310p() else "ops"
+    select = f"vllm_ascend.{package}.fused_moe.experts_selector.select_experts"
     logits = torch.randn(len(x), SIZES.experts)
     with ExitStack() as stack:
         # Events of streams, of which there are none.

@@ -111,6 +111,22 @@ def operators(result: Result) -> Counter[str]:
     return Counter(rank["operators"])
 
 
+def test_norms_quantize(
+    serve: Callable[..., list[Result]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vllm-ascend's passes: of four norms all but the last, before the head."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
+    run: Run = {"checkpoint": "dense/w8a8-channel-static"}
+    (result,) = serve([run])
+    engines.check_served(run, result)
+    engines.check_close(run, result)
+    calls = result["ranks"][0]["operators"]
+    fused, norms = calls["npu::npu_add_rms_norm_quant"], calls["npu::npu_rms_norm"]
+    assert fused == 3 * norms
+    assert calls["_C_ascend::npu_add_rms_norm_bias"] == norms
+    assert calls["npu::npu_quantize"] + fused == calls["npu::npu_quant_matmul"]
+
+
 @pytest.mark.long
 def test_beside_vllm_ascend(results: Results) -> None:
     """As a plugin of vllm-ascend's own platform: the same."""

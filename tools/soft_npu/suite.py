@@ -16,7 +16,8 @@ from tools.soft_npu.environment import Device
 from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"
-ENGINES = Path("tests/soft_npu/test_engine.py")
+# What runs over each release.
+ENGINES, FUSION = (f"tests/soft_npu/test_{name}.py" for name in ("engine", "fusion"))
 # Those of the usual selection; others are named MODEL/RECIPE.
 MODELS = {
     "dense-w4a16": "dense/w4a16-g128",
@@ -81,8 +82,8 @@ def test(arguments: Sequence[str], release: str | None = None) -> int:
 def parts(release: str) -> list[list[str]]:
     """The tests of a release, in parts that take about as long."""
     if release != Device.release:
-        return [[str(ENGINES)]]
-    return [[str(ENGINES)], ["tests/soft_npu", f"--ignore={ENGINES}"]]
+        return [[ENGINES, FUSION]]
+    return [[ENGINES], ["tests/soft_npu", f"--ignore={ENGINES}"]]
 
 
 def _test(release: str, arguments: Sequence[str], capture: bool) -> int:

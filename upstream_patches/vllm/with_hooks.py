@@ -131,7 +131,7 @@ def _is_expressed(weights: Any, layer: Any) -> bool:
     bits, moe = weights.num_bits, weights.moe
     if isinstance(weights, AscendCTWNA16MoEMethod):
         return weights.input_quant is None and bits in (4, 8)
-    if not weights.experts_cls.quantizes_activations:
+    if not weights.experts_cls.takes_int8:
         return False
     if bits == 8:
         # It does not tell experts of the gate's limits.

@@ -8,6 +8,7 @@ It is installed on NPU hosts only, so everything is imported where it is used.
 import os
 from importlib.metadata import entry_points
 
+import torch
 from vllm.logger import init_logger
 
 from vllm_ascend_ct import envs
@@ -86,6 +87,20 @@ def prefers_nz() -> bool:
     from vllm_ascend.ascend_config import get_ascend_config
 
     return bool(get_ascend_config().weight_nz_mode)
+
+
+def fuses_norms(dtype: torch.dtype) -> bool:
+    """Whether vllm-ascend's passes may have norms quantize to given scales.
+
+    They look for its operator `quantize`, and hand what it is given, in the model's
+    dtype, to `npu_add_rms_norm_quant`, which for float16 documents others.
+    """
+    if not runs_on_vllm_ascend() or dtype != torch.bfloat16:
+        return False
+    # Registers the operator.
+    from vllm_ascend.ops import register_custom_ops  # noqa: F401
+
+    return True
 
 
 def runs_on_vllm_ascend() -> bool:

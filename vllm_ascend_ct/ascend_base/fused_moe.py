@@ -56,17 +56,19 @@ def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None
 
     if moe.has_bias:
         return "biases of experts; vllm-ascend supports none"
-    if moe.activation.value not in _ACTIVATIONS:
+    is_310p = current_soc() is Soc.ASCEND_310P
+    activations = _ACTIVATIONS[:1] if is_310p else _ACTIVATIONS
+    if moe.activation.value not in activations:
         return (
             f"activation {moe.activation.value}; "
-            f"vllm-ascend supports {', '.join(_ACTIVATIONS)}"
+            f"vllm-ascend supports {', '.join(activations)}"
         )
-    if quantized and moe.in_dtype != torch.bfloat16:
+    if quantized and moe.in_dtype != torch.bfloat16 and not is_310p:
         return f"int8 activations of a {moe.in_dtype} model; vllm-ascend's are bfloat16"
     if quantized and bits == 8 and current_soc() is Soc.A5:
         return "int8 activations, whose operators vllm-ascend does not call on A5"
     fuses = get_ascend_config().ascend_fusion_config.fusion_ops_gmmswigluquant
-    clamps = quantized and (fuses if bits == 8 else group_size == 0)
+    clamps = quantized and (fuses if bits == 8 else group_size == 0) and not is_310p
     if moe.swiglu_limit and moe.activation.value == "silu" and not clamps:
         return f"swiglu_limit={moe.swiglu_limit}; vllm-ascend ignores it"
     return None
@@ -143,6 +145,16 @@ def select_experts(
         context = flash_common3_context.get_flash_common3_context()
         assert context is not None
         weights, ids = context.topk_weights, context.topk_ids
+    elif current_soc() is Soc.ASCEND_310P:
+        # Which has other operators for it.
+        from vllm_ascend._310p.fused_moe import experts_selector as selector_310p
+
+        weights, ids = selector_310p.select_experts(
+            hidden_states=x,
+            router_logits=router_logits,
+            global_num_experts=num_experts,
+            **routing,
+        )
     else:
         weights, ids = experts_selector.select_experts(
             hidden_states=x,

@@ -67,6 +67,7 @@ def sort_tokens(
     experts: tuple[int, int],
     num_experts: int,
     quantize: bool,
+    counted: bool = True,
 ) -> SortedTokens:
     """Sort tokens by expert, and quantize them to int8. One launch.
 
@@ -76,12 +77,13 @@ def sort_tokens(
         experts: The first of this rank's experts, and the one behind the last.
         num_experts: Of all ranks.
         quantize: Whether to quantize rows, dynamically and symmetric.
+        counted: Whether the chip counts rows; else it says where they end, which
+            takes some launches more.
 
     """
+    mode = _DYNAMIC if quantize else -1
     return SortedTokens(
-        *moe_init_routing(
-            x, topk_ids, list(experts), num_experts, _DYNAMIC if quantize else -1
-        )
+        *moe_init_routing(x, topk_ids, list(experts), num_experts, mode, counted)
     )
 
 
@@ -221,6 +223,28 @@ def int8_product(
         group_type=0,
         split_item=2,
         output_dtype=dtype,
+    )
+    return product
+
+
+def quant_dequant_product(
+    rows: torch.Tensor, counts: torch.Tensor, experts: Operands
+) -> torch.Tensor:
+    """Quantize rows per token, symmetric, and multiply them by int8 experts.
+
+    One launch of the product, and one of where rows end. 310P has it.
+
+    Args:
+        rows: fp16 `[M, K]`, sorted by expert.
+        counts: int64 `[E]`.
+        experts: int8 `[E, N, K]`, contiguous or in FRACTAL_NZ, scale fp32 `[E, N]`.
+
+    Returns:
+        fp16 `[M, N]`.
+
+    """
+    product: torch.Tensor = torch.ops.npu.npu_quant_grouped_matmul_dequant(
+        rows, experts.weight, experts.scale, counts.cumsum(0), quant_mode="pertoken"
     )
     return product
 

@@ -108,6 +108,14 @@ class FusedMoEAscendMethod(AscendMethod):
                 "w1_offset": w13.offset,
                 "w2_offset": w2.offset,
             }
+        if not self.experts.takes_int8:
+            return {
+                "quant_type": fused_moe.quant_type("W8A8"),
+                "w1": w13.weight,
+                "w2": w2.weight,
+                "w1_scale": w13.scale,
+                "w2_scale": w2.scale,
+            }
         operands = {
             "quant_type": fused_moe.quant_type("W4A8" if w13.is_int4 else "W8A8"),
             "w1": [w13.weight],
@@ -168,7 +176,7 @@ class FusedMoEAscendMethod(AscendMethod):
             topk_weights=weights.to(self.moe.in_dtype),
             topk_ids=ids,
             dynamic_eplb=False,
-            swiglu_limit=layer.swiglu_limit,
+            swiglu_limit=layer.swiglu_limit or 0.0,
             **self._operands(),
             **call,
         )
@@ -192,7 +200,8 @@ class RoutedExpertsAscendMethod(AscendMethod):
         self.quant_method = fused_moe.QuantTypeHolder("NONE")
         # The `QuantType` by which vllm-ascend quantizes what it sends. Of A5's int8
         # operators of communication nothing is known.
-        self.sent_as = "NONE" if current_soc() is Soc.A5 else _quant_type(weights)
+        sends_int8 = weights.experts_cls.takes_int8 and current_soc() is not Soc.A5
+        self.sent_as = _quant_type(weights) if sends_int8 else "NONE"
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)

@@ -24,6 +24,7 @@ from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_we
 from vllm_ascend_ct.fused_moe.functional import combine, sort_tokens
 from vllm_ascend_ct.fused_moe.fused_moe_method_base import AscendMethod
 from vllm_ascend_ct.kernels.announce import announce
+from vllm_ascend_ct.ops.limits import current_limits
 
 
 class AscendModularExperts(mk.FusedMoEExpertsModular):
@@ -93,7 +94,8 @@ class AscendModularExperts(mk.FusedMoEExpertsModular):
             topk_ids,
             self._here,
             global_num_experts,
-            experts.quantizes_activations,
+            experts.takes_int8,
+            current_limits().moe_init_routing.counts,
         )
         hidden, scale = experts.gate(tokens.rows, tokens.scale, tokens.counts)
         rows = experts.down(hidden, scale, tokens.counts)

@@ -166,7 +166,10 @@ class QuantMatmulLimits:
 
 @dataclass(frozen=True)
 class QuantMatmulDequantLimits:
-    """`npu_quant_matmul_dequant`, activations quantized per token by the operator."""
+    """`npu_quant_matmul_dequant` and `npu_quant_grouped_matmul_dequant`.
+
+    Activations quantized per token by the operator.
+    """
 
     x_dtypes: tuple[torch.dtype, ...] = FLOAT16
     multiple: int = 16
@@ -371,13 +374,20 @@ class GroupedMatmulSwigluQuantLimits:
 
 @dataclass(frozen=True)
 class MoeInitRoutingLimits:
-    """`npu_moe_init_routing_v2`."""
+    """`npu_moe_init_routing_v2`.
+
+    Attributes:
+        counts: Whether it counts the rows of experts in any range; else it says where
+            those of all end, int32 (op-plugin calls another operator of aclnn).
+
+    """
 
     x_dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
     # Without quantization, mode -1.
     copied_dtypes: tuple[torch.dtype, ...] = (*x_dtypes, torch.int8)
     quant_modes: tuple[int, ...] = (-1, 1)
     max_experts: int = 10240
+    counts: bool = True
 
     def refusal(
         self,
@@ -393,6 +403,8 @@ class MoeInitRoutingLimits:
         most = min(expert_num, self.max_experts)
         if len(active) != 2 or not 0 <= active[0] < active[1] <= most:
             return f"active_expert_range={active}; supported: within [0, {most}]"
+        if not self.counts and active != (0, expert_num):
+            return f"active_expert_range={active}; supported: all {expert_num}"
         return None
 
 
@@ -446,6 +458,7 @@ class Limits:
     )
     quantize: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
     quant_matmul_dequant: QuantMatmulDequantLimits | None = None
+    quant_grouped_matmul_dequant: QuantMatmulDequantLimits | None = None
     a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
     float_weights: tuple[str, ...] = ()
     grouped_matmul: GroupedModes = field(default_factory=lambda: GROUPED)
@@ -477,13 +490,14 @@ LIMITS = {
         ),
         quant_matmul=QuantMatmulLimits(_OPERANDS_310P, transposed_nz=True),
         quant_matmul_dequant=QuantMatmulDequantLimits(),
+        quant_grouped_matmul_dequant=QuantMatmulDequantLimits(),
         dynamic_quant=ActivationQuantLimits(x_dtypes=FLOAT16, k_multiple=32),
         dynamic_quant_asymmetric=None,
         quantize=ActivationQuantLimits(x_dtypes=FLOAT16),
         a8w4=None,
         grouped_matmul={},
         grouped_matmul_swiglu_quant=None,
-        moe_init_routing=MoeInitRoutingLimits(quant_modes=(-1,)),
+        moe_init_routing=MoeInitRoutingLimits(quant_modes=(-1,), counts=False),
     ),
 }
 

@@ -52,6 +52,7 @@ WEIGHT_ONLY = "npu_weight_quant_batchmatmul"
 QUANT_MATMUL = "npu_quant_matmul"
 QUANT_MATMUL_DEQUANT = "npu_quant_matmul_dequant"
 GROUPED = "npu_grouped_matmul"
+GROUPED_DEQUANT = "npu_quant_grouped_matmul_dequant"
 FUSED_GATE = "npu_grouped_matmul_swiglu_quant_v2"
 DYNAMIC_QUANT = "npu_dynamic_quant"
 DYNAMIC_QUANT_ASYMMETRIC = "npu_dynamic_quant_asymmetric"
@@ -344,6 +345,14 @@ PRECEDENTS: tuple[Precedent, ...] = (
         f"in FRACTAL_NZ: {_METHODS}w4a8.py, until v0.26",
     ),
     _row(
+        GROUPED_DEQUANT,
+        "w8a8",
+        NZ,
+        _310P,
+        f"{_VLLM_ASCEND}_310p/fused_moe/moe_mlp.py",
+        "serving",
+    ),
+    _row(
         FUSED_GATE,
         "w8a8",
         NZ,
@@ -372,10 +381,18 @@ PRECEDENTS: tuple[Precedent, ...] = (
         "serving",
     ),
     _row(
+        "npu_moe_init_routing_v2",
+        "routing",
+        ROWS,
+        _310P,
+        f"{_VLLM_ASCEND}_310p/fused_moe/token_dispatcher.py",
+        "serving",
+    ),
+    _row(
         "npu_moe_token_unpermute",
         "routing",
         ROWS,
-        _A2_A3,
+        (*_A2_A3, *_310P),
         f"{_VLLM_ASCEND}ops/fused_moe/token_dispatcher.py; DeepLink-org/dlinfer",
         "serving",
     ),
@@ -395,6 +412,14 @@ PRECEDENTS: tuple[Precedent, ...] = (
         ROWS,
         (*_A2_A3, *_A5),
         f"{_VLLM_ASCEND}ops/activation.py",
+        "serving",
+    ),
+    _row(
+        "npu_swiglu",
+        "activation",
+        ROWS,
+        _310P,
+        f"{_VLLM_ASCEND}_310p/fused_moe/moe_mlp.py",
         "serving",
     ),
     _row(

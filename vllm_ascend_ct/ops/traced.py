@@ -22,9 +22,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "moe_init_routing(Tensor x, Tensor expert_idx, int[2] active_expert_range, "
-    "int expert_num, int quant_mode) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int expert_num, int quant_mode, bool counted=True) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_COUNTS = 1
+_ENDS, _COUNTS = 0, 1
 _ALL_ROWS = -1
 
 
@@ -79,13 +80,17 @@ def moe_init_routing(
     active_expert_range: list[int],
     expert_num: int,
     quant_mode: int,
+    counted: bool = True,
 ) -> _Routed:
-    """Call `npu_moe_init_routing_v2` for counts, in a graph by another name."""
+    """Call `npu_moe_init_routing_v2` for counts, in a graph by another name.
+
+    Where it does not count but says where rows end, those are turned into counts.
+    """
     operator = _route
     if torch.compiler.is_compiling():
         operator = torch.ops.ascend_ct.moe_init_routing
     routed: _Routed = operator(
-        x, expert_idx, active_expert_range, expert_num, quant_mode
+        x, expert_idx, active_expert_range, expert_num, quant_mode, counted
     )
     return routed
 
@@ -96,20 +101,23 @@ def _route(
     active_expert_range: list[int],
     expert_num: int,
     quant_mode: int,
+    counted: bool = True,
     *,
     active_num: int | None = None,
 ) -> _Routed:
-    routed: _Routed = torch.ops.npu.npu_moe_init_routing_v2(
+    rows, index, counts, scale = torch.ops.npu.npu_moe_init_routing_v2(
         x,
         expert_idx,
         active_num=expert_idx.numel() if active_num is None else active_num,
         expert_num=expert_num,
-        expert_tokens_num_type=_COUNTS,
+        expert_tokens_num_type=_COUNTS if counted else _ENDS,
         expert_tokens_num_flag=True,
         quant_mode=quant_mode,
         active_expert_range=active_expert_range,
     )
-    return routed
+    if not counted:
+        counts = counts.diff(prepend=counts.new_zeros(1)).to(torch.int64)
+    return rows, index, counts, scale
 
 
 def _route_fake(*arguments: Any) -> _Routed:

@@ -123,6 +123,13 @@ def npu_add_rms_norm_quant(
         refuse(name, "a second scale and axis are not emulated")
     if dst_type not in (None, 1):
         refuse(name, f"dst_type={dst_type}; emulated: int8")
+    is_bfloat16 = x1.dtype == torch.bfloat16
+    for operand, other in ((scales1, torch.float32), (zero_points1, torch.int32)):
+        dtype = x1.dtype if is_bfloat16 else other
+        if operand is None:
+            continue
+        if (operand.dtype, operand.shape) != (dtype, gamma.shape):
+            refuse(name, f"{describe(operand)} for {x1.dtype}; {dtype}, as gamma")
     total = _add(x1, x2)
     normal, _ = _normalize(total, gamma, epsilon)
     y = normal * gamma.float()

@@ -24,10 +24,12 @@ class AscendExperts(ABC):
 
     Attributes:
         quantizes_activations: Whether rows are multiplied in int8.
+        takes_int8: Whether `gate` takes rows that are int8 already.
 
     """
 
     quantizes_activations = False
+    takes_int8 = False
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class AscendWNA8Experts(AscendExperts):
     """
 
     quantizes_activations = True
+    takes_int8 = True
 
     @classmethod
     def refusal(

@@ -227,8 +227,11 @@ def static_quant_matmul(
     x_zero_point: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     divides: bool = True,
+    divisor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Activations quantized with given parameters, by int8 weights. Two launches.
+
+    One where vllm-ascend's compiler makes one of the norm before and the first.
 
     Args:
         x: `[..., K]` fp16 or bf16.
@@ -239,14 +242,20 @@ def static_quant_matmul(
         x_zero_point: int32 `[1]`; or `[K]`, dtype of x.
         bias: int32 `[N]`, added to the int32 product.
         divides: Whether `x_scale` divides.
+        divisor: `[K]`, dtype of x, what norms that quantize divide by; then `x_scale`
+            is a reciprocal, and there is a zero point.
 
     Returns:
         `[..., N]`, dtype of x.
 
     """
-    q = torch.ops.npu.npu_quantize(
-        _matrix(x), x_scale, x_zero_point, torch.qint8, -1, divides
-    )
+    if divisor is None:
+        q = torch.ops.npu.npu_quantize(
+            _matrix(x), x_scale, x_zero_point, torch.qint8, -1, divides
+        )
+    else:
+        # vllm-ascend's name for it, which its passes look for.
+        q = torch.ops.vllm.quantize(_matrix(x), divisor, x_scale, x_zero_point)
     y = torch.ops.npu.npu_quant_matmul(
         q, weight, dequant_scale, bias=bias, output_dtype=x.dtype
     )

@@ -12,7 +12,7 @@ from vllm_ascend_ct.ops.emulated.registry import (
     poison,
     refuse,
 )
-from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.limits import MoeInitRoutingLimits, current_limits
 
 _INIT = "npu_moe_init_routing_v2"
 _COPY, _DYNAMIC = -1, 1
@@ -22,18 +22,21 @@ _INT8_MAX = 127
 
 
 def _check_options(
-    limits_quant_modes: tuple[int, ...],
+    limits: MoeInitRoutingLimits,
     quant_mode: int,
     expert_tokens_num_type: int,
     expert_tokens_num_flag: bool,
     row_idx_type: int,
     **options: int | None,
 ) -> None:
+    num_types = (_CUMULATIVE, _COUNTS) if limits.counts else (_CUMULATIVE,)
+    flags = (True,) if limits.counts else (True, False)
     for argument, value, supported in (
-        ("quant_mode", quant_mode, limits_quant_modes),
-        ("expert_tokens_num_type", expert_tokens_num_type, (_CUMULATIVE, _COUNTS)),
-        # Without the counts, torch_npu's meta function and kernel differ in shape.
-        ("expert_tokens_num_flag", expert_tokens_num_flag, (True,)),
+        ("quant_mode", quant_mode, limits.quant_modes),
+        ("expert_tokens_num_type", expert_tokens_num_type, num_types),
+        # Without the counts, torch_npu's meta function and kernel differ in shape;
+        # the operator that does not count has no such flag.
+        ("expert_tokens_num_flag", expert_tokens_num_flag, flags),
         ("row_idx_type", row_idx_type, (_GATHER, _SCATTER)),
     ):
         if value not in supported:
@@ -61,7 +64,7 @@ def _init_routing_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     limits = current_limits().moe_init_routing
     _check_options(
-        limits.quant_modes,
+        limits,
         quant_mode,
         expert_tokens_num_type,
         expert_tokens_num_flag,
@@ -99,7 +102,9 @@ def _init_routing_fake(
     return (
         x.new_empty((rows, x.shape[1]), dtype=dtype),
         x.new_empty((rows,), dtype=torch.int32),
-        x.new_empty((end - start,), dtype=torch.int64),
+        x.new_empty(
+            (end - start,), dtype=torch.int64 if limits.counts else torch.int32
+        ),
         x.new_empty((rows,), dtype=torch.float32),
     )
 
@@ -159,7 +164,7 @@ def npu_moe_init_routing_v2(
 
     Returns:
         Rows `[T * top-k, H]`, indices int32 `[T * top-k]`, counts int64 `[end - start]`
-        and scales fp32 `[T * top-k]`.
+        (310P: int32) and scales fp32 `[T * top-k]`.
 
     Raises:
         OperatorLimitError: The call is outside the operator's limits.

@@ -1,18 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The operator that quantizes activations and multiplies them."""
+"""The operators that quantize activations and multiply them."""
 
 from typing import Any
 
 import torch
 
+from vllm_ascend_ct.ops.emulated.grouped_matmul import parts
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
 from vllm_ascend_ct.ops.emulated.quantize import int8_values
-from vllm_ascend_ct.ops.emulated.registry import describe, emulates, is_nz, refuse
-from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.emulated.registry import (
+    describe,
+    emulates,
+    is_nz,
+    poison,
+    refuse,
+)
+from vllm_ascend_ct.ops.limits import QuantMatmulDequantLimits, current_limits
 
 _NAME = "npu_quant_matmul_dequant"
+_GROUPED = "npu_quant_grouped_matmul_dequant"
 _INT8_MAX = 127
+_ENDS = 0
+
+
+def _check(
+    name: str,
+    limits: QuantMatmulDequantLimits | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    quant_mode: str | None,
+    options: dict[str, Any],
+    axes: str,
+) -> torch.Tensor:
+    """What a call returns, or its refusal; `axes` are those of the weight."""
+    if limits is None:
+        refuse(name, "the chip does not have this operator")
+    if quant_mode != "pertoken" or any(v is not None for v in options.values()):
+        refuse(
+            name,
+            f"quant_mode={quant_mode}; emulated: pertoken, without bias, x_scale, "
+            "x_offset and smooth_scale",
+        )
+    dims = len(axes.split(", "))
+    if (weight.dtype, weight.dim()) != (torch.int8, dims) or not weight.is_contiguous():
+        refuse(
+            name,
+            f"quantized_weight is {describe(weight)}; emulated: contiguous int8 "
+            f"[{axes}]",
+        )
+    n, k = weight.shape[-2:]
+    if x.dim() != 2 or x.shape[1] != k:
+        refuse(name, f"x is {describe(x)}; supported: [M, {k}]")
+    if reason := limits.refusal(x.dtype, k, n):
+        refuse(name, reason)
+    shape = tuple(weight.shape[:-1])
+    if (weight_scale.dtype, tuple(weight_scale.shape)) != (torch.float32, shape):
+        refuse(
+            name, f"weight_scale is {describe(weight_scale)}; emulated: fp32 {shape}"
+        )
+    return x.new_empty((x.shape[0], n))
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """Rows by `[N, K]`, in fp32."""
+    values = x.float()
+    scale = values.abs().amax(dim=1, keepdim=True) / _INT8_MAX
+    q = int8_values(values * torch.where(scale > 0, 1 / scale, 0)).to(torch.int8)
+    return int_matmul(q, weight.t()).float() * weight_scale * scale
 
 
 def _fake(
@@ -23,30 +81,8 @@ def _fake(
     **options: Any,
 ) -> torch.Tensor:
     limits = current_limits().quant_matmul_dequant
-    if limits is None:
-        refuse(_NAME, "the chip does not have this operator")
-    if quant_mode != "pertoken" or any(v is not None for v in options.values()):
-        refuse(
-            _NAME,
-            f"quant_mode={quant_mode}; emulated: pertoken, without bias, x_scale, "
-            "x_offset and smooth_scale",
-        )
     weight = quantized_weight
-    if (weight.dtype, weight.dim()) != (torch.int8, 2) or not weight.is_contiguous():
-        refuse(
-            _NAME,
-            f"quantized_weight is {describe(weight)}; emulated: contiguous int8 [N, K]",
-        )
-    n, k = weight.shape
-    if x.dim() != 2 or x.shape[1] != k:
-        refuse(_NAME, f"x is {describe(x)}; supported: [M, {k}]")
-    if reason := limits.refusal(x.dtype, k, n):
-        refuse(_NAME, reason)
-    if (weight_scale.dtype, tuple(weight_scale.shape)) != (torch.float32, (n,)):
-        refuse(
-            _NAME, f"weight_scale is {describe(weight_scale)}; emulated: fp32 ({n},)"
-        )
-    return x.new_empty((x.shape[0], n))
+    return _check(_NAME, limits, x, weight, weight_scale, quant_mode, options, "N, K")
 
 
 @emulates(
@@ -85,8 +121,69 @@ def npu_quant_matmul_dequant(
     result = _fake(x, quantized_weight, weight_scale, **options)
     if is_nz(quantized_weight):
         refuse(_NAME, "quantized_weight is in FRACTAL_NZ; emulated: ND")
-    values = x.float()
-    scale = values.abs().amax(dim=1, keepdim=True) / _INT8_MAX
-    q = int8_values(values * torch.where(scale > 0, 1 / scale, 0)).to(torch.int8)
-    product = int_matmul(q, quantized_weight.t()).float()
-    return result.copy_(product * weight_scale * scale)
+    return result.copy_(_product(x, quantized_weight, weight_scale))
+
+
+def _grouped_fake(
+    x: torch.Tensor,
+    quantized_weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    quant_mode: str | None = "pertoken",
+    **options: Any,
+) -> torch.Tensor:
+    limits = current_limits().quant_grouped_matmul_dequant
+    weight = quantized_weight
+    result = _check(
+        _GROUPED, limits, x, weight, weight_scale, quant_mode, options, "E, N, K"
+    )
+    expected = torch.int64, tuple(weight.shape[:1])
+    if (group_list.dtype, tuple(group_list.shape)) != expected:
+        refuse(_GROUPED, f"group_list is {describe(group_list)}; supported: int64 [E]")
+    return result
+
+
+@emulates(
+    "npu_quant_grouped_matmul_dequant(Tensor x, Tensor quantized_weight, "
+    "Tensor weight_scale, Tensor group_list, *, Tensor? bias=None, "
+    "Tensor? x_scale=None, Tensor? x_offset=None, Tensor? smooth_scale=None, "
+    "str? quant_mode='pertoken') -> Tensor",
+    fake=_grouped_fake,
+)
+def npu_quant_grouped_matmul_dequant(
+    x: torch.Tensor,
+    quantized_weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """Take `npu_quant_matmul_dequant` of each expert's rows.
+
+    Rows that no expert has are not written.
+
+    Source: op-plugin `QuantGroupedMatmulDequantNpuOpApi.cpp`,
+    `test_quant_grouped_matmul_dequant.py`; ops-nn `aclnnQuantGroupedMatmulDequant.md`.
+
+    Args:
+        x: fp16 `[M, K]`, rows sorted by expert.
+        quantized_weight: int8 `[E, N, K]`, contiguous or in FRACTAL_NZ.
+        weight_scale: fp32 `[E, N]`.
+        group_list: int64 `[E]`, where each expert's rows end.
+        options: Only their defaults are emulated.
+
+    Returns:
+        fp16 `[M, N]`.
+
+    Raises:
+        OperatorLimitError: The call is outside the operator's limits.
+
+    """
+    result = _grouped_fake(x, quantized_weight, weight_scale, group_list, **options)
+    poison(result)
+    ends = group_list.tolist()
+    if ends != sorted(ends) or not 0 <= ends[0] <= ends[-1] <= len(x):
+        refuse(_GROUPED, f"group_list={ends}; supported: ascending, up to {len(x)}")
+    for expert, rows in parts(group_list, _ENDS):
+        values = _product(x[rows], quantized_weight[expert], weight_scale[expert])
+        result[rows] = values.to(result.dtype)
+    return result

@@ -50,7 +50,8 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
 
     Parameters that the layer gains: `azp_adj`, what the activations' zero point adds
     (fp32 weight sums if dynamic, int32 bias if static), and for static activations
-    `dequant_scale` and `quant_bias`, the int32 bias with the layer's own folded in.
+    `dequant_scale`, `quant_bias`, the int32 bias with the layer's own folded in, and
+    `input_divisor`, by which norms divide that vllm-ascend has quantize as well.
     """
 
     @classmethod
@@ -120,6 +121,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             zero_point = getattr(layer, x_zero_point_name).data.reshape(1).int()
             set_parameter(layer, x_zero_point_name, zero_point)
             zero_point_share = weight_sum(weight) * -zero_point
+        set_parameter(layer, "input_divisor", None)
         if not self.divides:
             self._multiply_by_reciprocal(layer, weight.shape[1])
         dequant_scale = x_scale * scale
@@ -154,9 +156,14 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
                 remedy=f"Unset {envs.LAYOUT}",
             )
         set_parameter(layer, x_scale_name, reciprocal.repeat(k))
+        zero_point = None
         if not self.config.input_symmetric:
-            zero_point = getattr(layer, x_zero_point_name).data.to(dtype)
-            set_parameter(layer, x_zero_point_name, zero_point.repeat(k))
+            zero_point = getattr(layer, x_zero_point_name).data.to(dtype).repeat(k)
+        if ascend_base.fuses_norms(dtype):
+            set_parameter(layer, "input_divisor", x_scale.to(dtype).repeat(k))
+            if zero_point is None:
+                zero_point = torch.zeros_like(layer.input_divisor.data)
+        set_parameter(layer, x_zero_point_name, zero_point)
 
     def apply_weights(
         self,
@@ -175,6 +182,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
                 x_zero_point,
                 azp_adj if bias is None else layer.quant_bias,
                 self.divides,
+                layer.input_divisor,
             )
         if not self.config.input_symmetric:
             assert azp_adj is not None

@@ -16,12 +16,16 @@ from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
+    AscendWNA8DequantExperts,
+)
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
 from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
     ascend_method,
     runner_refusal,
 )
+from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors import load_formats
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
@@ -125,16 +129,19 @@ def choose_experts(
     scheme = moe, weights.num_bits, group_size, weights.symmetric
     reason: str | None = "asymmetric activations"
     if inputs is not None:
+        wna8: type[AscendExperts] = AscendWNA8Experts
+        if current_limits().quant_grouped_matmul_dequant is not None:
+            wna8 = AscendWNA8DequantExperts
         if inputs.symmetric:
-            reason = runner_refusal(AscendWNA8Experts, *scheme)
+            reason = runner_refusal(wna8, *scheme)
         if reason is None:
-            logger.info_once(
-                "Using %s for %s experts.", AscendWNA8Experts.__name__, name
-            )
-            return AscendWNA8Experts
+            logger.info_once("Using %s for %s experts.", wna8.__name__, name)
+            return wna8
     if weight_reason := runner_refusal(AscendWNA16Experts, *scheme):
         is_split = moe.tp_size > 1
         remedy = Remedy.CHANGE_RANKS if is_split else Remedy.QUANTIZE_AGAIN
+        if inputs is not None:
+            weight_reason = f"{reason}; with their weights alone: {weight_reason}"
         raise refused(f"{name} experts: {weight_reason}", layer_name, remedy)
     logger.info_once("Using AscendWNA16Experts for %s experts.", name)
     if inputs is not None:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""int8 experts by the operator that quantizes activations and multiplies, on 310P."""
+
+import torch
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+from vllm_ascend_ct.fused_moe.activation import supports
+from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
+from vllm_ascend_ct.fused_moe.functional import (
+    Operands,
+    quant_dequant_product,
+)
+from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import GROUPED_DEQUANT, NZ, Form
+from vllm_ascend_ct.weights import experts
+
+
+class AscendWNA8DequantExperts(AscendExperts):
+    """Activations quantized to int8 per token, by int8 weights.
+
+    Five launches with SwiGLU, and those that turn counts into where rows end.
+    """
+
+    quantizes_activations = True
+
+    @classmethod
+    def refusal(
+        cls, moe: FusedMoEConfig, bits: int, group_size: int, symmetric: bool
+    ) -> str | None:
+        limits = current_limits()
+        product = limits.quant_grouped_matmul_dequant
+        if product is None:
+            return "the chip has no product of quantized experts"
+        if not supports(moe.activation):
+            return f"activation {moe.activation.value}"
+        if bits <= 4 or group_size or not symmetric:
+            return "the chip multiplies symmetric int8 experts per channel only"
+        if moe.has_bias:
+            return "int8 activations with biases of experts"
+        if moe.num_local_experts != moe.num_experts:
+            return "experts of other ranks, which the chip does not sort tokens by"
+        for k, n in cls.products(moe).values():
+            if reason := product.refusal(moe.in_dtype, k, n):
+                return f"int8 by {bits}-bit experts of K={k}, N={n}: {reason}"
+        return limits.moe_token_unpermute.refusal(moe.in_dtype, moe.experts_per_token)
+
+    def _lay_out(self, name: str, k: int, n: int) -> None:
+        layer = self.layer
+        weight_name, parameter = stored_weight(layer, name)
+        weight = parameter.data
+        if weight.dtype != torch.int8:
+            bits = weight.shape[2] * 32 // k
+            # A view of int32, which torch_npu does not cast.
+            weight = experts.to_int8(weight, bits, k).clone()
+            set_parameter(layer, weight_name, weight)
+        del parameter
+        set_parameter(layer, weight_name, experts.to_nz(weight))
+        scale_name = f"{name}_weight_scale"
+        scale = getattr(layer, scale_name).data.squeeze(2)
+        set_parameter(layer, scale_name, scale.float())
+
+    def forms(self) -> list[Form]:
+        return [Form(GROUPED_DEQUANT, "w8a8", NZ)]
+
+    def operands(self, name: str) -> Operands:
+        layer = self.layer
+        return Operands(
+            stored_weight(layer, name)[1], getattr(layer, f"{name}_weight_scale")
+        )
+
+    def gate(
+        self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden = quant_dequant_product(rows, counts, self.operands("w13"))
+        if self.activation is None:
+            return torch.ops.npu.npu_swiglu(hidden), None
+        return self.activation(hidden), None
+
+    def down(
+        self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
+    ) -> torch.Tensor:
+        return quant_dequant_product(hidden, counts, self.operands("w2"))
