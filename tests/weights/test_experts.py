@@ -55,7 +55,7 @@ def test_packed_along_outputs(bits: int, groups: int) -> None:
     values = torch.stack([pack_quantized.unpack(one, bits, K) for one in packed])
     each = [
         int4.pack_outputs_with_assist(
-            pack_quantized.rows(one.clone(), bits, K), of_scale, K
+            pack_quantized.int4_words(one, bits, K), of_scale, K
         )
         for one, of_scale in zip(packed, scale)
     ]

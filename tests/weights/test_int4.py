@@ -7,6 +7,7 @@ from tools.memory import TensorMemory
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 from vllm_ascend_ct.weights.int4 import (
     ROWS_AT_ONCE,
+    pack,
     pack_inputs,
     pack_outputs_with_assist,
 )
@@ -24,15 +25,16 @@ def weight() -> torch.Tensor:
 
 def test_along_inputs(weight: torch.Tensor) -> None:
     """Bit for bit what npu_convert_weight_to_int4pack makes of the widened weight."""
-    packed = pack_inputs(int4_rows(weight), N, K, CPU)
+    packed = pack_inputs(map(pack, int4_rows(weight)), N, K, CPU)
     expected = torch.ops.npu.npu_convert_weight_to_int4pack(weight.int())
     assert torch.equal(packed, expected)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_along_outputs(weight: torch.Tensor, groups: int) -> None:
-    scale = torch.rand(N, groups).bfloat16()
-    packed, assist = pack_outputs_with_assist(int4_rows(weight), scale, K)
+@pytest.mark.parametrize(("groups", "k"), [(1, K), (4, K), (1, K - 6)])
+def test_along_outputs(weight: torch.Tensor, groups: int, k: int) -> None:
+    weight, scale = weight[:, :k], torch.rand(N, groups).bfloat16()
+    words = map(pack, int4_rows(weight))
+    packed, assist = pack_outputs_with_assist(words, scale, k)
     assert packed.is_contiguous()
     assert torch.equal(unpack_int4(packed), weight.t())
     grouped = weight.double().view(N, groups, -1) * scale.double().unsqueeze(-1)
@@ -44,7 +46,8 @@ def test_some_rows_are_in_memory_at_once() -> None:
     weight = torch.zeros(64 * ROWS_AT_ONCE, 256, dtype=torch.int8)
     scale = torch.ones(len(weight), 1)
     with TensorMemory() as memory:
-        packed, assist = pack_outputs_with_assist(int4_rows(weight), scale, 256)
+        words = map(pack, int4_rows(weight))
+        packed, assist = pack_outputs_with_assist(words, scale, 256)
     rows_at_once = 6 * ROWS_AT_ONCE * 256
     assert memory.peak <= packed.nbytes + 3 * assist.nbytes + rows_at_once
 

@@ -87,8 +87,8 @@ def pack_outputs_(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     shape = count, k, n // 8
     weight = packed.view(shape) if bits == 4 else packed.new_empty(shape)
     for old, new in zip(packed, weight):
-        rows = pack_quantized.rows(old, bits, k)
-        new.copy_(int4.pack_outputs(rows, n, k, packed.device))
+        words = pack_quantized.int4_words(old, bits, k)
+        new.copy_(int4.pack_outputs(words, n, k, packed.device))
     return weight
 
 
@@ -111,12 +111,12 @@ def pack_outputs_with_assist(
     k = weight.shape[1]
     assist = scale.new_empty(scale.shape[:2], dtype=torch.float32)
     for old, new, of_scale, of_assist in zip(packed, weight, scale, assist):
-        rows = pack_quantized.rows(old, bits, k)
-        words, sums = int4.pack_outputs_with_assist(rows, of_scale, k)
-        new.copy_(words)
+        words = pack_quantized.int4_words(old, bits, k)
+        along_n, sums = int4.pack_outputs_with_assist(words, of_scale, k)
+        new.copy_(along_n)
         of_assist.copy_(sums)
         # Or there would be two of them while the next is packed.
-        del words
+        del along_n
     return assist
 
 

@@ -18,7 +18,7 @@ import torch
 from vllm_ascend_ct.weights import int4, int_quantized
 
 # The top bit of every value in an int32 word, as a signed number.
-_TOP_BITS = {4: 0x88888888 - (1 << 32), 8: 0x80808080 - (1 << 32)}
+_TOP_BITS = {4: int4.TOP_BITS, 8: 0x80808080 - (1 << 32)}
 _WORD = 32
 
 
@@ -84,6 +84,18 @@ def rows(packed: torch.Tensor, bits: int, k: int) -> Iterator[torch.Tensor]:
         yield unpack(part, bits, k)
 
 
+def int4_words(packed: torch.Tensor, bits: int, k: int) -> Iterator[torch.Tensor]:
+    """Take a weight of up to 4 bits some rows at a time, as `int4` packs along K."""
+    for part in packed.split(int4.ROWS_AT_ONCE):
+        if bits < 4:
+            yield int4.pack(unpack(part, bits, k))
+            continue
+        words = part.bitwise_xor(_TOP_BITS[bits])
+        if rest := k * bits % _WORD:
+            words[:, -1] &= (1 << rest) - 1
+        yield words
+
+
 def to_int8(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     """Turn a packed weight into int8 `[N, K]`, in its own memory for 8 bits."""
     if bits == 8 and k % 4 == 0:
@@ -111,7 +123,7 @@ def to_npu_weight(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
         return to_int8(packed, bits, k).t()
     if bits == 4:
         return packed.bitwise_xor_(_TOP_BITS[bits]).t()
-    parts = rows(packed, bits, k)
+    parts = int4_words(packed, bits, k)
     return int4.pack_inputs(parts, len(packed), k, packed.device).t()
 
 

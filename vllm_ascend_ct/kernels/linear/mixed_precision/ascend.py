@@ -187,16 +187,15 @@ def weight_only_layout(
     """
     k, n = c.partition_weight_shape
     if along_outputs:
-        return int4.pack_outputs(int4_rows(c, weight), n, k, weight.device)
+        return int4.pack_outputs(int4_words(c, weight), n, k, weight.device)
     bits = c.weight_type.size_bits
     in_parts = n > current_limits().weight_quant_batchmatmul.max_size
     if c.weight_type == scalar_types.int8:
         return weight.t()
     if c.weight_type == scalar_types.int4:
-        rows = int4_rows(c, weight)
         if in_parts:
-            return torch.cat(list(rows)).t()
-        return int4.pack_inputs(rows, n, k, weight.device).t()
+            return torch.cat(list(int_quantized.int4_rows(weight))).t()
+        return int4.pack_inputs(int4_words(c, weight), n, k, weight.device).t()
     if in_parts:
         return pack_quantized.to_int8(weight, bits, k).t()
     return pack_quantized.to_npu_weight(weight, bits, k)
@@ -208,12 +207,12 @@ def operator_group_size(c: MPLinearLayerConfig) -> int:
     return 0 if c.group_size in (-1, k) else c.group_size
 
 
-def int4_rows(c: MPLinearLayerConfig, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The weight some rows at a time, as int8 `[R, K]`."""
+def int4_words(c: MPLinearLayerConfig, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The weight some rows at a time, packed along K: int32 `[R, ceil(K / 8)]`."""
     if c.weight_type == scalar_types.int4:
-        return int_quantized.int4_rows(weight)
+        return map(int4.pack, int_quantized.int4_rows(weight))
     k = c.partition_weight_shape[0]
-    return pack_quantized.rows(weight, c.weight_type.size_bits, k)
+    return pack_quantized.int4_words(weight, c.weight_type.size_bits, k)
 
 
 def replace_weight(layer: torch.nn.Module, name: str, weight: torch.Tensor) -> None:

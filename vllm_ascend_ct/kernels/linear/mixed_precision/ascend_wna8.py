@@ -19,7 +19,7 @@ from vllm_ascend_ct.kernels.linear.layout import foreign_layout
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     WEIGHT_TYPES,
     AscendMPLinearKernel,
-    int4_rows,
+    int4_words,
     operator_group_size,
     replace_weight,
 )
@@ -107,8 +107,8 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
     def _process_int4(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:
         k, n = self.config.partition_weight_shape
         weight = getattr(layer, self.w_q_name).data
-        rows = int4_rows(self.config, weight)
-        npu_weight, assist = int4.pack_outputs_with_assist(rows, scale, k)
+        words = int4_words(self.config, weight)
+        npu_weight, assist = int4.pack_outputs_with_assist(words, scale, k)
         # The operator's scales lie along N; it takes one row of them to pack.
         scale = scale.t().contiguous().float()
         packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
