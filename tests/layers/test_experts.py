@@ -162,7 +162,7 @@ def test_chip_that_quantizes_in_the_product(
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
     sizes = SIZES[size]
     runner, formula = load(sizes, scheme, FP16)
-    experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+    experts = runner.routed_experts.quant_method.experts
     assert type(experts) is AscendWNA8DequantExperts
     for batch in BATCHES:
         x, routed = inputs(formula, batch, sizes, FP16), routing(sizes, batch)
