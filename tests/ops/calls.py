@@ -33,6 +33,14 @@ class Call:
         return self.function(*self.args, **self.kwargs)
 
 
+def changed(call: Call, args: dict[int, Any] | None = None, **kwargs: Any) -> Call:
+    """Give a call other arguments, by their position or name."""
+    for position, value in (args or {}).items():
+        call.args[position] = value
+    call.kwargs.update(kwargs)
+    return call
+
+
 def int8(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
 

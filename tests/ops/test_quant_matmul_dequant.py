@@ -16,6 +16,7 @@ from tests.ops.calls import (
     K,
     M,
     N,
+    changed,
     int8,
     quant_grouped_matmul_dequant_call,
     quant_matmul_dequant_call,
@@ -85,10 +86,7 @@ def test_schema_and_fake(make: Callable[[], Call]) -> None:
     ],
 )
 def test_refused(args: dict[int, Any], kwargs: dict[str, Any], reason: str) -> None:
-    call = quant_matmul_dequant_call()
-    for position, value in args.items():
-        call.args[position] = value
-    call.kwargs.update(kwargs)
+    call = changed(quant_matmul_dequant_call(), args, **kwargs)
     with pytest.raises(OperatorLimitError, match=f"on 310P .*{reason}"):
         call.run()
 
@@ -110,10 +108,7 @@ def test_refused(args: dict[int, Any], kwargs: dict[str, Any], reason: str) -> N
 def test_grouped_refused(
     args: dict[int, Any], kwargs: dict[str, Any], reason: str
 ) -> None:
-    call = quant_grouped_matmul_dequant_call()
-    for position, value in args.items():
-        call.args[position] = value
-    call.kwargs.update(kwargs)
+    call = changed(quant_grouped_matmul_dequant_call(), args, **kwargs)
     with pytest.raises(OperatorLimitError, match=f"on 310P .*{reason}"):
         call.run()
 

@@ -16,6 +16,7 @@ from tests.ops.calls import (
     M,
     N,
     a8w4_call,
+    changed,
     int8,
     packed_int4,
     quant_matmul_call,
@@ -26,13 +27,6 @@ from tests.ops.calls import (
 from vllm_ascend_ct.errors import OperatorLimitError
 
 BF16 = torch.bfloat16
-
-
-def changed(call: Call, args: dict[int, Any] | None = None, **kwargs: Any) -> Call:
-    for position, value in (args or {}).items():
-        call.args[position] = value
-    call.kwargs.update(kwargs)
-    return call
 
 
 def weight_quant(args: dict[int, Any] | None = None, **kwargs: Any) -> Call:

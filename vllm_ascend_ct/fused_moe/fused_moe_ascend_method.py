@@ -97,37 +97,27 @@ class FusedMoEAscendMethod(AscendMethod):
     def _operands(self) -> dict[str, Any]:
         """What of `build_fused_experts_input`'s arguments is known of the weights."""
         w13, w2 = self.experts.operands("w13"), self.experts.operands("w2")
+        operands: dict[str, Any] = {
+            "w1": w13.weight,
+            "w2": w2.weight,
+            "w1_scale": w13.scale,
+            "w2_scale": w2.scale,
+        }
         if not self.experts.quantizes_activations:
             # Which vllm-ascend tells by the offsets; of int8 weights too.
-            return {
-                "quant_type": fused_moe.quant_type("W4A16"),
-                "w1": w13.weight,
-                "w2": w2.weight,
-                "w1_scale": w13.scale,
-                "w2_scale": w2.scale,
-                "w1_offset": w13.offset,
-                "w2_offset": w2.offset,
-            }
-        if not self.experts.takes_int8:
-            return {
-                "quant_type": fused_moe.quant_type("W8A8"),
-                "w1": w13.weight,
-                "w2": w2.weight,
-                "w1_scale": w13.scale,
-                "w2_scale": w2.scale,
-            }
-        operands = {
-            "quant_type": fused_moe.quant_type("W4A8" if w13.is_int4 else "W8A8"),
-            "w1": [w13.weight],
-            "w2": [w2.weight],
-            "w1_scale": [w13.scale],
-            "w2_scale": [w2.scale],
-        }
+            operands |= {"w1_offset": w13.offset, "w2_offset": w2.offset}
+            return operands | {"quant_type": fused_moe.quant_type("W4A16")}
+        if self.experts.takes_int8:
+            # 310P's runner has no lists.
+            operands = {name: [tensor] for name, tensor in operands.items()}
         if w13.is_int4:
-            operands["w1_scale_bias"] = [w13.bias]
-            operands["w2_scale_bias"] = [w2.bias]
-            operands["is_per_channel_weight"] = w13.scale.dim() == 2
-        return operands
+            operands |= {
+                "w1_scale_bias": [w13.bias],
+                "w2_scale_bias": [w2.bias],
+                "is_per_channel_weight": w13.scale.dim() == 2,
+            }
+        bits = 4 if w13.is_int4 else 8
+        return operands | {"quant_type": fused_moe.quant_type(f"W{bits}A8")}
 
     def apply(  # type: ignore[override]
         self,

@@ -44,6 +44,7 @@ class AscendModularExperts(mk.FusedMoEExpertsModular):
         self.experts = experts
         self.defers_finalize = False
         self._here = 0, experts.moe.num_local_experts
+        self._counted = current_limits().moe_init_routing.counts
         self._find_experts(getattr(experts.layer, "_expert_map", None))
         announce(experts, *experts.forms())
 
@@ -95,7 +96,7 @@ class AscendModularExperts(mk.FusedMoEExpertsModular):
             self._here,
             global_num_experts,
             experts.takes_int8,
-            current_limits().moe_init_routing.counts,
+            self._counted,
         )
         hidden, scale = experts.gate(tokens.rows, tokens.scale, tokens.counts)
         rows = experts.down(hidden, scale, tokens.counts)

@@ -70,13 +70,14 @@ class AscendExperts(ABC):
         """
 
     @classmethod
-    def _common_refusal(cls, moe: FusedMoEConfig) -> str | None:
-        limits = current_limits()
-        if not limits.grouped_matmul:
+    def _common_refusal(cls, moe: FusedMoEConfig, product: Any) -> str | None:
+        """As `refusal`; `product` is what the limits have of the operator, if any."""
+        if not product:
             return "the chip has no product of quantized experts"
         if not supports(moe.activation):
             return f"activation {moe.activation.value}"
-        return limits.moe_token_unpermute.refusal(moe.in_dtype, moe.experts_per_token)
+        limits = current_limits().moe_token_unpermute
+        return limits.refusal(moe.in_dtype, moe.experts_per_token)
 
     @staticmethod
     def products(moe: FusedMoEConfig) -> dict[str, tuple[int, int]]:

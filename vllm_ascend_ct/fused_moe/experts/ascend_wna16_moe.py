@@ -26,7 +26,7 @@ class AscendWNA16Experts(AscendExperts):
     def refusal(
         cls, moe: FusedMoEConfig, bits: int, group_size: int, symmetric: bool
     ) -> str | None:
-        if reason := cls._common_refusal(moe):
+        if reason := cls._common_refusal(moe, current_limits().grouped_matmul):
             return reason
         is_int4 = operator_bits(bits) == 4
         mode = _mode(moe.in_dtype, torch.int32 if is_int4 else torch.int8)

@@ -5,12 +5,8 @@
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
-from vllm_ascend_ct.fused_moe.activation import supports
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
-from vllm_ascend_ct.fused_moe.functional import (
-    Operands,
-    quant_dequant_product,
-)
+from vllm_ascend_ct.fused_moe.functional import Operands, quant_dequant_product
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.precedents import GROUPED_DEQUANT, NZ, Form
@@ -29,12 +25,10 @@ class AscendWNA8DequantExperts(AscendExperts):
     def refusal(
         cls, moe: FusedMoEConfig, bits: int, group_size: int, symmetric: bool
     ) -> str | None:
-        limits = current_limits()
-        product = limits.quant_grouped_matmul_dequant
-        if product is None:
-            return "the chip has no product of quantized experts"
-        if not supports(moe.activation):
-            return f"activation {moe.activation.value}"
+        product = current_limits().quant_grouped_matmul_dequant
+        if reason := cls._common_refusal(moe, product):
+            return reason
+        assert product is not None
         if bits <= 4 or group_size or not symmetric:
             return "the chip multiplies symmetric int8 experts per channel only"
         if moe.has_bias:
@@ -44,7 +38,7 @@ class AscendWNA8DequantExperts(AscendExperts):
         for k, n in cls.products(moe).values():
             if reason := product.refusal(moe.in_dtype, k, n):
                 return f"int8 by {bits}-bit experts of K={k}, N={n}: {reason}"
-        return limits.moe_token_unpermute.refusal(moe.in_dtype, moe.experts_per_token)
+        return None
 
     def _lay_out(self, name: str, k: int, n: int) -> None:
         layer = self.layer

@@ -38,7 +38,7 @@ class AscendWNA8Experts(AscendExperts):
     def refusal(
         cls, moe: FusedMoEConfig, bits: int, group_size: int, symmetric: bool
     ) -> str | None:
-        if reason := cls._common_refusal(moe):
+        if reason := cls._common_refusal(moe, current_limits().grouped_matmul):
             return reason
         if not symmetric:
             return "int8 activations by weights with zero points"

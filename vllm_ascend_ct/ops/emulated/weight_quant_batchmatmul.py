@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The weight-only matrix multiplication operator."""
 
-from functools import cache
-
 import torch
 from torch.nn.functional import linear
 
@@ -264,7 +262,6 @@ def weight_only_product(
     return product if bias is None else product.add_(bias)
 
 
-@cache
 def _multiplies_16_bits(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of a dtype.
 
