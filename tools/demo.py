@@ -27,10 +27,6 @@ EVIDENCE = {
 }
 
 
-# What `vllm serve` imports.
-SERVER = "vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker"
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -112,9 +108,7 @@ def main() -> None:
     parser.add_argument("--scheme", choices=SCHEMES, default="w4a16-g128")
     arguments = parser.parse_args()
     checkpoint = Path("build/checkpoints") / arguments.scheme
-    # Python compiles what nobody has imported yet, while the model is trained.
-    with subprocess.Popen([sys.executable, "-c", f"import {SERVER}"]):
-        make(checkpoint, {"Linear": arguments.scheme})
+    make(checkpoint, {"Linear": arguments.scheme})
     answer = serve_and_ask(checkpoint)
     log = LOG.read_text()
     for name, pattern in EVIDENCE.items():
