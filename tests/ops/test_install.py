@@ -10,11 +10,12 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 
-from tests.ops.calls import CALLS, CALLS_310P, packed_int4
+from tests.ops.calls import CALLS, CALLS_310P
 from vllm_ascend_ct.ops.emulated import (
-    float_matmul,
     grouped_matmul_swiglu_quant,
     install,
+    int_matmul,
+    packed_int8,
 )
 from vllm_ascend_ct.ops.emulated.derived import derived
 from vllm_ascend_ct.ops.emulated.registry import OPERATORS
@@ -55,37 +56,30 @@ def test_result_is_on_its_own(name: str) -> None:
     assert all(map(torch.equal, inputs, before))
 
 
-def forget_choices() -> None:
-    derived.clear()
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"{float_matmul.__package__}."):
-            for value in vars(module).values():
-                getattr(value, "cache_clear", lambda: None)()
-
-
 @pytest.fixture
-def choices_as_new() -> Iterator[None]:
-    forget_choices()
+def nothing_derived() -> Iterator[None]:
+    derived.clear()
     yield
-    forget_choices()
+    derived.clear()
 
 
-@pytest.mark.usefixtures("choices_as_new")
+@pytest.mark.usefixtures("nothing_derived")
 @pytest.mark.parametrize("name", CALLS)
 def test_what_is_faster_changes_no_number(name: str, mocker: MockerFixture) -> None:
-    """Else processes of one machine, or of one engine, would compute differently."""
+    """Else machines with other instructions would compute other integers."""
     call, found = CALLS[name](), []
-    if name == "npu_weight_quant_batchmatmul":
-        # Sums that are rounded, often enough.
-        x, scale = torch.randn(64, 4096).bfloat16(), torch.rand(1, 256).bfloat16()
-        call.args = [x, packed_int4(256, 512).t(), scale]
-        call.kwargs = {}
-    for clock in ((0, 0, 0, 1), (0, 1, 0, 0)):
-        mocker.patch("time.thread_time", side_effect=itertools.cycle(clock))
-        forget_choices()
-        results = call.run()
-        found.append((results,) if isinstance(results, torch.Tensor) else results)
-    assert all(map(torch.equal, *found))
+    own = int_matmul.int_mm_is_fast(), packed_int8.packing_pays()
+    for choices in itertools.product((False, own[0]), (False, own[1])):
+        for choice, value in zip(("int_mm_is_fast", "packing_pays"), choices):
+            mocker.patch.object(int_matmul, choice, return_value=value)
+        for saturates in (True, packed_int8.saturates()):
+            mocker.patch.object(packed_int8, "saturates", return_value=saturates)
+            derived.clear()
+            results = call.run()
+            found.append((results,) if isinstance(results, torch.Tensor) else results)
+            mocker.stop(packed_int8.saturates)
+    for results in found[1:]:
+        assert all(map(torch.equal, found[0], results))
 
 
 def test_install_is_idempotent() -> None:

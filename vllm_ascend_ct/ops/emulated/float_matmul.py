@@ -2,9 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Products in float32 of narrower operands, on CPU."""
 
-import time
-from collections.abc import Callable
-
 import torch
 
 # float32 holds every integer up to here.
@@ -12,7 +9,6 @@ EXACT_INTEGERS = 1 << 24
 # Values widened at once: 4 MB, which stay in the cache until they are multiplied. That
 # is faster than to read a widened copy of the whole weight from memory.
 _VALUES = 1 << 20
-_TRIES = 5
 
 
 def float_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -25,21 +21,3 @@ def float_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     for part, out in zip(weight.split(columns, dim=1), result.split(columns, dim=1)):
         torch.mm(x, part.float(), out=out)
     return result
-
-
-def is_faster(first: Callable[[], object], second: Callable[[], object]) -> bool:
-    """Compare what two functions take, at their best.
-
-    In CPU time of one thread: elapsed time, or threads that wait for each other, would
-    tell of other processes on the same cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_TRIES):
-        for run, taken in zip((first, second), times):
-            start = time.thread_time()
-            run()
-            taken.append(time.thread_time() - start)
-    torch.set_num_threads(threads)
-    return min(times[0]) < min(times[1])

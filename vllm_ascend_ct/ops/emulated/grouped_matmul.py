@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
+from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4_product
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
@@ -263,7 +263,6 @@ def int8_product(
         assert bias is not None
         scale = unpack_raw_scale(scale).reshape(-1, scale.shape[-1])
         return a8w4_product(x, weight, scale, bias)
-    accumulator = int_matmul(x, weight)
-    if bias is not None:
-        accumulator = accumulator.to(torch.int32) + bias
-    return accumulator.float().mul_(scale)
+    if bias is None:
+        return scaled_int_matmul(x, weight, scale.float())
+    return (int_matmul(x, weight).to(torch.int32) + bias) * scale.float()

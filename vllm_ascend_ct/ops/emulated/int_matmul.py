@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Exact products of integers on CPU, by what is fast on this one.
+"""Exact products of integers on CPU, by what is fast with its instructions.
 
-That is measured once a process, and changes no number.
+Those are asked for and not measured, so a process does what the others do.
 """
 
 from collections.abc import Iterable
@@ -11,17 +11,20 @@ from functools import cache
 import torch
 
 from vllm_ascend_ct.ops.emulated.derived import derived
-from vllm_ascend_ct.ops.emulated.float_matmul import (
-    EXACT_INTEGERS,
-    float_matmul,
-    is_faster,
+from vllm_ascend_ct.ops.emulated.float_matmul import EXACT_INTEGERS, float_matmul
+from vllm_ascend_ct.ops.emulated.packed_int8 import (
+    EXTREMES,
+    PackedInt8,
+    is_exact,
+    pack,
+    packing_pays,
 )
-from vllm_ascend_ct.ops.emulated.packed_int8 import PackedInt8, pack, packing_pays
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
-# What is fast with one row, which is bound by reading the weight, and with more.
-_ONE_ROW, _MORE_ROWS = 1, 64
 _PACKED_K = 4096
+# torch's int8 matmul packs a weight at each call, but for one row of a transposed one.
+# That costs less than a call of oneDNN's if the weight is no larger than this.
+_PACKED_AT_ONCE = 1 << 20
 
 
 class Blocks(list[PackedInt8 | torch.Tensor]):
@@ -42,15 +45,23 @@ def int_matmul(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
         int32, or float32 that holds the same integers.
 
     """
-    blocks = None
-    if not _prefers_int_mm(_rows(x1)) and packing_pays(_rows(x1)):
-        blocks = derived.get("int8", [x2], x2.numel(), lambda: _packed_int8(x2))
-    if not blocks:
-        return _product(x1, x2, bits=8)
+    blocks = _blocks(x1, x2)
     if len(blocks) == 1:
         return _product(x1, blocks[0], bits=8)
-    products = map(_product, x1.split(_PACKED_K, dim=1), blocks)
-    return _sum(products)
+    return _sum(map(_product, x1.split(_PACKED_K, dim=1), blocks))
+
+
+def scaled_int_matmul(
+    x1: torch.Tensor, x2: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Multiply the exact product, in fp32, by an fp32 scale `[N]` or `[1]`."""
+    blocks = _blocks(x1, x2)
+    if len(blocks) == 1 and len(scale) == x2.shape[1]:
+        (block,) = blocks
+        if isinstance(block, PackedInt8):
+            return block.product(x1, scale)
+        return _product(x1, block, bits=8) * scale
+    return int_matmul(x1, x2) * scale
 
 
 def int4_products(
@@ -70,7 +81,7 @@ def int4_products(
 
     def blocks() -> Blocks:
         groups = unpack_int4(x2).split(group_size)
-        if _prefers_int_mm(_MORE_ROWS) or not packing_pays(_MORE_ROWS):
+        if not packing_pays() or _takes_int_mm(2, groups[0]):
             return Blocks(groups)
         return Blocks(pack(group) or group for group in groups)
 
@@ -78,6 +89,15 @@ def int4_products(
     kept = derived.get(("int4", group_size), [x2], size, blocks)
     for x, block in zip(x1.split(group_size, dim=1), kept or blocks()):
         yield _product(x, block, bits=4)
+
+
+def _blocks(x: torch.Tensor, weight: torch.Tensor) -> Blocks:
+    """What to multiply parts of K by."""
+    blocks = None
+    if packing_pays() and not _takes_int_mm(len(x), weight):
+        size = weight.numel()
+        blocks = derived.get("int8", [weight], size, lambda: _packed_int8(weight))
+    return blocks or Blocks([weight])
 
 
 def _packed_int8(weight: torch.Tensor) -> Blocks:
@@ -93,7 +113,8 @@ def _product(
     """Multiply by one block; `bits` is what all values fit into."""
     if isinstance(weight, PackedInt8):
         return weight.product(x)
-    if _prefers_int_mm(_rows(x)):
+    # Of one value a row, torch's leaves results unwritten.
+    if weight.shape[0] > 1 and int_mm_is_fast():
         return torch._int_mm(x.contiguous(), weight)
     # So much of K at once that float32 rounds no sum.
     size = EXACT_INTEGERS >> 2 * (bits - 1)
@@ -109,19 +130,18 @@ def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
     return first
 
 
-def _rows(x: torch.Tensor) -> int:
-    return _ONE_ROW if len(x) == 1 else _MORE_ROWS
+def _takes_int_mm(rows: int, weight: torch.Tensor) -> bool:
+    """Whether torch's int8 matmul is better than with a packed weight."""
+    one_row = rows == 1 and weight.stride(0) == 1
+    return (one_row or weight.numel() <= _PACKED_AT_ONCE) and int_mm_is_fast()
 
 
 @cache
-def _prefers_int_mm(rows: int) -> bool:
-    """Whether torch's int8 matmul is exact here, and faster than float32.
+def int_mm_is_fast() -> bool:
+    """Whether torch's int8 matmul has the instructions that it is fast with.
 
-    Without VNNI it has no fast kernel, or one that adds pairs of products in 16 bits.
+    And whether it is exact: without them it adds pairs of products in 16 bits.
     """
-    x1 = torch.full((rows, 512), -128, dtype=torch.int8)
-    x2 = torch.full((512, 512), 127, dtype=torch.int8).t()
-    x2[1::2] = -128
-    if not torch.equal(torch._int_mm(x1, x2).double(), x1.double() @ x2.double()):
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
         return False
-    return is_faster(lambda: torch._int_mm(x1, x2), lambda: float_matmul(x1, x2))
+    return is_exact(torch._int_mm, EXTREMES)

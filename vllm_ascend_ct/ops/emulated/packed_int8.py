@@ -3,24 +3,23 @@
 """Exact products by int8 weights with oneDNN, also where it saturates.
 
 Without VNNI, oneDNN's int8 kernels add two products, of neighbours in K, in 16 bits
-(its document "Nuances of int8 Computations"). So a weight is split into a part whose
+(its document "Nuances of int8 Computations"). There a weight is split into a part whose
 neighbours cannot overflow, whatever they are multiplied by, and a sparse rest.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.float_matmul import (
-    EXACT_INTEGERS,
-    float_matmul,
-    is_faster,
-)
+from vllm_ascend_ct.ops.emulated.float_matmul import EXACT_INTEGERS
 
 # oneDNN gets activations as uint8, and 255 * 128 < 2**15.
 _SHIFT = _LARGEST_PAIR = 128
+EXTREMES = ((127, 127), (-128, -128), (127, -128))
+_BOUNDED = ((127, 1), (-128, 0), (64, 64), (-64, -64))
 # Normally distributed weights leave 0.8 % in the rest. From some 10 % on, it alone
 # takes as long as all of the product in float32.
 _DENSEST_REST = 0.03
@@ -51,41 +50,65 @@ class PackedInt8:
         parts = (self.rest.crow_indices(), self.rest.col_indices(), self.rest.values())
         return k * n + sum(part.nbytes for part in parts)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply int8 `[M, K]`: fp32 `[M, N]`, exact."""
-        n = self.size[1]
+    def product(
+        self, x: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Multiply int8 `[M, K]`: fp32 `[M, N]`, exact.
+
+        Args:
+            x: Activations.
+            scale: fp32 `[N]` to multiply the exact product by.
+
+        """
         x = x.contiguous()
-        result: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            x.view(torch.uint8) ^ _SHIFT,
-            1.0,
-            _SHIFT,
-            self.packed,
-            torch.ones(n),
-            torch.zeros(n, dtype=torch.int64),
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        if self.rest is not None:
-            for part, rows in zip(result.split(_ROWS_AT_ONCE), x.split(_ROWS_AT_ONCE)):
-                columns = rows.t().contiguous().float()
-                part += torch.sparse.mm(self.rest, columns).t()
-        return result
+        if self.rest is None:
+            return _multiply(x, self.packed, self.size[1], scale)
+        result = _multiply(x, self.packed, self.size[1])
+        for part, rows in zip(result.split(_ROWS_AT_ONCE), x.split(_ROWS_AT_ONCE)):
+            columns = rows.t().contiguous().float()
+            part += torch.sparse.mm(self.rest, columns).t()
+        return result if scale is None else result.mul_(scale)
+
+
+def _multiply(
+    x: torch.Tensor, packed: torch.Tensor, n: int, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    ones, zeros = _per_channel(n)
+    result: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        x.view(torch.uint8) ^ _SHIFT,
+        1.0,
+        _SHIFT,
+        packed,
+        ones if scale is None else scale,
+        zeros,
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return result
+
+
+@cache
+def _per_channel(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points that change nothing."""
+    return torch.ones(n, device="cpu"), torch.zeros(n, dtype=torch.int64, device="cpu")
 
 
 def pack(weight: torch.Tensor) -> PackedInt8 | None:
     """Pack an int8 weight `[K, N]`; None if float32 is at least as good for it."""
     k, n = weight.shape
+    rows = weight.t()
+    if rows.to(torch.int16).abs().sum(1).max() > EXACT_INTEGERS // _SHIFT:
+        return None
+    if not saturates():
+        return PackedInt8(_prepack(rows), None, (k, n))
     if k % 2:
         return None
-    pairs = weight.t().to(torch.int16).reshape(n, -1, 2)
-    if pairs.abs().sum((1, 2)).max() > EXACT_INTEGERS // _SHIFT:
-        return None
-    bounded, rest = split_pairs(pairs)
+    bounded, rest = split_pairs(rows.to(torch.int16).reshape(n, -1, 2))
     density = rest.count_nonzero().item() / weight.numel()
     if density > _DENSEST_REST:
         return None
@@ -123,23 +146,37 @@ def _prepack(rows: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def packing_pays(rows: int) -> bool:
-    """Whether oneDNN is exact on this CPU, and faster than float32 with so many rows.
+def packing_pays() -> bool:
+    """Whether this CPU has the instructions that oneDNN's int8 kernels are fast with.
 
-    Args:
-        rows: At most 64.
-
+    And whether they are exact with neighbours that just do not overflow.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()):
         return False
-    x = torch.tensor([-128, 127], dtype=torch.int8).repeat(64, 256)
-    x[::2] = x[::2].flip(1)
-    x[::4] = 127
-    # Neighbours that just do not overflow.
-    values = torch.tensor([[127, 1], [-128, 0], [64, 64], [-64, -64]]).repeat(128, 256)
-    packed = PackedInt8(_prepack(values), None, (512, 512))
-    weight = values.to(torch.int8).t()
-    if not torch.equal(packed.product(x).double(), x.double() @ weight.double()):
-        return False
-    x = x[:rows]
-    return is_faster(lambda: packed.product(x), lambda: float_matmul(x, weight))
+    return is_exact(_multiply_packed, _BOUNDED)
+
+
+@cache
+def saturates() -> bool:
+    """Whether oneDNN is wrong with neighbours of any size, so that they are split."""
+    return not is_exact(_multiply_packed, EXTREMES)
+
+
+def is_exact(
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    pairs: tuple[tuple[int, int], ...],
+) -> bool:
+    """Whether a product is, of few rows and of many, with these neighbours in K."""
+    signs = ((127, 127), (-128, -128), (127, -128), (-128, 127))
+    x = torch.tensor(signs, dtype=torch.int8).repeat(16, 256)
+    rows = torch.tensor(pairs, dtype=torch.int8).repeat(128, 256)
+    expected = x.double() @ rows.t().double()
+    return all(
+        torch.equal(multiply(x[part], weight).double(), expected[part])
+        for weight in (rows.t(), rows.t().contiguous())
+        for part in (slice(1), slice(1, 2), slice(8), slice(64))
+    )
+
+
+def _multiply_packed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _multiply(x, _prepack(weight.t()), weight.shape[1])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
+from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4, a8w4_fake
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
@@ -139,18 +139,17 @@ def npu_quant_matmul(
     if x2.dtype == torch.int32:
         assert offset is not None and pertoken_scale is not None
         return a8w4(result, x1, x2, scale, offset, pertoken_scale)
-    accumulator = int_matmul(x1, x2)
-    if bias is not None and bias.dtype == torch.int32:
-        accumulator = accumulator.to(torch.int32) + bias
     if result.dtype == torch.int32:
-        return result.copy_(accumulator)
-    values = accumulator.float()
+        return result.copy_(_accumulated(x1, x2, bias))
     if scale.dtype == torch.int64:
         scale, packed_offset = unpack_quant_param(scale)
         offset = packed_offset if offset is None else offset
     elif pertoken_scale is None and result.dtype != torch.bfloat16:
         scale = truncate_to_fp19(scale)
-    values *= scale.float()
+    if bias is not None and bias.dtype == torch.int32:
+        values = _accumulated(x1, x2, bias) * scale.float()
+    else:
+        values = scaled_int_matmul(x1, x2, scale.float())
     if pertoken_scale is not None:
         values *= pertoken_scale.unsqueeze(1)
     if bias is not None and bias.dtype != torch.int32:
@@ -160,3 +159,11 @@ def npu_quant_matmul(
             values += offset
         values.round_().clamp_(-128, 127)
     return result.copy_(values)
+
+
+def _accumulated(
+    x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The integers, as `int_matmul`; a bias is int32."""
+    accumulator = int_matmul(x1, x2)
+    return accumulator if bias is None else accumulator.to(torch.int32) + bias

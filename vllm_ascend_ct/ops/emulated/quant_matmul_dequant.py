@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct.ops.emulated.grouped_matmul import parts
-from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul
+from vllm_ascend_ct.ops.emulated.int_matmul import scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quantize import int8_values
 from vllm_ascend_ct.ops.emulated.registry import (
     describe,
@@ -70,7 +70,7 @@ def _product(
     values = x.float()
     scale = values.abs().amax(dim=1, keepdim=True) / _INT8_MAX
     q = int8_values(values * torch.where(scale > 0, 1 / scale, 0)).to(torch.int8)
-    return int_matmul(q, weight.t()).float() * weight_scale * scale
+    return scaled_int_matmul(q, weight.t(), weight_scale) * scale
 
 
 def _fake(
