@@ -14,6 +14,8 @@ _DYNAMIC_ARGUMENTS = (
     "(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, "
     "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.)"
 )
+# A number would be made a tensor at each call.
+_ZERO = torch.zeros((), device="cpu")
 
 
 def int8_values(values: torch.Tensor) -> torch.Tensor:
@@ -96,17 +98,19 @@ def npu_dynamic_quant(
     """
     q, scale = _dynamic_quant_fake(input, smooth_scales, **options)
     values = _smoothed(input, smooth_scales)
-    amax = values.abs().amax(dim=-1, keepdim=True)
-    row_scale = amax * (1 / 127)
+    amax = values.abs().amax(dim=-1)
+    torch.mul(amax, 1 / 127, out=scale)
+    amax = amax.unsqueeze(-1)
     soc = current_soc()
     if soc is Soc.A5:
-        rows = torch.where(amax > 0, values / row_scale, 0)
+        rows = torch.where(amax > 0, values / scale.unsqueeze(-1), 0)
     elif soc is Soc.ASCEND_310P:
         rows = (values.half() * torch.where(amax > 1e-12, 127 / amax, 0).half()).float()
         rows = rows.abs().add_(0.5).floor_().copysign_(rows)
     else:
-        rows = values * torch.where(amax > 0, 127 / amax, 0)
-    return q.copy_(int8_values(rows)), scale.copy_(row_scale.squeeze(-1))
+        # In place of what is only here: x is never fp32.
+        rows = values.mul_(torch.where(amax > 0, 127 / amax, _ZERO))
+    return q.copy_(int8_values(rows)), scale
 
 
 def _dynamic_quant_asymmetric_fake(

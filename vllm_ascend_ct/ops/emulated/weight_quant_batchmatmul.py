@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The weight-only matrix multiplication operator."""
 
+from functools import cache
+
 import torch
 from torch.nn.functional import linear
 
@@ -223,11 +225,10 @@ def npu_weight_quant_batchmatmul(
         inner_precise,
         weight_dtype,
     )
-    return result.copy_(
-        weight_only_product(
-            x, weight, antiquant_scale, antiquant_offset, antiquant_group_size, bias
-        )
+    product = weight_only_product(
+        x, weight, antiquant_scale, antiquant_offset, antiquant_group_size, bias
     )
+    return product if product.dtype == x.dtype else result.copy_(product)
 
 
 def weight_only_product(
@@ -243,18 +244,27 @@ def weight_only_product(
     Rounded to the dtype of x already, or in fp32.
     """
     k, n = weight_size(weight)
+    packs = _multiplies_16_bits(scale.dtype)
+
+    def operand() -> torch.Tensor:
+        matrix = _dequantize(weight, scale, offset, group_size)
+        return torch.ops.mkldnn._reorder_linear_weight(matrix) if packs else matrix
+
     matrix = derived.get(
         ("16 bits", group_size),
         [weight, scale] if offset is None else [weight, scale, offset],
         k * n * scale.itemsize,
-        lambda: _dequantize(weight, scale, offset, group_size),
+        operand,
     )
     if matrix is None:
-        matrix = _dequantize(weight, scale, offset, group_size)
-    if len(x) <= _FEW_ROWS or _multiplies_16_bits(matrix.dtype):
+        matrix = operand()
+    if bias is not None:
+        bias = bias.reshape(-1)
+    if packs:
+        return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+    if len(x) <= _FEW_ROWS:
         if bias is None:
             return linear(x, matrix)
-        bias = bias.reshape(-1)
         narrow_bias = bias.to(matrix.dtype)
         if torch.equal(narrow_bias.to(bias.dtype), bias):
             return linear(x, matrix, narrow_bias)
@@ -262,12 +272,20 @@ def weight_only_product(
     return product if bias is None else product.add_(bias)
 
 
+@cache
 def _multiplies_16_bits(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of a dtype.
+    """Whether this CPU has instructions for products of a dtype, which oneDNN uses.
 
-    Else it is faster in float32. Asked and not measured, as both round differently, and
-    each process has to compute what the others do.
+    It is fast with a weight in its own layout. Else it is faster in float32. Asked and
+    not measured, as both round differently, and each process has to compute what the
+    others do.
     """
     if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported()
-    return torch.cpu._is_amx_fp16_supported()
+        return (
+            torch.cpu._is_avx512_bf16_supported()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    return (
+        torch.cpu._is_amx_fp16_supported()
+        and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    )
