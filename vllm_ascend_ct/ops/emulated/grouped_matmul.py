@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_ascend_ct.ops.emulated.derived import derived
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4_product
 from vllm_ascend_ct.ops.emulated.registry import (
@@ -19,7 +20,8 @@ from vllm_ascend_ct.ops.emulated.registry import (
     refuse,
 )
 from vllm_ascend_ct.ops.emulated.weight_quant_batchmatmul import (
-    weight_only_product,
+    dequantized,
+    multiply_dequantized,
     weight_size,
 )
 from vllm_ascend_ct.ops.emulated.weights import unpack_raw_scale
@@ -216,49 +218,92 @@ def npu_grouped_matmul(
     )
     poison(result)
     assert group_list is not None
-    operands = [
-        only(_NAME, "", tensors)
+    biases, scales, antiquant, offsets, per_token = (
+        None if tensors is None else tensors[0]
         for tensors in (bias, scale, antiquant_scale, antiquant_offset, per_token_scale)
-    ]
-    for expert, rows in parts(group_list, group_list_type):
-        *of_expert, per_token = (
-            operand
-            if operand is None
-            else operand[rows if index == len(operands) - 1 else expert]
-            for index, operand in enumerate(operands)
+    )
+    if scales is not None:
+        values = int8_products(
+            x[0], weight[0], scales, biases, group_list, group_list_type
         )
-        values = _product(x[0][rows], weight[0][expert], *of_expert)
         if per_token is not None:
-            values = values * per_token.unsqueeze(1)
-        result[rows] = values.to(result.dtype)
+            values *= per_token[: len(values)].unsqueeze(1)
+        result[: len(values)].copy_(values)
+        return [result]
+    assert antiquant is not None
+    kept = _kept_experts(weight[0], antiquant, offsets)
+    for expert, rows in parts(group_list, group_list_type):
+        matrix = (
+            _dequantized_expert(weight[0], antiquant, offsets, expert)
+            if kept is None
+            else kept[expert]
+        )
+        expert_bias = None if biases is None else biases[expert]
+        result[rows].copy_(multiply_dequantized(x[0][rows], matrix, expert_bias))
     return [result]
 
 
-def _product(
+class _Experts(list[torch.Tensor]):
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self)
+
+
+def _kept_experts(
+    weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None
+) -> _Experts | None:
+    """All experts dequantized, to look them up once; None if there is no room."""
+    k, n = weight_size(weight[0])
+    return derived.get(
+        "16-bit experts",
+        [weight, scale] if offset is None else [weight, scale, offset],
+        len(weight) * k * n * scale.itemsize,
+        lambda: _Experts(
+            _dequantized_expert(weight, scale, offset, expert)
+            for expert in range(len(weight))
+        ),
+    )
+
+
+def _dequantized_expert(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    expert: int,
+) -> torch.Tensor:
+    k, _ = weight_size(weight[expert])
+    offset = None if offset is None else offset[expert]
+    return dequantized(weight[expert], scale[expert], offset, _group_size(k, scale))
+
+
+def int8_products(
     x: torch.Tensor,
     weight: torch.Tensor,
+    scale: torch.Tensor,
     bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    antiquant_scale: torch.Tensor | None,
-    antiquant_offset: torch.Tensor | None,
+    group_list: torch.Tensor,
+    group_list_type: int,
 ) -> torch.Tensor:
-    """One expert's product, before scales of tokens."""
-    if antiquant_scale is not None:
-        group_size = _group_size(x.shape[1], antiquant_scale.unsqueeze(0))
-        return weight_only_product(
-            x, weight, antiquant_scale, antiquant_offset, group_size, bias
+    """Products of int8 rows that experts have, fp32, before scales of tokens."""
+    n = weight_size(weight[0])[1]
+    result = torch.empty((len(x), n), dtype=torch.float32)
+    end = 0
+    for expert, rows in parts(group_list, group_list_type):
+        expert_bias = None if bias is None else bias[expert]
+        result[rows] = _int8_product(
+            x[rows], weight[expert], scale[expert], expert_bias
         )
-    assert scale is not None
-    return int8_product(x, weight, scale, bias)
+        end = max(end, rows.stop)
+    return result[:end]
 
 
-def int8_product(
+def _int8_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One expert's product of int8 rows, fp32, before scales of tokens."""
+    """One expert's product of int8 rows, fp32."""
     if weight.dtype == torch.int32:
         assert bias is not None
         scale = unpack_raw_scale(scale).reshape(-1, scale.shape[-1])

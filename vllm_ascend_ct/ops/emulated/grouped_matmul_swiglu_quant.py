@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.grouped_matmul import int8_product, parts
+from vllm_ascend_ct.ops.emulated.grouped_matmul import int8_products
 from vllm_ascend_ct.ops.emulated.quantize import int8_values
 from vllm_ascend_ct.ops.emulated.registry import (
     describe,
@@ -155,13 +155,14 @@ def npu_grouped_matmul_swiglu_quant_v2(
         refuse(_NAME, "an int8 weight is in ND; supported: FRACTAL_NZ")
     q, scales = (poison(result) for result in results)
     assist = only(_NAME, "weight_assist_matrix", weight_assist_matrix)
-    for expert, rows in parts(group_list, group_list_type):
-        bias = None if assist is None else assist[expert]
-        scale = weight_scale[0][expert]
-        values = int8_product(x[rows], weight[0][expert], scale, bias)
-        gate, up = (values * x_scale[rows].unsqueeze(1)).chunk(2, dim=1)
-        gated = torch.nn.functional.silu(gate) * up
-        row_scale = gated.abs().amax(dim=1, keepdim=True) / _INT8_MAX
-        scales[rows] = row_scale.squeeze(1)
-        q[rows] = int8_values(gated * torch.where(row_scale > 0, 1 / row_scale, 0))
+    values = int8_products(
+        x, weight[0], weight_scale[0], assist, group_list, group_list_type
+    )
+    rows = len(values)
+    gate, up = values.mul_(x_scale[:rows].unsqueeze(1)).chunk(2, dim=1)
+    gated = torch.nn.functional.silu(gate).mul_(up)
+    row_scale = gated.abs().amax(dim=1, keepdim=True) / _INT8_MAX
+    scales[:rows] = row_scale.squeeze(1)
+    factor = torch.where(row_scale > 0, 1 / row_scale, 0)
+    q[:rows] = int8_values(gated.mul_(factor))
     return q, scales

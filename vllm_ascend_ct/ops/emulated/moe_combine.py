@@ -77,19 +77,20 @@ def npu_moe_token_unpermute(
     result = _unpermute_fake(
         permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
     )
-    indices = sorted_indices.long().view(len(result), -1)
-    if indices.numel() and not (
-        indices.min() >= 0
-        and indices.max() < len(permuted_tokens)
-        and len(indices.unique()) == indices.numel()
+    indices = sorted_indices.tolist()
+    if indices and not (
+        min(indices) >= 0
+        and max(indices) < len(permuted_tokens)
+        and len(set(indices)) == len(indices)
     ):
         refuse(_UNPERMUTE, "sorted_indices must be in range and different")
+    rows = permuted_tokens[sorted_indices].view(len(result), -1, result.shape[1])
+    rows = rows.float()
+    if probs is not None:
+        rows = rows * probs.view(len(result), -1, 1).float()
     total = torch.zeros(result.shape, dtype=torch.float32)
-    for choice in range(indices.shape[1]):
-        rows = permuted_tokens[indices[:, choice]].float()
-        if probs is not None:
-            rows = rows * probs[:, choice : choice + 1].float()
-        total += rows
+    for choice in rows.unbind(1):
+        total += choice
     return result.copy_(total)
 
 

@@ -244,23 +244,37 @@ def weight_only_product(
     Rounded to the dtype of x already, or in fp32.
     """
     k, n = weight_size(weight)
-    packs = _multiplies_16_bits(scale.dtype)
-
-    def operand() -> torch.Tensor:
-        matrix = _dequantize(weight, scale, offset, group_size)
-        return torch.ops.mkldnn._reorder_linear_weight(matrix) if packs else matrix
-
     matrix = derived.get(
         ("16 bits", group_size),
         [weight, scale] if offset is None else [weight, scale, offset],
         k * n * scale.itemsize,
-        operand,
+        lambda: dequantized(weight, scale, offset, group_size),
     )
     if matrix is None:
-        matrix = operand()
+        matrix = dequantized(weight, scale, offset, group_size)
+    return multiply_dequantized(x, matrix, bias)
+
+
+def dequantized(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    """A weight as `multiply_dequantized` takes it."""
+    matrix = _dequantize(weight, scale, offset, group_size)
+    if _multiplies_16_bits(matrix.dtype):
+        return torch.ops.mkldnn._reorder_linear_weight(matrix)
+    return matrix
+
+
+def multiply_dequantized(
+    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Multiply `[M, K]`; rounded to the dtype of x already, or in fp32."""
     if bias is not None:
         bias = bias.reshape(-1)
-    if packs:
+    if matrix.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     if len(x) <= _FEW_ROWS:
         if bias is None:
