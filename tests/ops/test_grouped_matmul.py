@@ -72,6 +72,35 @@ def test_rows_are_multiplied_by_their_expert(
     assert result.dtype == dtype and result[rows:].isnan().all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_weights_of_16_bits(
+    dtype: torch.dtype, with_bias: bool, transposed: bool
+) -> None:
+    counts = torch.tensor(GROUPED_ROWS)
+    x = torch.randn(int(counts.sum()), 96).to(dtype)
+    weight = torch.randn(EXPERTS, 96, N).to(dtype)
+    wide = torch.float32 if dtype == BF16 else dtype
+    bias = torch.randn(EXPERTS, N).to(wide) if with_bias else None
+    given = weight.mT.contiguous().mT if transposed else weight
+    (y,) = torch.ops.npu.npu_grouped_matmul(
+        [x],
+        [given],
+        bias=None if bias is None else [bias],
+        group_list=counts,
+        split_item=2,
+        group_type=0,
+        group_list_type=1,
+    )
+    of_row = torch.arange(EXPERTS).repeat_interleave(counts)
+    expected = (x.double().unsqueeze(1) @ weight.double()[of_row])[:, 0]
+    if bias is not None:
+        expected += bias.double()[of_row]
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < TOLERANCES[dtype]
+
+
 def test_cumulative_counts() -> None:
     call = grouped_call(INT8, INT8, BF16)
     (counted,) = call.run()

@@ -279,12 +279,16 @@ class GroupedMatmulMode:
         return None
 
 
+def _grouped_bias(x_dtype: torch.dtype) -> _Dtypes:
+    return None, torch.float32 if x_dtype == torch.bfloat16 else x_dtype
+
+
 def _grouped_weight_only(
     x_dtype: torch.dtype, groups: tuple[int, ...] | None = ()
 ) -> GroupedMatmulMode:
-    bias = torch.float32 if x_dtype == torch.bfloat16 else x_dtype
+    bias = _grouped_bias(x_dtype)
     operands = GroupedMatmulOperands(
-        antiquant_scale=(x_dtype,), antiquant_offset=(x_dtype,), bias=(None, bias)
+        antiquant_scale=(x_dtype,), antiquant_offset=(x_dtype,), bias=bias
     )
     return GroupedMatmulMode({x_dtype: operands}, groups)
 
@@ -328,7 +332,13 @@ _GROUPED_WEIGHT_ONLY: GroupedModes = {
     **{(x, torch.int8): _grouped_weight_only(x) for x in FLOAT16_BFLOAT16},
     **{(x, torch.int32): _grouped_weight_only(x, None) for x in FLOAT16_BFLOAT16},
 }
+# No kernel of this package calls these: vllm-ascend does, of what is not quantized.
+_GROUPED_16_BITS: GroupedModes = {
+    (x, x): GroupedMatmulMode({x: GroupedMatmulOperands(bias=_grouped_bias(x))})
+    for x in FLOAT16_BFLOAT16
+}
 GROUPED: GroupedModes = {
+    **_GROUPED_16_BITS,
     **_GROUPED_WEIGHT_ONLY,
     (torch.int8, torch.int8): _GROUPED_A8W8,
     (torch.int8, torch.int32): _GROUPED_A8W4,
@@ -441,12 +451,7 @@ class MoeFinalizeRoutingLimits:
 
 @dataclass(frozen=True)
 class Limits:
-    """The operators of one chip; None where the chip lacks one.
-
-    Attributes:
-        float_weights: Floating-point weight formats that the chip multiplies.
-
-    """
+    """The operators of one chip; None where the chip lacks one."""
 
     weight_quant_batchmatmul: WeightQuantBatchMatmulLimits = field(
         default_factory=WeightQuantBatchMatmulLimits
@@ -460,7 +465,6 @@ class Limits:
     quant_matmul_dequant: QuantMatmulDequantLimits | None = None
     quant_grouped_matmul_dequant: QuantMatmulDequantLimits | None = None
     a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
-    float_weights: tuple[str, ...] = ()
     grouped_matmul: GroupedModes = field(default_factory=lambda: GROUPED)
     grouped_matmul_swiglu_quant: GroupedMatmulSwigluQuantLimits | None = field(
         default_factory=GroupedMatmulSwigluQuantLimits
@@ -482,7 +486,6 @@ LIMITS = {
         a8w4=None,
         grouped_matmul=GROUPED_A5,
         grouped_matmul_swiglu_quant=None,
-        float_weights=("FP8", "MXFP8", "MXFP4"),
     ),
     Soc.ASCEND_310P: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The matrix products of experts: each takes its part of the rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -177,8 +177,8 @@ def npu_grouped_matmul(
     """Multiply each expert's rows by its weight.
 
     int8 rows: as `npu_quant_matmul`; the int4 mode there overwrites x on the NPU, which
-    is not emulated. 16-bit rows: as `npu_weight_quant_batchmatmul`. Rows that no expert
-    has are not written.
+    is not emulated. 16-bit rows: as `npu_weight_quant_batchmatmul`, or by 16-bit
+    weights. Rows that no expert has are not written.
 
     Source: op-plugin `torch_npu-npu_grouped_matmul.md`, `test_npu_grouped_matmul.py`;
     ops-transformer `gmm/grouped_matmul`.
@@ -230,14 +230,9 @@ def npu_grouped_matmul(
             values *= per_token[: len(values)].unsqueeze(1)
         result[: len(values)].copy_(values)
         return [result]
-    assert antiquant is not None
-    kept = _kept_experts(weight[0], antiquant, offsets)
+    matrices = _experts(weight[0], antiquant, offsets)
     for expert, rows in parts(group_list, group_list_type):
-        matrix = (
-            _dequantized_expert(weight[0], antiquant, offsets, expert)
-            if kept is None
-            else kept[expert]
-        )
+        matrix = matrices(expert)
         expert_bias = None if biases is None else biases[expert]
         result[rows].copy_(multiply_dequantized(x[0][rows], matrix, expert_bias))
     return [result]
@@ -247,6 +242,18 @@ class _Experts(list[torch.Tensor]):
     @property
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self)
+
+
+def _experts(
+    weight: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None
+) -> Callable[[int], torch.Tensor]:
+    """The weights of 16 bits, `[N, K]`, by expert."""
+    if scale is None:
+        return lambda expert: weight[expert].t()
+    kept = _kept_experts(weight, scale, offset)
+    if kept is not None:
+        return kept.__getitem__
+    return lambda expert: _dequantized_expert(weight, scale, offset, expert)
 
 
 def _kept_experts(
