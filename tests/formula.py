@@ -78,7 +78,7 @@ def formula_linear(module: Any, scheme: Any) -> FormulaLinear:
     """Read a compressed `torch.nn.Linear`."""
     tensors = dict(module.named_parameters())
     return FormulaLinear(
-        dequantize(tensors),
+        dequantize(tensors, scheme.weights.block_structure),
         scheme.input_activations,
         tensors.get("input_scale"),
         tensors.get("input_zero_point"),

@@ -38,6 +38,7 @@ from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     AscendInt8ScaledMMLinearKernel,
 )
 from vllm_ascend_ct.ops import emulated
+from vllm_ascend_ct.weights.float_quantized import dequantize
 
 GROUP_SIZE = 128
 ROUNDS = 5
@@ -212,6 +213,26 @@ def unpack_transpose_pack(k: int, n: int) -> Result:
     return measure("w4a16, unpack-transpose-pack", k * n // 2, make, run)
 
 
+def resolved(route: str, k: int, n: int, bits: int, block: tuple[int, int]) -> Result:
+    """Measure how a floating-point weight is loaded to one of 16 bits.
+
+    That one is there before, and the files' tensors are not kept.
+    """
+
+    def make() -> Any:
+        codes = torch.randint(0, 120, (n, k * bits // 8), dtype=torch.uint8)
+        scale = torch.rand(-(-n // block[0]), -(-k // block[1]))
+        stored = codes if bits == 4 else codes.view(torch.float8_e4m3fn)
+        return stored, scale, torch.zeros(n, k, dtype=torch.bfloat16)
+
+    def run(made: Any) -> None:
+        stored, scale, weight = made
+        made_of = stored, scale, block, None, weight.dtype, weight.device
+        weight.copy_(dequantize(*made_of))
+
+    return measure(route, k * n * bits // 8, make, run)
+
+
 def routes(k: int, n: int) -> list[Result]:
     """Measure every scheme's load."""
     a16, a8, sizes = AscendWNA16LinearKernel, AscendWNA8LinearKernel, (k, n)
@@ -239,6 +260,10 @@ def routes(k: int, n: int) -> list[Result]:
         mixed_precision("w3a8-channel-packed", a8, types.uint3b4, sizes, -1),
         mixed_precision("w6a8-channel-packed", a8, types.uint6b32, sizes, -1),
         mixed_precision("w8a8-channel-packed", a8, types.uint8b128, sizes, -1),
+        resolved("fp8-channel to bf16", k, n, 8, (1, k)),
+        resolved("fp8-block to bf16", k, n, 8, (128, 128)),
+        resolved("mxfp8 to bf16", k, n, 8, (1, 32)),
+        resolved("nvfp4 to bf16", k, n, 4, (1, 16)),
     ]
 
 

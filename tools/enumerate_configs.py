@@ -46,6 +46,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
         }
     },
 }
+RESOLVED = "resolved to 16 bits"
 K, N = 512, 64
 EXPERTS, TOP_K = 4, 2
 
@@ -69,6 +70,75 @@ def integer_configs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"w{bits}-{layout}{asymmetric} {fmt} {activations}", config
 
 
+_FLOAT8_TOKEN = {**_TOKEN, "type": "float"}
+FLOAT_LAYOUTS: dict[str, dict[str, Any]] = {
+    **LAYOUTS,
+    "g32": {"strategy": "group", "group_size": 32},
+    "tensor-g16": {"strategy": "tensor_group", "group_size": 16},
+}
+FLOAT_FORMATS = (
+    *("float-quantized", "naive-quantized", "int-quantized"),
+    *("mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"),
+)
+FLOAT_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "token": {"input_activations": _FLOAT8_TOKEN},
+    "tensor": {"input_activations": {**_TENSOR, "type": "float"}},
+    "group-4": {
+        "input_activations": {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "group",
+            "group_size": 32,
+            "dynamic": True,
+        }
+    },
+    "int8-token": {"input_activations": _TOKEN},
+    "tensor-in-out": {
+        "input_activations": {**_TENSOR, "type": "float"},
+        "output_activations": {**_TENSOR, "type": "float"},
+    },
+}
+
+
+def float_configs() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every combination of floating-point weights, with a name."""
+    for bits, layout, symmetric, scale, fmt, activations in product(
+        (4, 6, 8),
+        FLOAT_LAYOUTS,
+        (True, False),
+        (None, "torch.uint8", "torch.float8_e4m3fn"),
+        FLOAT_FORMATS,
+        FLOAT_ACTIVATIONS,
+    ):
+        weights = {
+            "num_bits": bits,
+            "type": "float",
+            "symmetric": symmetric,
+            "scale_dtype": scale,
+            **FLOAT_LAYOUTS[layout],
+        }
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            **FLOAT_ACTIVATIONS[activations],
+        }
+        config = {
+            "quant_method": "compressed-tensors",
+            "format": fmt,
+            "config_groups": {"group_0": group},
+        }
+        asymmetric = "" if symmetric else "-asym"
+        yield f"fp{bits}-{layout}{asymmetric} {scale} {fmt} {activations}", config
+
+
+def resolved(method: Any) -> str | None:
+    """What to say of a layer whose weights are resolved to 16 bits, else None."""
+    from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
+
+    return RESOLVED if isinstance(method, ResolvedMixin) else None
+
+
 def linear(config: Any, dtype: Any) -> str:
     """Build a linear layer; say which scheme and kernel it got."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -76,6 +146,8 @@ def linear(config: Any, dtype: Any) -> str:
     layer = ReplicatedLinear(
         K, N, params_dtype=dtype, quant_config=config, prefix="model.layers.0.fc"
     )
+    if said := resolved(layer.quant_method):
+        return said
     kernel: Any = getattr(layer.scheme, "kernel", None)
     return f"{type(layer.scheme).__name__} with {type(kernel).__name__}"
 
@@ -96,6 +168,8 @@ def experts(config: Any, dtype: Any) -> str:
         prefix="model.layers.0.mlp.experts",
     )
     method: Any = runner.routed_experts.quant_method
+    if said := resolved(method):
+        return said
     weights = method.weights
     return f"{type(weights).__name__} with {weights.experts_cls.__name__}"
 
@@ -118,11 +192,14 @@ def outcome(
 
 
 def count(
-    config_class: Any, dtype: Any, build: Callable[[Any, Any], str] = linear
+    config_class: Any,
+    dtype: Any,
+    build: Callable[[Any, Any], str] = linear,
+    configs: Callable[[], Iterator[tuple[str, dict[str, Any]]]] = integer_configs,
 ) -> Counter[str]:
     """Count the outcomes of all configs."""
     return Counter(
-        outcome(config_class, config, dtype, build) for _, config in integer_configs()
+        outcome(config_class, config, dtype, build) for _, config in configs()
     )
 
 
@@ -143,9 +220,13 @@ def main() -> None:
     load_general_plugins()
     ours = get_quantization_config("compressed-tensors")
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
-        for build, config_class in product((linear, experts), (ours, ours.__mro__[1])):
-            outcomes = count(config_class, torch.bfloat16, build)
-            title = f"{config_class.__name__}, {build.__name__}"
+        for configs, build, config_class in product(
+            (integer_configs, float_configs),
+            (linear, experts),
+            (ours, ours.__mro__[1]),
+        ):
+            outcomes = count(config_class, torch.bfloat16, build, configs)
+            title = f"{config_class.__name__}, {configs.__name__}, {build.__name__}"
             print(f"{title}: {outcomes.total()} configs")
             for name, number in outcomes.most_common():
                 print(f"  {number:5}  {name}")

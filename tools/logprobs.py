@@ -56,7 +56,8 @@ def reference(checkpoint: Path) -> list[float]:
     quantization["config_groups"] = {
         name: {**group, "weights": None}
         for name, group in quantization["config_groups"].items()
-        if group["input_activations"]
+        # Those of floating-point weights stay in 16 bits.
+        if (group["input_activations"] or {}).get("type", "float") != "float"
     }
     apply_quantization_config(model, QuantizationConfig.model_validate(quantization))
     state = {

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors.base import compress_module
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
+    QuantizationStatus,
     QuantizationStrategy,
     apply_quantization_config,
     disable_quantization,
 )
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tools import tiny_model, tiny_moe
@@ -120,6 +122,41 @@ SCHEMES: dict[str, QuantizationScheme] = {
 }
 
 
+def _floats(bits: int, strategy: str, **more: Any) -> QuantizationArgs:
+    return QuantizationArgs(num_bits=bits, type="float", strategy=strategy, **more)
+
+
+_MX = {"group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
+_NV = {"group_size": 16, "scale_dtype": torch.float8_e4m3fn}
+_FP8_CHANNEL, _FP8_TENSOR = _floats(8, "channel"), _floats(8, "tensor")
+# Blocks that neither sizes of layers nor the shares of ranks are multiples of.
+_FP8_BLOCK = _floats(8, "block", block_structure=[64, 48])
+_FP8_TOKEN = _floats(8, "token", dynamic=True)
+_FP8_GROUP = _floats(8, "group", group_size=128, dynamic=True)
+_MXFP8_INPUTS = _floats(8, "group", dynamic=True, **_MX)
+_MXFP4 = _floats(4, "group", **_MX)
+_MXFP4_INPUTS = _floats(4, "group", dynamic=True, **_MX)
+_NVFP4 = _floats(4, "tensor_group", **_NV)
+_NVFP4_INPUTS = _floats(4, "tensor_group", dynamic="local", **_NV)
+FLOAT_SCHEMES: dict[str, QuantizationScheme] = {
+    name: QuantizationScheme(
+        targets=[], weights=weights, input_activations=inputs, format=fmt
+    )
+    for name, weights, inputs, fmt in (
+        ("fp8-channel-dynamic", _FP8_CHANNEL, _FP8_TOKEN, "float-quantized"),
+        ("fp8-tensor-static", _FP8_TENSOR, _FP8_TENSOR, "float-quantized"),
+        ("fp8-channel-a16", _FP8_CHANNEL, None, "naive-quantized"),
+        ("fp8-block", _FP8_BLOCK, _FP8_GROUP, "float-quantized"),
+        ("mxfp8", _floats(8, "group", **_MX), _MXFP8_INPUTS, "mxfp8-quantized"),
+        ("mxfp4", _MXFP4, _MXFP4_INPUTS, "mxfp4-pack-quantized"),
+        ("mxfp4-a16", _MXFP4, None, "mxfp4-pack-quantized"),
+        ("nvfp4", _NVFP4, _NVFP4_INPUTS, "nvfp4-pack-quantized"),
+        ("nvfp4-a16", _NVFP4, None, "nvfp4-pack-quantized"),
+    )
+}
+ALL_SCHEMES = {**SCHEMES, **FLOAT_SCHEMES}
+
+
 def _set_qparams(
     module: Any,
     name: str,
@@ -127,7 +164,13 @@ def _set_qparams(
     high: torch.Tensor,
     args: QuantizationArgs,
 ) -> None:
-    scale, zero_point = calculate_qparams(low.float(), high.float(), args)
+    low, high = low.float(), high.float()
+    whole = getattr(module, f"{name}_global_scale", None)
+    if whole is not None:
+        whole.data.copy_(generate_gparam(low.min(), high.max()))
+        if args.dynamic:
+            return
+    scale, zero_point = calculate_qparams(low, high, args, whole)
     for kind, value in (("scale", scale), ("zero_point", zero_point)):
         parameter = getattr(module, f"{name}_{kind}", None)
         if parameter is not None:
@@ -144,7 +187,7 @@ def set_range(module: Any, name: str, low: torch.Tensor, high: torch.Tensor) -> 
         high: Largest.
 
     """
-    if hasattr(module, f"{name}_scale"):
+    if any(hasattr(module, f"{name}_{kind}scale") for kind in ("", "global_")):
         args = getattr(module.quantization_scheme, f"{name}_activations")
         _set_qparams(module, name, low, high, args)
 
@@ -156,7 +199,7 @@ def prepare(
 
     Args:
         model: What to quantize.
-        recipe: Name in `SCHEMES` for each target: a class, a layer or `re:` pattern.
+        recipe: Name of a scheme for each target: a class, a layer or `re:` pattern.
         ignore: Layers to leave alone.
 
     Returns:
@@ -165,7 +208,7 @@ def prepare(
     """
     groups = {}
     for number, (target, name) in enumerate(recipe.items()):
-        scheme = SCHEMES[name].model_copy(update={"targets": [target]}, deep=True)
+        scheme = ALL_SCHEMES[name].model_copy(update={"targets": [target]}, deep=True)
         groups[f"group_{number}"] = scheme
     config = QuantizationConfig(config_groups=groups, ignore=list(ignore))
     apply_quantization_config(model, config)
@@ -173,7 +216,7 @@ def prepare(
     for module in model.modules():
         if scheme := getattr(module, "quantization_scheme", None):
             _set_weight_qparams(module, scheme.weights)
-            if hasattr(module, "input_scale"):
+            if hasattr(module, "input_scale") or hasattr(module, "input_global_scale"):
                 static.append(module)
     return static
 
@@ -182,6 +225,12 @@ def _set_weight_qparams(module: Any, args: QuantizationArgs) -> None:
     weight = module.weight.data.float()
     if args.strategy == QuantizationStrategy.TENSOR:
         low, high = weight.aminmax()
+    elif args.strategy == QuantizationStrategy.BLOCK:
+        rows, columns = args.block_structure
+        n, k = weight.shape
+        whole = torch.nn.functional.pad(weight, (0, -k % columns, 0, -n % rows))
+        blocks = whole.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
     else:
         group_size = args.group_size or weight.shape[1]
         low, high = weight.unflatten(1, (-1, group_size)).aminmax(dim=-1)
@@ -214,7 +263,13 @@ def compress(model: torch.nn.Module) -> ModelCompressor:
 
     """
     compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
+    for module in model.modules():
+        # All of them on each rank: compressed-tensors would have ranks exchange FP8
+        # tensors, which cannot be pickled.
+        compress_module(module)
+    if compressor.quantization_config is not None:
+        status = QuantizationStatus.COMPRESSED
+        compressor.quantization_config.quantization_status = status
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and hasattr(module, "weight_packed"):
@@ -296,7 +351,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--scheme", choices=SCHEMES, default="w4a16-g128")
+    parser.add_argument("--scheme", choices=ALL_SCHEMES, default="w4a16-g128")
     parser.add_argument("--base", type=Path, default=DEFAULT_BASE)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     arguments = parser.parse_args()

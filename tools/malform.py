@@ -5,7 +5,8 @@
     python -m tools.malform CHECKPOINT OUT
 
 Writes a copy of the checkpoint for each kind in `KINDS`. CHECKPOINT is one of `RECIPE`;
-with --experts, one of `EXPERTS_RECIPE`, and the kinds are `EXPERT_KINDS`.
+with --experts, one of `EXPERTS_RECIPE`, and the kinds are `EXPERT_KINDS`; with --floats
+one of `FLOAT_RECIPE`, and the kinds are `FLOAT_KINDS`.
 """
 
 import argparse
@@ -39,6 +40,17 @@ EXPERTS_RECIPE = {
 PACKED_EXPERT = "model.layers.0.mlp.experts.5.up_proj"
 PACKED_DOWN = "model.layers.0.mlp.experts.7.down_proj"
 INT8_EXPERT = "model.layers.1.mlp.experts.0.gate_proj"
+# A tiny model of floating-point weights.
+FLOAT_RECIPE = {
+    "re:.*layers.0.self_attn.*_proj": "fp8-tensor-static",
+    "re:.*layers.0.mlp.*_proj": "fp8-block",
+    "re:.*layers.1.self_attn.*_proj": "nvfp4",
+    "re:.*layers.1.mlp.*_proj": "mxfp8",
+}
+FP8 = "model.layers.0.self_attn.v_proj"
+BLOCKS = "model.layers.0.mlp.down_proj"
+NVFP4 = "model.layers.1.self_attn.q_proj"
+MXFP8 = "model.layers.1.mlp.up_proj"
 WEIGHTS = "model.safetensors"
 
 Tensors = dict[str, torch.Tensor]
@@ -366,6 +378,126 @@ EXPERT_KINDS: dict[str, Kind] = {
 }
 
 
+def byte(layer: str, name: str, value: int) -> Kind:
+    """Give a layer's tensor of bytes, or of small floats, one other byte."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor.view(torch.uint8).view(-1)[-1] = value
+        return tensor
+
+    return changed(layer, name, change)
+
+
+_NAN_E4M3, _NAN_E8M0 = 0x7F, 255
+_NAN = float("nan")
+
+FLOAT_KINDS: dict[str, Kind] = {
+    "fp8-missing": missing(FP8, "weight"),
+    "fp8-scale-missing": missing(FP8, "weight_scale"),
+    "fp8-input-scale-missing": missing(FP8, "input_scale"),
+    "fp8-nan": byte(FP8, "weight", _NAN_E4M3),
+    "fp8-is-int8": changed(FP8, "weight", lambda t: t.view(torch.int8)),
+    "fp8-is-e5m2": changed(FP8, "weight", lambda t: t.view(torch.float8_e5m2)),
+    "fp8-is-bfloat16": changed(FP8, "weight", lambda t: t.bfloat16()),
+    "fp8-rows-fewer": changed(FP8, "weight", lambda t: t[:-8]),
+    "fp8-columns-more": changed(FP8, "weight", lambda t: t.repeat(1, 2)),
+    "fp8-scale-nan": filled(FP8, "weight_scale", _NAN),
+    "fp8-scale-zero": filled(FP8, "weight_scale", 0.0),
+    "fp8-scale-infinite": filled(FP8, "weight_scale", float("inf")),
+    "fp8-scale-negative": filled(FP8, "weight_scale", -1.0),
+    "fp8-scale-too-large": replace(
+        filled(FP8, "weight_scale", 3e38), names="not finite in torch.bfloat16"
+    ),
+    "fp8-scale-per-channel": changed(FP8, "weight_scale", lambda t: t.repeat(128, 1)),
+    "fp8-scale-is-fp8": changed(
+        FP8, "weight_scale", lambda t: t.to(torch.float8_e4m3fn)
+    ),
+    "fp8-scale-is-exponent": changed(FP8, "weight_scale", lambda t: t.byte()),
+    "fp8-input-scale-nan": filled(FP8, "input_scale", _NAN),
+    "fp8-input-scale-zero": filled(FP8, "input_scale", 0.0),
+    "fp8-zero-point": added(f"{FP8}.weight_zero_point", torch.zeros(1)),
+    "fp8-global-scale": added(f"{FP8}.weight_global_scale", torch.ones(1)),
+    "block-missing": missing(BLOCKS, "weight_scale"),
+    "block-nan": byte(BLOCKS, "weight", _NAN_E4M3 | 0x80),
+    "block-rows-fewer": changed(BLOCKS, "weight_scale", lambda t: t[:-1]),
+    "block-columns-fewer": changed(BLOCKS, "weight_scale", lambda t: t[:, :-1]),
+    "block-columns-more": changed(BLOCKS, "weight_scale", lambda t: t.repeat(1, 2)),
+    "block-transposed": changed(BLOCKS, "weight_scale", lambda t: t.t()),
+    "block-scale-nan": filled(BLOCKS, "weight_scale", _NAN),
+    "block-weight-padded": changed(
+        BLOCKS, "weight", lambda t: torch.cat((t, t[:, :16]), dim=1)
+    ),
+    "nvfp4-missing": missing(NVFP4, "weight_packed"),
+    "nvfp4-scale-missing": missing(NVFP4, "weight_scale"),
+    "nvfp4-global-scale-missing": missing(NVFP4, "weight_global_scale"),
+    "nvfp4-input-global-scale-missing": missing(NVFP4, "input_global_scale"),
+    "nvfp4-columns-fewer": changed(NVFP4, "weight_packed", lambda t: t[:, :-8]),
+    "nvfp4-is-int8": changed(NVFP4, "weight_packed", lambda t: t.view(torch.int8)),
+    "nvfp4-unpacked": changed(NVFP4, "weight_packed", lambda t: t.repeat(1, 2)),
+    "nvfp4-scale-nan": byte(NVFP4, "weight_scale", _NAN_E4M3),
+    "nvfp4-scale-negative": byte(NVFP4, "weight_scale", 0x80 | 1),
+    "nvfp4-scale-is-bfloat16": changed(NVFP4, "weight_scale", lambda t: t.bfloat16()),
+    "nvfp4-scale-is-exponent": changed(
+        NVFP4, "weight_scale", lambda t: t.view(torch.uint8)
+    ),
+    "nvfp4-groups-of-32": changed(NVFP4, "weight_scale", lambda t: t[:, ::2]),
+    "nvfp4-global-scale-zero": filled(NVFP4, "weight_global_scale", 0.0),
+    "nvfp4-global-scale-nan": filled(NVFP4, "weight_global_scale", _NAN),
+    "nvfp4-global-scale-per-row": changed(
+        NVFP4, "weight_global_scale", lambda t: t.repeat(256)
+    ),
+    "nvfp4-input-global-scale-zero": filled(NVFP4, "input_global_scale", 0.0),
+    "mxfp8-scale-missing": missing(MXFP8, "weight_scale"),
+    "mxfp8-nan": byte(MXFP8, "weight", _NAN_E4M3),
+    "mxfp8-exponent-nan": byte(MXFP8, "weight_scale", _NAN_E8M0),
+    "mxfp8-scale-is-bfloat16": changed(MXFP8, "weight_scale", lambda t: t.bfloat16()),
+    "mxfp8-scale-is-fp8": changed(
+        MXFP8, "weight_scale", lambda t: t.view(torch.float8_e4m3fn)
+    ),
+    "mxfp8-groups-fewer": changed(MXFP8, "weight_scale", lambda t: t[:, :-1]),
+    "config-fp8-is-int8": Kind(
+        "weight",
+        config=lambda config: config["config_groups"]["group_0"].update(
+            format="int-quantized",
+            weights={"num_bits": 8, "strategy": "tensor"},
+            input_activations={"num_bits": 8, "strategy": "tensor"},
+        ),
+    ),
+    "config-fp8-per-channel": group(0, "weights", "weight_scale", strategy="channel"),
+    "config-fp8-dynamic": group(
+        0, "input_activations", "input_scale", dynamic=True, strategy="token"
+    ),
+    "config-fp8-integer-inputs": group(0, "input_activations", "int8", type="int"),
+    "config-fp8-asymmetric": group(0, "weights", "symmetric", symmetric=False),
+    "config-other-block": group(
+        1, "weights", "weight_scale", block_structure=[128, 128]
+    ),
+    "config-nvfp4-is-mxfp4": Kind(
+        "global_scale",
+        config=lambda config: config["config_groups"]["group_2"].update(
+            format="mxfp4-pack-quantized",
+            weights={
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "group",
+                "group_size": 32,
+            },
+            input_activations=None,
+        ),
+    ),
+    "config-nvfp4-groups-of-32": group(2, "weights", "group_size", group_size=32),
+    "config-nvfp4-format": Kind(
+        "format",
+        config=lambda config: config["config_groups"]["group_2"].update(
+            format="float-quantized"
+        ),
+    ),
+    "config-mxfp8-groups-of-64": group(3, "weights", "group_size", group_size=64),
+    "config-mxfp8-is-fp4": group(3, "weights", "format", num_bits=4),
+}
+
+
 def malform(checkpoint: Path, kind: Kind, out: Path) -> None:
     """Write a copy of a checkpoint that is broken in one way."""
     shutil.copytree(checkpoint, out)
@@ -388,8 +520,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--floats", action="store_true")
     arguments = parser.parse_args()
     kinds = EXPERT_KINDS if arguments.experts else KINDS
+    kinds = FLOAT_KINDS if arguments.floats else kinds
     for name, kind in kinds.items():
         malform(arguments.checkpoint, kind, arguments.out / name)
     print(f"Wrote {len(kinds)} checkpoints to {arguments.out}")

@@ -48,6 +48,28 @@ def _with_outputs(config: dict[str, Any]) -> dict[str, Any]:
 
 # (scheme, format as written, operators in one forward) -> a config of it
 Rows = dict[tuple[str, str, str], dict[str, Any]]
+_FLOAT = "float-quantized"
+_BLOCK = {"strategy": "block", "block_structure": [128, 128]}
+_MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+_NV = {"strategy": "tensor_group", "group_size": 16}
+FLOAT_ROWS: Rows = {
+    ("FP8, dynamic", _FLOAT, "1"): _row(
+        8, _CHANNEL, {**_TOKEN, **_FLOAT8}, _FLOAT, type="float"
+    ),
+    ("FP8, static", _FLOAT, "1"): _row(
+        8, {"strategy": "tensor"}, {**_TENSOR, **_FLOAT8}, _FLOAT, type="float"
+    ),
+    ("FP8 in blocks", _FLOAT, "1"): _row(8, _BLOCK, None, _FLOAT, type="float"),
+    ("MXFP8", "mxfp8-quantized", "1"): _row(
+        8, _MX, None, "mxfp8-quantized", type="float"
+    ),
+    ("MXFP4", "mxfp4-pack-quantized", "1"): _row(
+        4, _MX, None, "mxfp4-pack-quantized", type="float"
+    ),
+    ("NVFP4", "nvfp4-pack-quantized", "1"): _row(
+        4, _NV, None, "nvfp4-pack-quantized", type="float"
+    ),
+}
 ROWS: Rows = {
     ("W2A16, W3A16, W4A16 per channel", "pack-quantized", "1"): _row(4, _CHANNEL),
     ("W2A16, W3A16, W4A16 in groups", "pack-quantized", "1"): _row(4, _GROUP),
@@ -78,16 +100,7 @@ ROWS: Rows = {
     ("W8A8O8", "either", "3 + 4 elementwise"): _with_outputs(
         _row(8, _CHANNEL, _TENSOR, "int-quantized")
     ),
-    ("FP8", "float-quantized", ""): _row(
-        8, _CHANNEL, {**_TOKEN, **_FLOAT8}, "float-quantized", type="float"
-    ),
-    ("MXFP8, MXFP4", "", ""): _row(
-        8,
-        {"strategy": "group", "group_size": 32},
-        None,
-        "mxfp8-quantized",
-        type="float",
-    ),
+    **FLOAT_ROWS,
 }
 EXPERT_ROWS: Rows = {
     ("W2A16, W3A16, W4A16 per channel", "pack-quantized", "5"): _row(4, _CHANNEL),
@@ -108,6 +121,9 @@ EXPERT_ROWS: Rows = {
     ("W4A8 in other groups", "either", "5"): _row(4, _GROUP, _TOKEN, "int-quantized"),
     ("W2A8, W3A8 like W4A8", "pack-quantized", "5"): _row(3, _CHANNEL, _TOKEN),
     ("W5A8 to W8A8 per channel", "pack-quantized", "5"): _row(8, _CHANNEL, _TOKEN),
+    **{
+        (name, fmt, "as unquantized"): row for (name, fmt, _), row in FLOAT_ROWS.items()
+    },
 }
 
 
@@ -115,14 +131,14 @@ def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -
     """Say what becomes of a config on the current chip, with a mark if unproven."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    from tools.enumerate_configs import experts, outcome
+    from tools.enumerate_configs import RESOLVED, experts, outcome
     from vllm_ascend_ct.ops.precedents import unproven
     from vllm_ascend_ct.ops.soc import current_soc
 
     made = get_quantization_config("compressed-tensors")
     result = outcome(made, config, dtype, build)
-    if result == "refused":
-        return "no"
+    if result in ("refused", RESOLVED):
+        return "no" if result == "refused" else "16 bits"
     group = config["config_groups"]["group_0"]
     dynamic = (group["input_activations"] or {}).get("dynamic")
     only_weights = "WNA16" in result.split()[-1]

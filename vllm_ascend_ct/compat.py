@@ -5,6 +5,7 @@
 from inspect import signature
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import PretrainedConfig
 from vllm.config import get_current_vllm_config_or_none
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 from vllm.model_executor.model_loader.reload import layerwise
+from vllm.platforms import current_platform
 
 # What this package serves, as vLLM calls it.
 QUANTIZATION = "compressed-tensors"
@@ -72,6 +74,26 @@ def load_format() -> str:
     """Name of the format that the current model is loaded in."""
     vllm_config = get_current_vllm_config_or_none()
     return "auto" if vllm_config is None else str(vllm_config.load_config.load_format)
+
+
+def free_memory() -> int:
+    """Bytes that are free where weights go."""
+    if current_platform.is_cpu():
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.npu.mem_get_info()  # type: ignore[attr-defined]
+    return int(free)
+
+
+def offloads_weights(vllm_config: Any) -> bool:
+    """Whether some of the weights go elsewhere."""
+    holders = (
+        vllm_config.cache_config,
+        getattr(vllm_config, "offload_config", None),
+        getattr(getattr(vllm_config, "offload_config", None), "uva", None),
+        getattr(getattr(vllm_config, "offload_config", None), "prefetch", None),
+    )
+    names = ("cpu_offload_gb", "offload_group_size")
+    return any(getattr(holder, name, 0) for holder in holders for name in names)
 
 
 def modules_around(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:

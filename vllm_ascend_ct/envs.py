@@ -10,8 +10,9 @@ EMULATE_KEEP_GIB = "VLLM_ASCEND_CT_EMULATE_KEEP_GIB"
 SOC = "VLLM_ASCEND_CT_SOC"
 ANY_RELEASE = "VLLM_ASCEND_CT_ANY_RELEASE"
 LAYOUT = "VLLM_ASCEND_CT_LAYOUT"
+RESOLVE = "VLLM_ASCEND_CT_RESOLVE"
 
-ENVIRONMENT_VARIABLES = (EMULATE, EMULATE_KEEP_GIB, SOC, ANY_RELEASE, LAYOUT)
+ENVIRONMENT_VARIABLES = (EMULATE, EMULATE_KEEP_GIB, SOC, ANY_RELEASE, LAYOUT, RESOLVE)
 _DEFAULT_KEEP_GIB = 4
 
 
@@ -41,6 +42,16 @@ def any_release() -> bool:
 
     """
     return choice(ANY_RELEASE, ("0", "1")) == "1"
+
+
+def resolve() -> bool:
+    """Whether weights that the chip does not multiply are resolved to 16 bits.
+
+    Raises:
+        ValueError: The variable is neither 0 nor 1.
+
+    """
+    return choice(RESOLVE, ("0", "1")) != "0"
 
 
 def emulate_keep_bytes() -> int:

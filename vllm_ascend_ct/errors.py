@@ -39,6 +39,17 @@ class Remedy(StrEnum):
     LEAVE_UNQUANTIZED = (
         "Quantize the model again with the layer in the recipe's `ignore`"
     )
+    OTHER_DTYPE = (
+        "Serve the model with --dtype bfloat16 if it was not, else download the "
+        "checkpoint again"
+    )
+    RESOLVE = (
+        "Unset {variable}, or quantize the model again with a supported integer scheme"
+    )
+    MORE_MEMORY = (
+        "Serve it on more devices (tensor_parallel_size), or quantize the model again "
+        "with an integer scheme, whose weights stay as small as they are"
+    )
     CALIBRATE_AGAIN = "Calibrate and quantize the model again"
     CHANGE_RANKS = (
         "Change tensor_parallel_size, or quantize the model again with sizes that "

@@ -32,6 +32,8 @@ FAMILIES = {
     + ["w8a8-channel-packed"],
     "w8a8o8": ["w8a8o8-channel-int", "w4a8o8-channel", "w8a16-channel", "w8a16-g128"]
     + ["w8a16-channel", "w8a8o8-channel-int", "w4a8o8-g32-int", "w8a16-g32"],
+    "float": ["fp8-channel-dynamic", "fp8-block", "mxfp8", "nvfp4"]
+    + ["fp8-tensor-static", "fp8-channel-a16", "mxfp4", "nvfp4-a16"],
 }
 RECIPES = {
     family: dict(zip(TARGETS, schemes, strict=True))
@@ -46,6 +48,7 @@ TOLERANCES = {
     "wna16": 0.015,
     "w4a8": 0.04,
     "w8a8o8": 0.08,
+    "float": 0.015,
 }
 OPERATORS = {
     "w4a16": {"npu_weight_quant_batchmatmul"},
@@ -63,6 +66,7 @@ OPERATORS = {
         "npu_weight_quant_batchmatmul",
     },
     "w8a8o8": {"npu_quantize", "npu_weight_quant_batchmatmul"},
+    "float": set(),
 }
 
 MakeCheckpoint = Callable[..., Path]

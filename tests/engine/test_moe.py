@@ -40,6 +40,15 @@ RECIPES = {
     },
     "deepseek-v3": {experts(1): "w8a8-channel-dynamic", ATTENTION: "w4a16-g64"},
 }
+FLOAT_RECIPES = {
+    "qwen3-moe": {
+        experts(0): "fp8-block",
+        experts(1): "mxfp4",
+        ATTENTION: "fp8-channel-dynamic",
+    },
+    # Latent attention, and shared experts.
+    "deepseek-v3": {"Linear": "nvfp4"},
+}
 OPERATORS = {
     "qwen3-moe": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
     "mixtral": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
@@ -87,6 +96,12 @@ def test_compiled(make: MakeCheckpoint, name: str) -> None:
     path = make(name)
     difference = mean_difference(served(path, eager=False), reference(path))
     assert difference < tolerance(name)
+
+
+@pytest.mark.parametrize("name", FLOAT_RECIPES)
+def test_resolved(make: MakeCheckpoint, name: str) -> None:
+    path = make(name, FLOAT_RECIPES[name])
+    assert mean_difference(served(path), reference(path)) < WEIGHT_ONLY_TOLERANCE
 
 
 def test_unquantized_experts(make: MakeCheckpoint) -> None:

@@ -16,7 +16,14 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
-from tools.make_checkpoint import SCHEMES, compress, prepare
+from tools.make_checkpoint import (
+    ALL_SCHEMES,
+    FLOAT_SCHEMES,
+    SCHEMES,
+    compress,
+    prepare,
+    set_range,
+)
 
 # Of tests that build experts, or that compute those of later releases.
 factory_needed = pytest.mark.skipif(
@@ -47,8 +54,8 @@ SERVED = [
 
 def is_weight_only(scheme: str) -> bool:
     """Whether the activations stay in 16 bits."""
-    args = SCHEMES[scheme]
-    if args.input_activations is None:
+    args = ALL_SCHEMES[scheme]
+    if args.input_activations is None or scheme in FLOAT_SCHEMES:
         return True
     groups = args.weights.group_size not in (None, 256)
     return groups or not (args.weights.symmetric and args.input_activations.symmetric)
@@ -150,7 +157,8 @@ def compressed_experts(
 
     """
     modules = experts_of(sizes, dtype, bias)
-    prepare(modules, {"Linear": scheme})
+    for prepared in prepare(modules, {"Linear": scheme}):
+        set_range(prepared, "input", torch.tensor(-2.0), torch.tensor(2.0))
     schemes = {
         name: module.quantization_scheme
         for name, module in modules.named_modules()

@@ -23,7 +23,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
-from tools.make_checkpoint import SCHEMES, compress, prepare, set_range
+from tools.make_checkpoint import (
+    ALL_SCHEMES,
+    FLOAT_SCHEMES,
+    compress,
+    prepare,
+    set_range,
+)
 
 HEAD_SIZE = 64
 # Narrower than the outputs, so that some saturate.
@@ -53,7 +59,9 @@ WEIGHT_ONLY = (
 
 def is_weight_only(scheme: str, k: int) -> bool:
     """Whether the activations stay in 16 bits though the scheme quantizes them."""
-    one_group = SCHEMES[scheme].weights.group_size == k
+    if scheme in FLOAT_SCHEMES:
+        return True
+    one_group = ALL_SCHEMES[scheme].weights.group_size == k
     return scheme.startswith(WEIGHT_ONLY) and not one_group
 
 
@@ -178,7 +186,7 @@ def load(
 
 def config_of(target: str, scheme: str, **fields: Any) -> Any:
     """Make the config that quantizes one target."""
-    group = SCHEMES[scheme].model_copy(update={"targets": [target]}).model_dump()
+    group = ALL_SCHEMES[scheme].model_copy(update={"targets": [target]}).model_dump()
     pack = "a16" in scheme or scheme.endswith("packed")
     return get_quantization_config("compressed-tensors").from_config(
         {
@@ -192,7 +200,8 @@ def config_of(target: str, scheme: str, **fields: Any) -> Any:
 def compressed_table(module: Any, scheme: str, dtype: torch.dtype) -> Any:
     """Make a checkpoint's embedding or output head of a module."""
     modules = torch.nn.ModuleDict({"layer": module}).to(dtype)
-    prepare(modules, {type(module).__name__: scheme})
+    for prepared in prepare(modules, {type(module).__name__: scheme}):
+        set_range(prepared, "input", *OUTPUT_RANGE)
     compress(modules)
     return modules["layer"]
 
@@ -213,14 +222,17 @@ def _load_vocabulary(
     built: Callable[[Any], None] = lambda layer: None,
 ) -> tuple[Any, FormulaLinear]:
     module = compressed_table(module, scheme, dtype)
-    size = len(module.weight_scale)
+    size = getattr(module, "out_features", 0) or module.num_embeddings
     config = config_of("re:vocabulary", scheme)
     with set_default_torch_dtype(dtype):
         layer = layer_class(size, hidden, quant_config=config, prefix="vocabulary")
         built(layer)
         load_table(layer, module)
         layer.quant_method.process_weights_after_loading(layer)
-    return layer, formula_linear(module, SCHEMES[scheme])
+    formula = formula_linear(module, ALL_SCHEMES[scheme])
+    if scheme in FLOAT_SCHEMES:
+        formula.input_args = None
+    return layer, formula
 
 
 def load_embedding(

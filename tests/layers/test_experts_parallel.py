@@ -4,10 +4,12 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.plugins import load_general_plugins
 from vllm.utils.network_utils import get_open_port
 
@@ -16,6 +18,7 @@ from tests.layers.quantized_experts import (
     INT8_TOLERANCE,
     ROUNDINGS,
     SERVED,
+    WEIGHT_ONLY_TOLERANCE,
     FormulaExperts,
     Sizes,
     is_weight_only,
@@ -25,7 +28,7 @@ from tests.layers.quantized_experts import (
 )
 from tests.layers.quantized_layers import activations
 from tools.launches import Launches
-from tools.make_checkpoint import SCHEMES
+from tools.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES
 from tools.ranks import tensor_parallel
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
@@ -70,7 +73,10 @@ def split(formula: FormulaExperts, rank: int) -> FormulaExperts:
 
 def is_split(scheme: str) -> bool:
     """Whether a rank's share is whole groups."""
-    group_size = SCHEMES[scheme].weights.group_size or 1
+    if scheme in FLOAT_SCHEMES:
+        # Split when they are resolved.
+        return True
+    group_size = ALL_SCHEMES[scheme].weights.group_size or 1
     return SIZES.intermediate // WORLD_SIZE % group_size == 0
 
 
@@ -115,6 +121,23 @@ def _check_whole(rank: int, scheme: str, placement: str, **options: Any) -> floa
     return error
 
 
+def _check_resolved(rank: int, scheme: str, placement: str) -> float:
+    """Only what is loaded: vLLM's CPU experts cannot be some of them."""
+    set_parallel(experts=True, placement=placement)
+    processing = "process_weights_after_loading"
+    with patch.object(UnquantizedFusedMoEMethod, processing):
+        runner, formula = load(SIZES, scheme, DTYPE)
+    here = [formula.experts[number] for number in local_experts(rank, placement)]
+    expected = [
+        torch.cat([expert[name].weight for name in ("gate_proj", "up_proj")])
+        for expert in here
+    ]
+    layer = runner.routed_experts
+    down = torch.stack([expert["down_proj"].weight for expert in here])
+    assert relative_error(layer.w2_weight, down) < WEIGHT_ONLY_TOLERANCE
+    return relative_error(layer.w13_weight, torch.stack(expected))
+
+
 def _run(rank: int, port: int) -> None:
     # Spawned processes have not seen the fixtures.
     load_general_plugins()
@@ -122,11 +145,12 @@ def _run(rank: int, port: int) -> None:
     errors: dict[tuple[str, str], float] = {}
     grouped = {"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1}
     with tensor_parallel(rank, WORLD_SIZE, port):
-        for scheme in SERVED:
+        for scheme in (*SERVED, *FLOAT_SCHEMES):
             torch.manual_seed(0)
             if is_split(scheme):
                 errors[scheme, "split"] = _check_split(rank, scheme)
-            errors[scheme, "whole"] = _check_whole(rank, scheme, "linear")
+            check = _check_resolved if scheme in FLOAT_SCHEMES else _check_whole
+            errors[scheme, "whole"] = check(rank, scheme, "linear")
         for scheme in EP_LAUNCHES:
             placement = "round_robin"
             errors[scheme, placement] = _check_whole(rank, scheme, placement, **grouped)

@@ -26,7 +26,7 @@ from tests.layers.quantized_layers import (
     load_tensors,
     row_case,
 )
-from tools.make_checkpoint import SCHEMES, compress
+from tools.make_checkpoint import ALL_SCHEMES, compress
 
 BF16 = torch.bfloat16
 SCHEME = "w4a16-g32"
@@ -41,7 +41,7 @@ def new_tensors(scheme: str) -> Any:
     return modules
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ALL_SCHEMES)
 def test_output_is_that_of_the_new_weights(scheme: str) -> None:
     first, second = new_tensors(scheme), new_tensors(scheme)
     x = activations(5, CASE.k, BF16)
@@ -93,7 +93,7 @@ def test_head_tied_to_an_embedding() -> None:
         load_table(embedding, table)
         finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
         outputs.append(head.quant_method.apply(head, x))
-        expected = formula_linear(table, SCHEMES[SCHEME])(x)
+        expected = formula_linear(table, ALL_SCHEMES[SCHEME])(x)
         assert relative_error(outputs[-1], expected) < TOLERANCES[BF16]
     assert torch.equal(outputs[1], outputs[3])
     assert not torch.equal(outputs[0], outputs[1])

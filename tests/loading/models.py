@@ -289,3 +289,15 @@ def load_draft(path: Path) -> torch.nn.Module:
     load_with(vllm_config, vllm_config.model_config)
     assert vllm_config.speculative_config is not None
     return load_with(vllm_config, vllm_config.speculative_config.draft_model_config)
+
+
+def load_model(path: Path) -> None:
+    """Load a checkpoint as a worker does, without the worker."""
+    arguments = EngineArgs(str(path), enforce_eager=True, max_model_len=128)
+    vllm_config = arguments.create_engine_config()
+    model_config = vllm_config.model_config
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
+        model = initialize_model(vllm_config)
+        loader = get_model_loader(vllm_config.load_config)
+        loader.load_weights(model, model_config)
+        process_weights_after_loading(model, model_config, torch.device("cpu"))

@@ -10,19 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from vllm.config import set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.utils import (
-    initialize_model,
-    process_weights_after_loading,
-)
-from vllm.utils.torch_utils import set_default_torch_dtype
 
+from tests.loading.models import load_model
 from tools import tiny_moe
 from tools.malform import (
     EXPERT_KINDS,
     EXPERTS_RECIPE,
+    FLOAT_KINDS,
+    FLOAT_RECIPE,
     INT4_IN_INT8,
     KINDS,
     PACKED,
@@ -35,18 +30,6 @@ from tools.malform import (
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 pytestmark = pytest.mark.usefixtures("single_rank")
-
-
-def load_model(path: Path) -> None:
-    """As a worker does, without the worker."""
-    arguments = EngineArgs(str(path), enforce_eager=True, max_model_len=128)
-    vllm_config = arguments.create_engine_config()
-    model_config = vllm_config.model_config
-    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
-        model = initialize_model(vllm_config)
-        loader = get_model_loader(vllm_config.load_config)
-        loader.load_weights(model, model_config)
-        process_weights_after_loading(model, model_config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +72,25 @@ def test_experts_are_refused(valid_experts: Path, tmp_path: Path, name: str) -> 
         load_model(tmp_path / "broken")
 
 
+@pytest.fixture(scope="module")
+def valid_floats(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(FLOAT_RECIPE)
+
+
+def test_floats_themselves_are_loaded(valid_floats: Path) -> None:
+    load_model(valid_floats)
+
+
+@pytest.mark.parametrize("name", FLOAT_KINDS)
+def test_floats_are_refused(valid_floats: Path, tmp_path: Path, name: str) -> None:
+    kind = FLOAT_KINDS[name]
+    malform(valid_floats, kind, tmp_path / "broken")
+    with pytest.raises(UnsupportedCheckpointError, match=kind.names):
+        load_model(tmp_path / "broken")
+
+
 def test_the_corpus_is_large_enough() -> None:
-    assert len(KINDS) > 40 and len(EXPERT_KINDS) > 20
+    assert len(KINDS) > 40 and len(EXPERT_KINDS) > 20 and len(FLOAT_KINDS) > 50
 
 
 NAMES = [

@@ -33,7 +33,10 @@ from vllm_ascend_ct.errors import (
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
-from vllm_ascend_ct.quantization.compressed_tensors import linear_method
+from vllm_ascend_ct.quantization.compressed_tensors import (
+    compressed_tensors,
+    linear_method,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
     AscendCTConfig,
 )
@@ -153,23 +156,37 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "group_size=16; supported: per channel, or a multiple of 32",
     ),
     "w9a16": (ints(9, "channel"), None, "pack-quantized", "weights.num_bits=9"),
-    "w8a8-fp8": (
-        floats(8, "channel"),
-        floats(8, "token", dynamic=True),
+    "fp8-groups": (
+        floats(8, "group", group_size=128),
+        None,
         "float-quantized",
-        "weights.type=float, num_bits=8 (FP8): Ascend A2 has no FP8 arithmetic",
+        "weights.strategy=group; supported for floating-point inputs or none, and no "
+        "outputs: tensor, channel, block",
     ),
-    "w8a8-mxfp8": (
+    "fp8-asymmetric": (
+        floats(8, "channel", symmetric=False),
+        None,
+        "float-quantized",
+        "weights.symmetric=False",
+    ),
+    "fp8-int8-inputs": (
+        floats(8, "channel"),
+        TOKEN,
+        "float-quantized",
+        "input_activations=int8 strategy=token dynamic=True symmetric=True",
+    ),
+    "mxfp8-without-exponents": (
         floats(8, "group", group_size=32),
         None,
         "mxfp8-quantized",
-        "(MXFP8): Ascend A2 has no MXFP8",
+        "weights.scale_dtype=None",
     ),
-    "w4a16-nvfp4": (
-        floats(4, "tensor_group", group_size=16),
+    "nvfp4-groups": (
+        floats(4, "tensor_group", group_size=32),
         None,
         "nvfp4-pack-quantized",
-        "(NVFP4): Ascend A2 has no NVFP4",
+        "weights.group_size=32; supported for floating-point inputs or none, and no "
+        "outputs: 16",
     ),
     "w4a4": (
         W4,
@@ -177,11 +194,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "int-quantized",
         "input_activations=int4 strategy=token dynamic=True",
     ),
-    "w4-fp8-activations": (
+    "w4-static-fp8-activations": (
         W4,
-        floats(8, "token", dynamic=True),
+        floats(8, "tensor"),
         "pack-quantized",
-        "input_activations=float8 strategy=token",
+        "input_activations=float8 strategy=tensor",
     ),
     "w8a8-group-weights": (
         ints(8, "group", group_size=128),
@@ -215,9 +232,23 @@ def test_refused_by_name(name: str) -> None:
         assert part in text
 
 
-def test_float_weights_on_a_chip_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
-    with pytest.raises(UnsupportedCheckpointError, match="is not implemented yet"):
+def test_fp8_inputs_beside_integers_stay_in_16_bits(mocker: MockerFixture) -> None:
+    info_once = mocker.patch.object(compressed_tensors.logger, "info_once")
+    layer = linear(config(W4, floats(8, "token", dynamic=True)))
+    assert type(layer.scheme) is CompressedTensorsWNA16
+    text, *values = info_once.call_args.args
+    assert text % tuple(values) == (
+        "W4A8 of FP8 activations is served as W4A16, its activations unquantized."
+    )
+
+
+def test_resolving_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_RESOLVE", "0")
+    message = (
+        "FP8 weights would be resolved to 16 bits, and VLLM_ASCEND_CT_RESOLVE=0 .*"
+        "Unset VLLM_ASCEND_CT_RESOLVE, or quantize the model again"
+    )
+    with pytest.raises(UnsupportedCheckpointError, match=message):
         linear(config(floats(8, "channel"), None, "float-quantized"))
 
 
@@ -435,6 +466,12 @@ def test_every_config_is_served_or_refused(build: Any, enough: int) -> None:
     served = {name for name in outcomes if " with Ascend" in name}
     assert set(outcomes) == served | {"refused"}
     assert sum(outcomes[name] for name in served) > enough
+    floats = enumerate_configs.float_configs
+    outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build, floats)
+    assert outcomes.total() > 512
+    assert set(outcomes) == {enumerate_configs.RESOLVED, "refused"}
+    # FP8 in 3 layouts, 2 formats, 4 kinds of inputs; MXFP8; MXFP4 and NVFP4 with 2.
+    assert outcomes[enumerate_configs.RESOLVED] == 3 * 2 * 4 + 4 + 2 * 4 + 2 * 4
 
 
 def test_int8_layers_too_large_are_refused() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.logprobs import mean_difference
+from tools.make_checkpoint import FLOAT_SCHEMES
 from tools.soft_npu import suite
 
 OURS = "vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors"
@@ -83,6 +84,11 @@ def check_served(run: Run, result: Result) -> None:
     for rank in result["ranks"]:
         assert rank["platform"] == "NPUAscendCTPlatform"
         assert rank["devices"] == ["npu"]
+        if is_float(run["checkpoint"]):
+            # All of them, to vllm-ascend's unquantized methods.
+            assert rank["resolved"] and not rank["kernels"], rank
+            assert "AscendUnquantizedLinearMethod" in rank["methods"]
+            continue
         assert rank["kernels"], "nothing is quantized"
         assert all(kernel.startswith("Ascend") for kernel in rank["kernels"]), rank
         model, _, scheme = run["checkpoint"].partition("-")
@@ -97,6 +103,11 @@ def difference(name: str, logprobs: Sequence[float]) -> float:
     path = suite.checkpoint(name) / "reference.json"
     reference = json.loads(path.read_text())[: len(logprobs)]
     return mean_difference(list(logprobs), reference)
+
+
+def is_float(name: str) -> bool:
+    """Whether a checkpoint's weights are floating-point numbers."""
+    return suite.contents(name).partition("/")[2] in FLOAT_SCHEMES
 
 
 def is_moe(name: str) -> bool:

@@ -34,6 +34,25 @@ PROCESSES: dict[str, list[Run]] = {
         {"checkpoint": "mla-w4a16", **SMALL},
     ],
     "two ranks": [{"checkpoint": "dense-w4a16", **EAGER, "tensor_parallel_size": 2}],
+    "floats": [{"checkpoint": "dense/fp8-block", **EAGER}],
+    "float experts": [
+        {"checkpoint": "qwen3-moe/nvfp4", **SMALL, **EAGER},
+        {"checkpoint": "qwen3-moe/fp8-channel-dynamic", **SMALL},
+    ],
+    "float graphs": [{"checkpoint": "dense/fp8-tensor-static"}],
+    "float mla": [{"checkpoint": "deepseek-v2/mxfp8", **SMALL, **EAGER}],
+    "floats on two ranks": [
+        {"checkpoint": "dense/fp8-block", **EAGER, "tensor_parallel_size": 2}
+    ],
+    "whole float experts": [
+        {
+            "checkpoint": "qwen3-moe/mxfp4",
+            **SMALL,
+            **EAGER,
+            "tensor_parallel_size": 2,
+            "enable_expert_parallel": True,
+        }
+    ],
     "graphs": [{"checkpoint": "dense-w4a16"}],
     "int8 graphs": [{"checkpoint": "moe-w8a8", **SMALL}],
 }
@@ -46,7 +65,12 @@ GRAPHS = {
     ("int8 graphs", 0): ("moe", 1),
 }
 IS_DEFAULT = os.environ.get("SOFT_NPU_RELEASE") == Device.release
-IN_USUAL_RUN = ("dense", "moe", *(("mla", "two ranks") if IS_DEFAULT else ()))
+IN_USUAL_RUN = (
+    "dense",
+    "moe",
+    "float experts",
+    *(("mla", "two ranks") if IS_DEFAULT else ()),
+)
 Results = Callable[..., list[Result]]
 
 

@@ -24,10 +24,13 @@ def describe(model: Any) -> dict[str, Any]:
     """What the process that has the model computes it with."""
     from vllm.platforms import current_platform
 
-    methods, kernels = set(), set()
+    from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
+
+    methods, kernels, resolved = set(), set(), 0
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         scheme = getattr(module, "scheme", None)
+        resolved += isinstance(method, ResolvedMixin)
         for found in (scheme, method, getattr(method, "quant_method", None)):
             methods.add(type(found).__name__)
             kernels.add(type(getattr(found, "kernel", None)).__name__)
@@ -36,6 +39,7 @@ def describe(model: Any) -> dict[str, Any]:
         "devices": sorted({p.device.type for p in model.parameters()}),
         "methods": sorted(methods - {"NoneType"}),
         "kernels": sorted(kernels - {"NoneType"}),
+        "resolved": resolved,
     }
 
 

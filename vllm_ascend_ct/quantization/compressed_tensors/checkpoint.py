@@ -60,6 +60,8 @@ class Checkpoint:
         self._is_read = False
         self._is_second = False
         self._is_checked = False
+        # Whether a layer was resolved to 16 bits.
+        self.is_resolved = False
         self._layers: WeakKeyDictionary[torch.nn.Module, tuple[str, Any]] = (
             WeakKeyDictionary()
         )

@@ -6,6 +6,7 @@ import re
 from typing import Any, cast
 
 import torch
+from compressed_tensors.quantization import QuantizationType
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -24,6 +25,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
+    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import WeightsMapper
@@ -45,10 +47,13 @@ from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method im
     AscendCTDequantizedLinearMethod,
     needs_dense_weight,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedLinearMixin
+from vllm_ascend_ct.quantization.compressed_tensors.resolving import check_resolving
 from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
     AscendCTWNA8O8Int,
@@ -57,7 +62,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w
     AscendCTWNA16,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
-from vllm_ascend_ct.quantization.compressed_tensors.utils import is_packed
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, is_packed
 from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding import (
     AscendCTEmbeddingMethod,
     AscendCTHeadMethod,
@@ -174,6 +179,9 @@ class AscendCTConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         args = self.get_scheme_dict(layer, prefix)
         files = self.checkpoint.check_layer(layer, prefix, args)
+        if args is not None and is_float(args):
+            method_class = linear.unquantized_class() or UnquantizedLinearMethod
+            return self._resolved(method_class, args, prefix, files)
         try:
             method = super().get_quant_method(layer, prefix)
         except ValueError as error:
@@ -190,6 +198,17 @@ class AscendCTConfig(CompressedTensorsConfig):
             return AscendCTLinearMethod(self, args)
         return method
 
+    def _resolved(
+        self, method_class: Any, args: dict[str, Any], prefix: str, files: LayerFiles
+    ) -> QuantizeMethodBase:
+        """Make an unquantized method of a layer whose weights are resolved."""
+        if reason := refusal(args):
+            raise refused(reason, prefix)
+        check_resolving(args, prefix, self.checkpoint)
+        resolved = watched(method_class, ResolvedLinearMixin)()
+        method: QuantizeMethodBase = resolved.watch(self.checkpoint, prefix, files)
+        return cast(ResolvedLinearMixin, method).resolve(args)
+
     def _check_latent_query(
         self, layer: torch.nn.Module, prefix: str, args: dict[str, Any]
     ) -> None:
@@ -204,9 +223,13 @@ class AscendCTConfig(CompressedTensorsConfig):
         """Choose the method of an embedding or of an output head."""
         is_head = isinstance(layer, ParallelLMHead)
         args = self.get_scheme_dict(layer, prefix)
-        self.checkpoint.check_layer(layer, prefix, args)
+        files = self.checkpoint.check_layer(layer, prefix, args)
+        unquantized = AscendCTUnquantizedHeadMethod if is_head else None
         if args is None:
-            return AscendCTUnquantizedHeadMethod() if is_head else None
+            return unquantized and unquantized()
+        if is_float(args):
+            method_class = unquantized or UnquantizedEmbeddingMethod
+            return self._resolved(method_class, args, prefix, files)
         scheme = layer.scheme = self.get_scheme(layer, prefix)
         if is_head:
             return AscendCTHeadMethod(self, args)
@@ -287,7 +310,26 @@ class AscendCTConfig(CompressedTensorsConfig):
         ):
             # A class target means the checkpoint's class, and there it is a Linear.
             found = find(Linear(), layer_name)
-        return found
+        return found and _without_float_inputs(found)
+
+
+def _without_float_inputs(scheme: dict[str, Any]) -> dict[str, Any]:
+    """Leave inputs in 16 bits that would be FP8 beside integer weights.
+
+    No operator takes both, and the weights are what the file has.
+    """
+    inputs = scheme["input_activations"]
+    if inputs is None or is_float(scheme) or not is_packed(scheme):
+        return scheme
+    if inputs.type != QuantizationType.FLOAT or not inputs.dynamic:
+        return scheme
+    bits = scheme["weights"].num_bits
+    logger.info_once(
+        "W%dA8 of FP8 activations is served as W%dA16, its activations unquantized.",
+        bits,
+        bits,
+    )
+    return {**scheme, "input_activations": None}
 
 
 def _has_zero_points_beside_int8(args: dict[str, Any]) -> bool:

@@ -50,6 +50,7 @@ class LoadRecord:
         before: Called before a tensor is loaded.
         files: What the file has of the layer.
         loader: The recording one.
+        optional: Parameters that need not be loaded.
         seen: Shards by parameter.
 
     """
@@ -60,6 +61,7 @@ class LoadRecord:
     before: Callable[[], None] = lambda: None
     files: LayerFiles = field(default_factory=LayerFiles)
     loader: Callable[..., Any] | None = None
+    optional: tuple[str, ...] = OPTIONAL
     seen: dict[str, set[_Shard]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class LoadRecord:
         ) -> Any:
             self.before()
             shard = next(iter((*args, *kwargs.values())), None)
-            name = self._name(param)
+            name = parameter_name(self.layer, param)
             if fault := self.shape.fault(name, loaded_weight, self._rows(shard)):
                 raise self._refused(name, shard, *fault)
             try:
@@ -103,7 +105,8 @@ class LoadRecord:
             return
         shards = set(range(len(getattr(self.layer, "output_sizes", ()))))
         for name, param in self.layer.named_parameters(recurse=False):
-            if name in OPTIONAL or getattr(param, "weight_loader", 0) != self.loader:
+            is_other = getattr(param, "weight_loader", 0) != self.loader
+            if name in self.optional or is_other:
                 continue
             given = seen.get(name, set())
             missing = shards - {index for shard in given for index in _indices(shard)}
@@ -111,12 +114,6 @@ class LoadRecord:
                 raise self._missing(name, missing if given else set())
         if not seen:
             raise self._missing("weight_scale", set())
-
-    def _name(self, param: torch.Tensor) -> str:
-        for name, value in self.layer.named_parameters(recurse=False):
-            if value is param:
-                return str(name)
-        return "parameter"
 
     def _rows(self, shard: _Shard) -> int | None:
         """Output features that the checkpoint has for a shard, None if not known."""
@@ -149,6 +146,14 @@ class LoadRecord:
             f"layer {self.prefix}, tensor {name}",
             remedy,
         )
+
+
+def parameter_name(layer: torch.nn.Module, param: torch.Tensor) -> str:
+    """Name of a layer's own parameter."""
+    for name, value in layer.named_parameters(recurse=False):
+        if value is param:
+            return str(name)
+    return "parameter"
 
 
 def missing_tensor(

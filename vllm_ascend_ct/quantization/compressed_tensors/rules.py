@@ -13,12 +13,12 @@ import torch
 from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
-from vllm_ascend_ct.ops.limits import current_limits
-from vllm_ascend_ct.ops.soc import current_soc
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, text
 
 _PACK = CompressionFormat.pack_quantized.value
 _INT = CompressionFormat.int_quantized.value
 _NAIVE = CompressionFormat.naive_quantized.value
+_FLOAT = CompressionFormat.float_quantized.value
 _SCALE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -29,6 +29,7 @@ class Activations(Enum):
     TOKEN = "int8 inputs, dynamic per token"
     TENSOR = "int8 inputs, static per tensor"
     TENSOR_IN_OUT = "int8 inputs and outputs, static per tensor, symmetric"
+    FLOAT = "floating-point inputs or none, and no outputs"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class SchemeRule:
         name: As in the documentation.
         asymmetric_weights: Whether weights may have zero points.
         asymmetric_inputs: Whether inputs may.
+        group_size: The only one; None is any.
+        scale_dtypes: That weights may name.
 
     """
 
@@ -49,6 +52,8 @@ class SchemeRule:
     strategies: tuple[str, ...]
     asymmetric_weights: bool = False
     asymmetric_inputs: bool = False
+    group_size: int | None = None
+    scale_dtypes: tuple[torch.dtype | None, ...] = _SCALE_DTYPES
 
     def mismatches(self, scheme: dict[str, Any]) -> list[str]:
         """What of a scheme is outside this row, as `field=value; supported: ...`."""
@@ -56,15 +61,19 @@ class SchemeRule:
         fields = [
             ("format", scheme.get("format"), self.formats),
             ("weights.num_bits", weights.num_bits, self.bits),
-            ("weights.strategy", _text(weights.strategy), self.strategies),
+            ("weights.strategy", text(weights.strategy), self.strategies),
             (
                 "weights.symmetric",
                 weights.symmetric,
                 (True, not self.asymmetric_weights),
             ),
             ("weights.dynamic", weights.dynamic, (False,)),
-            ("weights.scale_dtype", weights.scale_dtype, _SCALE_DTYPES),
+            ("weights.scale_dtype", weights.scale_dtype, self.scale_dtypes),
         ]
+        if self.group_size is not None:
+            fields.append(
+                ("weights.group_size", weights.group_size, (self.group_size,))
+            )
         if inputs is not None:
             symmetric = (True, not self.asymmetric_inputs)
             fields.append(("input_activations.symmetric", inputs.symmetric, symmetric))
@@ -144,6 +153,41 @@ EXPERT_RULES = (
     ),
 )
 
+# Floating-point weights, of linear layers and of experts. They are resolved to 16 bits,
+# and activations stay in 16 bits.
+FLOAT_RULES = (
+    SchemeRule(
+        "FP8", Activations.FLOAT, (_FLOAT, _NAIVE), (8,), ("tensor", "channel", "block")
+    ),
+    SchemeRule(
+        "MXFP8",
+        Activations.FLOAT,
+        (CompressionFormat.mxfp8_quantized.value,),
+        (8,),
+        ("group",),
+        group_size=32,
+        scale_dtypes=(torch.uint8,),
+    ),
+    SchemeRule(
+        "MXFP4",
+        Activations.FLOAT,
+        (CompressionFormat.mxfp4_pack_quantized.value,),
+        (4,),
+        ("group",),
+        group_size=32,
+        scale_dtypes=(None, torch.uint8),
+    ),
+    SchemeRule(
+        "NVFP4",
+        Activations.FLOAT,
+        (CompressionFormat.nvfp4_pack_quantized.value,),
+        (4,),
+        ("tensor_group",),
+        group_size=16,
+        scale_dtypes=(None, torch.float8_e4m3fn),
+    ),
+)
+
 
 def refusal(
     scheme: dict[str, Any], rules: tuple[SchemeRule, ...] = SCHEME_RULES
@@ -153,16 +197,16 @@ def refusal(
     Args:
         scheme: `weights`, `input_activations`, `output_activations` and `format` of a
             config group, as upstream's `get_scheme_dict` gives them.
-        rules: What is served.
+        rules: What is served of integer weights.
 
     """
-    weights, inputs = scheme["weights"], scheme.get("input_activations")
-    outputs = scheme.get("output_activations")
-    if weights.type != QuantizationType.INT:
-        return _float_refusal(weights)
-    activations = _activations(inputs, outputs)
+    inputs, outputs = scheme.get("input_activations"), scheme.get("output_activations")
+    if is_float(scheme):
+        rules, activations = FLOAT_RULES, _float_activations(inputs, outputs)
+    else:
+        activations = _activations(inputs, outputs)
     if activations is None:
-        kinds = "; ".join(kind.value for kind in Activations)
+        kinds = "; ".join(dict.fromkeys(rule.activations.value for rule in rules))
         return (
             f"input_activations={_describe(inputs)}, "
             f"output_activations={_describe(outputs)}; supported: {kinds}"
@@ -196,7 +240,7 @@ def _is_int8(args: QuantizationArgs | None, strategy: str, dynamic: bool) -> boo
     return args is not None and (
         args.type == QuantizationType.INT
         and args.num_bits == 8
-        and _text(args.strategy) == strategy
+        and text(args.strategy) == strategy
         and args.dynamic is dynamic
     )
 
@@ -205,28 +249,22 @@ def _is_static_tensor(args: QuantizationArgs | None) -> bool:
     return _is_int8(args, "tensor", False)
 
 
-def _float_refusal(weights: QuantizationArgs) -> str:
-    """Refuse floating-point weights, by their field's name."""
-    name = f"FP{weights.num_bits}"
-    if _text(weights.strategy) == "tensor_group":
-        name = f"NVFP{weights.num_bits}"
-    elif _text(weights.strategy) == "group" and weights.group_size == 32:
-        name = f"MXFP{weights.num_bits}"
-    what = f"weights.type={_text(weights.type)}, num_bits={weights.num_bits} ({name})"
-    if name in current_limits().float_weights:
-        return f"{what} is not implemented yet"
-    return f"{what}: Ascend {current_soc().value} has no {name} arithmetic"
+def _float_activations(
+    inputs: QuantizationArgs | None, outputs: QuantizationArgs | None
+) -> Activations | None:
+    is_known = inputs is None or inputs.type == QuantizationType.FLOAT
+    return Activations.FLOAT if is_known and outputs is None else None
+
+
+def float_name(scheme: dict[str, Any]) -> str:
+    """Name of a floating-point scheme that is not refused."""
+    return next(rule.name for rule in FLOAT_RULES if not rule.mismatches(scheme))
 
 
 def _describe(args: QuantizationArgs | None) -> str:
     if args is None:
         return "none"
     return (
-        f"{_text(args.type)}{args.num_bits} strategy={_text(args.strategy)} "
+        f"{text(args.type)}{args.num_bits} strategy={text(args.strategy)} "
         f"dynamic={args.dynamic} symmetric={args.symmetric}"
     )
-
-
-def _text(value: Any) -> Any:
-    """The text of an enum's member, which pydantic has turned into it or not."""
-    return value.value if isinstance(value, Enum) else value

@@ -4,11 +4,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from vllm_ascend_ct.errors import Remedy
+from vllm_ascend_ct.quantization.compressed_tensors.utils import text
+from vllm_ascend_ct.weights.float_quantized import E8M0_DTYPES, decoded_scale
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # The field of the config that says whether there is a tensor of each kind. None for
@@ -19,7 +21,9 @@ FIELDS = {
     "weight_shape": "format",
     "weight_scale": "weights",
     "weight_zero_point": "weights.symmetric",
+    "weight_global_scale": "weights.strategy",
     "weight_g_idx": None,
+    "input_global_scale": "input_activations",
     "input_scale": "input_activations",
     "input_zero_point": "input_activations.symmetric",
     "output_scale": "output_activations",
@@ -121,14 +125,90 @@ class QuantizedShape:
             return None
         if tensor.is_meta or tensor.numel() == 0:
             return None
-        low, high = (float(value) for value in tensor.aminmax())
-        if name == "input_zero_point" and not (low >= -128 and high <= 127):
-            return f"is {low:.0f}; expected -128 to 127"
         if name.endswith("_scale"):
-            zero = self.zero_is_none and name != "weight_scale"
-            if not ((low > 0 or (zero and low == 0)) and high < math.inf):
-                return f"has values from {low} to {high}; expected finite and above 0"
+            return _scale_fault(tensor, self.zero_is_none and name != "weight_scale")
+        low, high = (float(value) for value in tensor.aminmax())
+        if not (low >= -128 and high <= 127):
+            return f"is {low:.0f}; expected -128 to 127"
         return None
+
+
+@dataclass(frozen=True)
+class FloatShape(QuantizedShape):
+    """What the checkpoint's tensors of a floating-point layer have to look like.
+
+    Attributes:
+        block: Rows and columns of the weight that share a scale; None if all do.
+        scale_dtypes: Of the scales of blocks.
+
+    """
+
+    block: tuple[int, int] | None = None
+    scale_dtypes: tuple[torch.dtype, ...] = _FLOATS
+
+    @classmethod
+    def of(cls, scheme: dict[str, Any], k: int) -> Self:
+        """The tensors of a layer.
+
+        Args:
+            scheme: As upstream's `get_scheme_dict` gives it.
+            k: Input features, of all ranks.
+
+        """
+        weights = scheme["weights"]
+        strategy = text(weights.strategy)
+        block: tuple[int, int] | None = None
+        scale_dtypes: tuple[torch.dtype, ...] = _FLOATS
+        if strategy == "channel":
+            block = 1, k
+        elif strategy == "block":
+            block = tuple(weights.block_structure)
+        elif strategy != "tensor":
+            block = 1, weights.group_size
+            has_exponents = strategy == "group"
+            scale_dtypes = E8M0_DTYPES if has_exponents else (torch.float8_e4m3fn,)
+        return cls(k, weights.num_bits, 0, block=block, scale_dtypes=scale_dtypes)
+
+    def _expected(
+        self, name: str, rows: int | None
+    ) -> tuple[tuple[torch.dtype, ...], tuple[int | None, ...]] | None:
+        if name == "weight_packed":
+            return (torch.uint8,), (rows, self.k // 2)
+        if name == "weight":
+            return (torch.float8_e4m3fn,), (rows, self.k)
+        if name == "weight_scale" and self.block is not None:
+            high, wide = self.block
+            blocks = rows and math.ceil(rows / high)
+            return self.scale_dtypes, (blocks, math.ceil(self.k / wide))
+        return super()._expected(name, rows)
+
+    def _value_fault(self, name: str, tensor: torch.Tensor) -> str | None:
+        if name.endswith("_scale") and not tensor.is_meta:
+            # A group of zeros may have a scale that FP8 rounds to zero.
+            zero = tensor.dtype == torch.float8_e4m3fn
+            return _scale_fault(decoded_scale(tensor), zero)
+        return None
+
+
+def float_kinds(scheme: dict[str, Any]) -> tuple[str, ...]:
+    """The kinds of tensors that a floating-point weight is made of."""
+    weights = scheme["weights"]
+    packed = weights.num_bits < 8
+    has_global = text(weights.strategy) == "tensor_group"
+    kinds = ["weight_packed" if packed else "weight", "weight_scale"]
+    return (*kinds, "weight_global_scale") if has_global else tuple(kinds)
+
+
+def input_kinds(scheme: dict[str, Any]) -> tuple[str, ...]:
+    """The kinds of tensors that say how a layer's inputs are quantized."""
+    inputs = scheme.get("input_activations")
+    if inputs is None:
+        return ()
+    if text(inputs.strategy) == "tensor_group":
+        return ("input_global_scale",)
+    if inputs.dynamic:
+        return ()
+    return ("input_scale",) if inputs.symmetric else ("input_scale", "input_zero_point")
 
 
 def remedy_for(field: str | None) -> str:
@@ -136,6 +216,16 @@ def remedy_for(field: str | None) -> str:
     if field is None:
         return Remedy.EXPORT_AGAIN
     return Remedy.CORRECT_FIELD.format(field=field)
+
+
+def _scale_fault(scale: torch.Tensor, zero: bool) -> str | None:
+    """Why scales cannot be right, or None; `zero` says whether 0 can."""
+    if scale.numel() == 0:
+        return None
+    low, high = (float(value) for value in scale.aminmax())
+    if (low > 0 or (zero and low == 0)) and high < math.inf:
+        return None
+    return f"has values from {low} to {high}; expected finite and above 0"
 
 
 def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:

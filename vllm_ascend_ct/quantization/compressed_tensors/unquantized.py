@@ -94,15 +94,16 @@ class WatchedMixin(_Base):
 
 
 @functools.cache
-def watched(method_class: Any) -> Any:
+def watched(method_class: Any, mixin: type[WatchedMixin] = WatchedMixin) -> Any:
     """Make the class of an unquantized method that notices what the file has otherwise.
 
     Args:
         method_class: Its name is what tells vLLM's layers which loader to use.
+        mixin: What comes before it.
 
     """
     module = {"__module__": method_class.__module__}
-    return type(method_class.__name__, (WatchedMixin, method_class), module)
+    return type(method_class.__name__, (mixin, method_class), module)
 
 
 def _weights(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:

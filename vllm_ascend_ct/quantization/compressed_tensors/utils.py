@@ -2,10 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """What a config says of one layer, and of its parts."""
 
+from enum import Enum
 from typing import Any
 
 from compressed_tensors import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
 # How the integers were found, and in which order, does not change what they mean.
 _NOT_ESSENTIAL = {"observer", "observer_kwargs", "actorder"}
@@ -15,6 +16,17 @@ def is_packed(scheme: dict[str, Any]) -> bool:
     """Whether several weights share a word in the file."""
     packed: bool = scheme["format"] == CompressionFormat.pack_quantized.value
     return packed
+
+
+def is_float(scheme: dict[str, Any]) -> bool:
+    """Whether weights are floating-point numbers."""
+    float_weights: bool = scheme["weights"].type != QuantizationType.INT
+    return float_weights
+
+
+def text(value: Any) -> Any:
+    """The text of an enum's member, which pydantic has turned into it or not."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def difference(

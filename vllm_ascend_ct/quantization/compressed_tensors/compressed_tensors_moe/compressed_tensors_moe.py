@@ -39,9 +39,16 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compr
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.resolved import (
+    ResolvedExpertsMixin,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.resolving import check_resolving
 from vllm_ascend_ct.quantization.compressed_tensors.rules import EXPERT_RULES, refusal
-from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
-from vllm_ascend_ct.quantization.compressed_tensors.utils import is_packed
+from vllm_ascend_ct.quantization.compressed_tensors.unquantized import (
+    WatchedMixin,
+    watched,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, is_packed
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -75,15 +82,21 @@ def get_moe_method(
     checkpoint: Checkpoint = quant_config.checkpoint
     files = checkpoint.check_experts(layer, layer_name, schemes)
     scheme = schemes[shards[-1]]
-    if scheme is not None:
+    if scheme is not None and not is_float(scheme):
         return _quantized_method(scheme, layer, layer_name, tid2eid, checkpoint, files)
     method_class, options = fused_moe.unquantized_class(tid2eid) or (
         UnquantizedFusedMoEMethod,
         {},
     )
-    unquantized = watched(method_class)(layer.moe_config, **options)
+    mixin = WatchedMixin
+    if scheme is not None:
+        if reason := refusal(scheme, EXPERT_RULES):
+            raise refused(f"Experts with {reason}", layer_name)
+        check_resolving(scheme, layer_name, checkpoint)
+        mixin = ResolvedExpertsMixin
+    unquantized = watched(method_class, mixin)(layer.moe_config, **options)
     method: FusedMoEMethodBase = unquantized.watch(checkpoint, layer_name, files)
-    return method
+    return method if scheme is None else unquantized.resolve(scheme)
 
 
 def _quantized_method(

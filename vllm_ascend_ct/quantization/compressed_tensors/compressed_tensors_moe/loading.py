@@ -7,7 +7,7 @@ notice an expert that is missing.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from vllm_ascend_ct.errors import (
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.load_formats import marked_scale
-from vllm_ascend_ct.quantization.compressed_tensors.loading import missing_tensor
+from vllm_ascend_ct.quantization.compressed_tensors.loading import (
+    missing_tensor,
+    parameter_name,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     OPTIONAL,
     Fault,
@@ -40,21 +43,25 @@ def expert_rows(moe: FusedMoEConfig) -> dict[str, int]:
     return {"w13": intermediate, "w2": moe.hidden_dim}
 
 
+def expert_columns(moe: FusedMoEConfig) -> dict[str, int]:
+    """Input features of an expert on disk, by prefix of a parameter."""
+    rows = expert_rows(moe)
+    # What one product puts out the other takes in.
+    return {"w13": rows["w2"], "w2": rows["w13"]}
+
+
 def expert_shapes(
     weights: QuantizationArgs, moe: FusedMoEConfig
 ) -> dict[str, QuantizedShape]:
     """What the tensors of one expert look like on disk, by prefix of a parameter."""
     group_size = weights.group_size or 0
-    rows = expert_rows(moe)
-    # What one product puts out the other takes in.
-    sizes = {"w13": rows["w2"], "w2": rows["w13"]}
     return {
         name: QuantizedShape(
             k=k,
             bits=weights.num_bits,
             groups=k // group_size if group_size > 0 else 1,
         )
-        for name, k in sizes.items()
+        for name, k in expert_columns(moe).items()
     }
 
 
@@ -64,7 +71,7 @@ class ExpertsLoadRecord:
     def __init__(
         self,
         layer: Any,
-        shapes: dict[str, QuantizedShape],
+        shapes: Mapping[str, QuantizedShape],
         before: Callable[[], None],
         files: LayerFiles,
         transform: Transform | None = None,
@@ -81,11 +88,12 @@ class ExpertsLoadRecord:
         """
         self.layer = layer
         self.files = files
+        self.loader: Callable[..., Any] | None = None
         self._shapes = shapes
         self._before = before
         self._transform = transform
+        self.optional = OPTIONAL
         self._seen: dict[str, set[tuple[int, str]]] = {}
-        self._loader: Callable[..., Any] | None = None
         # While the layer is built; there may be no config when it is processed.
         self.is_dummy = load_format() == "dummy"
 
@@ -102,7 +110,7 @@ class ExpertsLoadRecord:
             return_success: bool = False,
         ) -> Any:
             self._before()
-            name = self._name(param)
+            name = parameter_name(self.layer, param)
             kind = name.partition("_")[2]
             if shard_id not in (*_SHARDS["w13"], *_SHARDS["w2"]):
                 raise self._other_loader(f"{expert_id}, {weight_name}", shard_id)
@@ -128,7 +136,7 @@ class ExpertsLoadRecord:
                 fault = Fault(reason, Remedy.EXPORT_AGAIN)
                 raise self._refused(kind, shard_id, expert_id, fault) from error
 
-        self._loader = load
+        self.loader = load
         return load
 
     def check_complete(self) -> None:
@@ -145,7 +153,8 @@ class ExpertsLoadRecord:
         experts = range(self.layer.local_num_experts)
         for name, param in self.layer.named_parameters(recurse=False):
             prefix, _, kind = name.partition("_")
-            if kind in OPTIONAL or getattr(param, "weight_loader", 0) != self._loader:
+            is_other = getattr(param, "weight_loader", 0) != self.loader
+            if kind in self.optional or is_other:
                 continue
             given = seen.get(name, set())
             for shard in _SHARDS[prefix]:
@@ -154,12 +163,6 @@ class ExpertsLoadRecord:
                     raise self._missing(kind, shard, missing[0])
         if not seen:
             raise self._missing("weight_scale", "w1", 0)
-
-    def _name(self, param: torch.Tensor) -> str:
-        for name, value in self.layer.named_parameters(recurse=False):
-            if value is param:
-                return str(name)
-        return "parameter"
 
     def _fault(self, kind: str, shard: str, tensor: torch.Tensor) -> Fault | None:
         prefix = "w2" if shard == "w2" else "w13"

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Floating-point schemes through upstream's layers and loaders, against float64."""
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import (
+    WEIGHT_LOADER_V2_SUPPORTED,
+    UnquantizedLinearMethod,
+)
+
+from tests.formula import relative_error
+from tests.layers.quantized_experts import ROUNDINGS, Sizes, routing, run
+from tests.layers.quantized_experts import load as load_experts
+from tests.layers.quantized_layers import (
+    activations,
+    gate_up_case,
+    load,
+    load_embedding,
+    load_head,
+    qkv_case,
+    replicated_case,
+    row_case,
+    tolerance,
+)
+from tools.make_checkpoint import FLOAT_SCHEMES
+from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
+
+CASES = {
+    "replicated": replicated_case(512, 96),
+    "qkv": qkv_case(256, heads=4, kv_heads=2),
+    "gate-up": gate_up_case(384, 320),
+    "row": row_case(640, 192),
+}
+SIZES = Sizes(5, hidden=320, intermediate=192, top_k=3)
+ROWS = 20
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_output_is_the_formula(
+    scheme: str, case: str, dtype: torch.dtype, bias: bool
+) -> None:
+    layer, formulas = load(CASES[case], scheme, dtype, bias)
+    method = layer.quant_method
+    # Unquantized to whoever asks, and served by vLLM as such.
+    assert isinstance(method, ResolvedMixin)
+    assert isinstance(method, UnquantizedLinearMethod)
+    assert type(method).__name__ in WEIGHT_LOADER_V2_SUPPORTED
+    assert dict(layer.named_parameters()).keys() <= {"weight", "bias"}
+    x = activations(ROWS, CASES[case].k, dtype)
+    expected = torch.cat([formula(x) for formula in formulas], dim=-1)
+    assert relative_error(layer(x)[0], expected) < tolerance(scheme, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_experts_are_the_formula(scheme: str, dtype: torch.dtype) -> None:
+    runner, formula = load_experts(SIZES, scheme, dtype, weight_only=True)
+    layer = runner.routed_experts
+    method = layer.quant_method
+    assert isinstance(method, ResolvedMixin)
+    assert isinstance(method, UnquantizedFusedMoEMethod)
+    assert dict(layer.named_parameters()).keys() <= {"w13_weight", "w2_weight"}
+    x = activations(ROWS, SIZES.hidden, dtype)
+    routed = routing(SIZES, ROWS)
+    error = relative_error(run(runner, x, routed), formula(x, *routed))
+    assert error < ROUNDINGS[dtype]
+
+
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_vocabulary_is_the_formula(scheme: str) -> None:
+    """Of no multiple of 64, to which vLLM pads."""
+    layer, formula = load_embedding(1008, 256, scheme, torch.bfloat16)
+    ids = torch.tensor([[0, 1, 5], [1007, 5, 77]])
+    rounded = formula.weight[ids].float().bfloat16()
+    torch.testing.assert_close(layer(ids), rounded, rtol=2**-8, atol=0)
+    head, formula = load_head(1008, 256, scheme, torch.bfloat16)
+    x = activations(ROWS, 256, torch.bfloat16)
+    y = head.quant_method.apply(head, x)[:, :1008]
+    assert relative_error(y, formula(x)) < tolerance(scheme, torch.bfloat16)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""What resolved weights take is known before they are loaded."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_mock import MockerFixture
+from vllm.config import VllmConfig
+
+from tests.loading.models import load_model
+from tools.malform import FLOAT_RECIPE
+from vllm_ascend_ct import compat
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.quantization.compressed_tensors import resolving
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+@pytest.fixture(scope="module")
+def floats(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(FLOAT_RECIPE)
+
+
+def quantized_sizes(path: Path) -> tuple[int, int]:
+    """Bytes of the weights in the file, and how many they are."""
+    data = (path / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    stored = values = 0
+    del header["__metadata__"]
+    for name, tensor in header.items():
+        layer, _, kind = name.rpartition(".")
+        in_byte = {"weight": 1, "weight_packed": 2}.get(kind, 0)
+        if in_byte and f"{layer}.weight_scale" in header:
+            stored += math.prod(tensor["shape"])
+            values += math.prod(tensor["shape"]) * in_byte
+    return stored, values
+
+
+def test_memory_is_said_once(floats: Path, mocker: MockerFixture) -> None:
+    warning = mocker.patch.object(resolving.logger, "warning_once")
+    load_model(floats)
+    (call,) = warning.call_args_list
+    text, *values = call.args
+    stored, count = quantized_sizes(floats)
+    assert stored > 1 << 20
+    sizes = f"{2 * count / 2**30:.2f} GiB, and {stored / 2**30:.2f} GiB in the files"
+    assert sizes in text % tuple(values)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(
+    floats: Path, mocker: MockerFixture
+) -> None:
+    _, count = quantized_sizes(floats)
+    mocker.patch.object(compat, "free_memory", return_value=2 * count - 1)
+    loading = mocker.patch("tests.loading.models.get_model_loader")
+    message = "Resolved to 16 bits, the weights take .* GiB a rank.*Serve it on more"
+    with pytest.raises(UnsupportedCheckpointError, match=message):
+        load_model(floats)
+    assert not loading.called
+
+
+@pytest.mark.parametrize(
+    ("options", "offloads"),
+    [
+        ({}, False),
+        ({"uva": {"cpu_offload_gb": 1}}, True),
+        ({"prefetch": {"offload_group_size": 2, "offload_num_in_group": 1}}, True),
+    ],
+)
+def test_weights_may_be_offloaded(options: dict[str, Any], offloads: bool) -> None:
+    assert compat.offloads_weights(VllmConfig(offload_config=options)) is offloads

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Floating-point weights that the chip does not multiply, resolved to 16 bits.
+
+A layer is an unquantized one whose loader takes the checkpoint's tensors, and gives the
+layer's own loader the weight that they are made of as soon as it has all of them. So
+nothing is held twice but the tensor being loaded, and vLLM splits 16-bit weights over
+ranks: a block of scales may be split as well.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Self
+
+import torch
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_ascend_ct.errors import Remedy, broken_checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors import load_formats
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
+    ExpertsLoadRecord,
+    expert_columns,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+from vllm_ascend_ct.quantization.compressed_tensors.loading import (
+    LoadRecord,
+    parameter_name,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
+    OPTIONAL,
+    FloatShape,
+    float_kinds,
+    input_kinds,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.unquantized import WatchedMixin
+from vllm_ascend_ct.weights.float_quantized import dequantize
+
+_WEIGHT = "weight"
+
+
+class ResolvedMixin(WatchedMixin):
+    """First base of an unquantized method of vLLM's or vllm-ascend's."""
+
+    scheme: dict[str, Any]
+    record: LoadRecord | ExpertsLoadRecord
+    # What the names of a layer's parameters begin with.
+    prefixes: tuple[str, ...] = ("",)
+
+    def resolve(self, scheme: dict[str, Any]) -> Self:
+        """Say what the checkpoint's tensors are.
+
+        Args:
+            scheme: As upstream's `get_scheme_dict` gives it.
+
+        """
+        self.scheme = scheme
+        self._kinds = float_kinds(scheme)
+        self._pieces: dict[Hashable, dict[str, torch.Tensor]] = {}
+        self._saving: Any = None
+        return self
+
+    def _shape(self, k: int) -> FloatShape:
+        return FloatShape.of(self.scheme, k)
+
+    def _places(self) -> Iterator[tuple[str, str]]:
+        for prefix in self.prefixes:
+            for kind in (*self._kinds, *input_kinds(self.scheme)):
+                if kind != _WEIGHT:
+                    yield prefix, kind
+
+    def _add_places(self, layer: Any) -> None:
+        """Register what vLLM's loaders look up by the names of the file's tensors."""
+        for prefix, kind in self._places():
+            empty = torch.empty(0, dtype=torch.uint8)
+            place = torch.nn.Parameter(empty, requires_grad=False)
+            attributes = {
+                "weight_loader": self.record.loader,
+                # By which a reload counts: whichever tensor comes last, the weight is
+                # copied then, and the layer is complete when all of the model is.
+                "weight_loader_numel": getattr(layer, prefix + _WEIGHT).numel(),
+            }
+            set_weight_attrs(place, attributes)
+            layer.register_parameter(prefix + kind, place)
+        if _WEIGHT not in self._kinds:
+            self.record.optional = (*OPTIONAL, _WEIGHT)
+
+    def _checking(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
+        return self.record.record(self._resolving(self.record.layer, weight_loader))
+
+    def _resolving(
+        self, layer: Any, weight_loader: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Wrap a layer's loader so that it gets weights of 16 bits."""
+
+        @functools.wraps(weight_loader)
+        def load(
+            param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            name = parameter_name(layer, param)
+            kind = self._kind(name)
+            if kind in input_kinds(self.scheme):
+                return True
+            if kind not in self._kinds or not self._is_local(layer, args):
+                return weight_loader(param, loaded_weight, *args, **kwargs)
+            weight_name = name.removesuffix(kind) + _WEIGHT
+            shard, args = self._of_shard(weight_name, args, kwargs)
+            pieces = self._pieces.setdefault((weight_name, shard), {})
+            pieces[kind] = loaded_weight
+            if len(pieces) < len(self._kinds):
+                # Some iterators over files use their buffers again.
+                pieces[kind] = loaded_weight.clone()
+                return True
+            del self._pieces[weight_name, shard]
+            weight = getattr(layer, weight_name)
+            dense = self._dequantized(pieces, weight)
+            return weight_loader(weight, dense, *args, **kwargs)
+
+        return load
+
+    def _kind(self, name: str) -> str:
+        return name
+
+    def _is_local(self, layer: Any, args: tuple[Any, ...]) -> bool:
+        """Whether this rank has what is loaded."""
+        return True
+
+    def _of_shard(
+        self, weight_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Hashable, tuple[Any, ...]]:
+        """What identifies a shard, and a loader's arguments for its weight."""
+        return next(iter((*args, *kwargs.values())), None), args
+
+    def _dequantized(
+        self, pieces: dict[str, torch.Tensor], weight: torch.Tensor
+    ) -> torch.Tensor:
+        stored, scale = (pieces[kind] for kind in self._kinds[:2])
+        n = len(stored)
+        k = stored.shape[1] * (8 // self.scheme["weights"].num_bits)
+        if weight.is_meta:
+            # vLLM counts what a reload will copy.
+            return weight.new_empty((n, k))
+        dense = dequantize(
+            stored,
+            scale,
+            self._shape(k).block or (n, k),
+            pieces.get("weight_global_scale"),
+            weight.dtype,
+            weight.device,
+        )
+        if not bool(dense.isfinite().all()):
+            raise broken_checkpoint(
+                f"Values of a weight are not finite in {weight.dtype}",
+                f"layer {self.layer_name}, tensor {self._kinds[0]}",
+                Remedy.OTHER_DTYPE,
+            )
+        return dense
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if not self.record.is_dummy:
+            self.record.check_complete()
+        self.record.files = LayerFiles()
+        for prefix, kind in self._places():
+            layer._parameters.pop(prefix + kind, None)
+        if self._saving is None:
+            hook = load_formats.check_saving
+            self._saving = layer.register_state_dict_pre_hook(hook)
+        super().process_weights_after_loading(layer)
+
+
+class ResolvedLinearMixin(ResolvedMixin):
+    """For a linear layer, an embedding or an output head."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        load_formats.check_load_format(self.layer_name)
+        shape = self._shape(input_size)
+        self.record = self.checkpoint.record(layer, self.layer_name, shape)
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **attributes,
+        )
+        self._add_places(layer)
+
+
+class ResolvedExpertsMixin(ResolvedMixin):
+    """For routed experts."""
+
+    record: ExpertsLoadRecord
+    prefixes = ("w13_", "w2_")
+    moe: Any
+
+    def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
+        load_formats.check_load_format(self.layer_name)
+        self.record = ExpertsLoadRecord(
+            layer,
+            {name: self._shape(k) for name, k in expert_columns(self.moe).items()},
+            self.checkpoint.before_loading,
+            self.files,
+        )
+        super().create_weights(layer, *args, **attributes)
+        self._add_places(layer)
+
+    def _kind(self, name: str) -> str:
+        return name.partition("_")[2]
+
+    def _is_local(self, layer: Any, args: tuple[Any, ...]) -> bool:
+        local: int = layer._map_global_expert_id_to_local_expert_id(args[2])
+        return local >= 0
+
+    def _of_shard(
+        self, weight_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Hashable, tuple[Any, ...]]:
+        _, shard, expert = args
+        return (shard, expert), (weight_name, shard, expert)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Whether a model's floating-point weights are resolved to 16 bits, and fit then."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+
+from vllm_ascend_ct import compat, envs
+from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
+from vllm_ascend_ct.ops.soc import current_soc
+from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.headers import FileLayer
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.rules import float_name
+
+logger = init_logger("vllm.ascend_ct.quantization")
+
+_GIB = 2**30
+
+
+def check_resolving(
+    scheme: dict[str, Any], layer_name: str, checkpoint: Checkpoint
+) -> None:
+    """Refuse to resolve a layer, or warn that the model's are; once a model.
+
+    Args:
+        scheme: As upstream's `get_scheme_dict` gives it.
+        layer_name: As vLLM calls the layer.
+        checkpoint: The model's.
+
+    Raises:
+        UnsupportedCheckpointError: The user forbids it, or there is not the memory.
+
+    """
+    name = float_name(scheme)
+    if not envs.resolve():
+        raise refused(
+            f"{name} weights would be resolved to 16 bits, and {envs.RESOLVE}=0",
+            layer_name,
+            Remedy.RESOLVE.format(variable=envs.RESOLVE),
+        )
+    if checkpoint.is_resolved:
+        return
+    checkpoint.is_resolved = True
+    headers = checkpoint.headers
+    sizes = "twice or four times the memory that they take in the files"
+    if headers is not None:
+        stored, resolved = _bytes(headers.layers.values())
+        sizes = f"{resolved / _GIB:.2f} GiB, and {stored / _GIB:.2f} GiB in the files"
+        _check_fits(resolved, layer_name)
+    logger.warning_once(
+        "%s weights are resolved to 16 bits as they are loaded: no kernel of this "
+        "package multiplies them as they are on Ascend %s. That takes %s, all ranks "
+        "together. Weights of an integer scheme (W8A8, W4A16) stay as small as they "
+        "are.",
+        name,
+        current_soc().value,
+        sizes,
+    )
+
+
+def _bytes(layers: Iterable[FileLayer]) -> tuple[int, int]:
+    """What floating-point weights take in the files, and in 16 bits."""
+    stored = resolved = 0
+    for layer in layers:
+        for kind, values in (("weight", 1), ("weight_packed", 2)):
+            if layer.is_quantized and layer.dtypes.get(kind) in ("F8_E4M3", "U8"):
+                size = math.prod(layer.shapes[kind])
+                stored += size
+                resolved += size * values * 2
+    return stored, resolved
+
+
+def _check_fits(resolved: int, layer_name: str) -> None:
+    """Refuse a model whose weights do not fit.
+
+    Ranks may have more than an equal share, so what this lets pass may not fit either.
+    """
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None or compat.offloads_weights(vllm_config):
+        return
+    parallel = vllm_config.parallel_config
+    ranks = parallel.world_size * parallel.data_parallel_size
+    free = compat.free_memory()
+    if resolved / ranks > free:
+        raise UnsupportedCheckpointError(
+            f"Resolved to 16 bits, the weights take {resolved / ranks / _GIB:.2f} GiB "
+            f"a rank, and {free / _GIB:.2f} GiB are free",
+            where=f"layer {layer_name} on Ascend {current_soc().value}, {ranks} ranks",
+            supported="models whose weights fit in 16 bits, where the chip does not "
+            "multiply them as they are",
+            remedy=Remedy.MORE_MEMORY,
+        )
