@@ -59,6 +59,7 @@ def test_calls_for_another_chip_are_refused(
 
 
 X = torch.randn(8, 64)
+X[0, 0] = 3
 
 
 @pytest.mark.parametrize(
