@@ -71,15 +71,12 @@ class ResolvedMixin(WatchedMixin):
     def _add_places(self, layer: Any) -> None:
         """Register what vLLM's loaders look up by the names of the file's tensors."""
         for prefix, kind in self._places():
-            empty = torch.empty(0, dtype=torch.uint8)
+            # A reload takes the layer to be loaded in part if one of them came last: it
+            # counts what is copied, up to a parameter's size. So none is empty, and the
+            # layer is processed when all of the model is loaded.
+            empty = torch.zeros(1, dtype=torch.uint8)
             place = torch.nn.Parameter(empty, requires_grad=False)
-            attributes = {
-                "weight_loader": self.record.loader,
-                # By which a reload counts: whichever tensor comes last, the weight is
-                # copied then, and the layer is complete when all of the model is.
-                "weight_loader_numel": getattr(layer, prefix + _WEIGHT).numel(),
-            }
-            set_weight_attrs(place, attributes)
+            set_weight_attrs(place, {"weight_loader": self.record.loader})
             layer.register_parameter(prefix + kind, place)
         if _WEIGHT not in self._kinds:
             self.record.optional = (*OPTIONAL, _WEIGHT)

@@ -169,6 +169,13 @@ class FloatShape(QuantizedShape):
             scale_dtypes = E8M0_DTYPES if has_exponents else (torch.float8_e4m3fn,)
         return cls(k, weights.num_bits, 0, block=block, scale_dtypes=scale_dtypes)
 
+    def fault(self, name: str, tensor: torch.Tensor, rows: int | None) -> Fault | None:
+        other = "weight" if self.bits < 8 else "weight_packed"
+        if name == other:
+            reason = f"is there, of weights of {self.bits} bits"
+            return Fault(reason, remedy_for("format"))
+        return super().fault(name, tensor, rows)
+
     def _expected(
         self, name: str, rows: int | None
     ) -> tuple[tuple[torch.dtype, ...], tuple[int | None, ...]] | None:
