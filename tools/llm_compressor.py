@@ -59,9 +59,12 @@ def _gptq(
     return GPTQModifier(config_groups=config_groups, ignore=list(ignore))
 
 
-def _rounded(scheme: str) -> QuantizationModifier:
-    ignore = list(tiny_moe.IGNORE)
-    return QuantizationModifier(targets="Linear", scheme=scheme, ignore=ignore)
+def _rounded(
+    scheme: str, ignore: Sequence[str] = tiny_moe.IGNORE, **options: Any
+) -> QuantizationModifier:
+    return QuantizationModifier(
+        targets="Linear", scheme=scheme, ignore=list(ignore), **options
+    )
 
 
 def recipes() -> dict[str, list[Any]]:
@@ -97,6 +100,21 @@ def recipes() -> dict[str, list[Any]]:
         "w4a16-head": [
             QuantizationModifier(config_groups=_scheme(4, group_size=32), ignore=[])
         ],
+        "fp8-dynamic": [_rounded("FP8_DYNAMIC", HEAD)],
+        "fp8-static-kv": [
+            _rounded(
+                "FP8",
+                HEAD,
+                kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor"},
+            )
+        ],
+        "fp8-block": [_rounded("FP8_BLOCK", HEAD)],
+        "mxfp8": [_rounded("MXFP8", HEAD)],
+        "mxfp4": [_rounded("MXFP4", HEAD)],
+        "nvfp4": [_rounded("NVFP4", HEAD)],
+        "nvfp4-a16": [_rounded("NVFP4A16", HEAD)],
+        "qwen3-moe/fp8-dynamic": [_rounded("FP8_DYNAMIC")],
+        "qwen3-moe/nvfp4-a16": [_rounded("NVFP4A16")],
         "qwen3-moe/w4a16-gptq": [
             GPTQModifier(targets="Linear", scheme="W4A16", ignore=list(tiny_moe.IGNORE))
         ],
