@@ -78,10 +78,10 @@ def load_format() -> str:
 
 def free_memory() -> int:
     """Bytes that are free where weights go."""
-    if current_platform.is_cpu():
+    npu = getattr(torch, "npu", None)
+    if npu is None or current_platform.is_cpu() or not npu.is_available():
         return int(psutil.virtual_memory().available)
-    free, _ = torch.npu.mem_get_info()  # type: ignore[attr-defined]
-    return int(free)
+    return int(npu.mem_get_info()[0])
 
 
 def offloads_weights(vllm_config: Any) -> bool:
