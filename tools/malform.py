@@ -395,7 +395,6 @@ _NAN = float("nan")
 FLOAT_KINDS: dict[str, Kind] = {
     "fp8-missing": missing(FP8, "weight"),
     "fp8-scale-missing": missing(FP8, "weight_scale"),
-    "fp8-input-scale-missing": missing(FP8, "input_scale"),
     "fp8-nan": byte(FP8, "weight", _NAN_E4M3),
     "fp8-is-int8": changed(FP8, "weight", lambda t: t.view(torch.int8)),
     "fp8-is-e5m2": changed(FP8, "weight", lambda t: t.view(torch.float8_e5m2)),
@@ -414,8 +413,6 @@ FLOAT_KINDS: dict[str, Kind] = {
         FP8, "weight_scale", lambda t: t.to(torch.float8_e4m3fn)
     ),
     "fp8-scale-is-exponent": changed(FP8, "weight_scale", lambda t: t.byte()),
-    "fp8-input-scale-nan": filled(FP8, "input_scale", _NAN),
-    "fp8-input-scale-zero": filled(FP8, "input_scale", 0.0),
     "fp8-zero-point": added(f"{FP8}.weight_zero_point", torch.zeros(1)),
     "fp8-global-scale": added(f"{FP8}.weight_global_scale", torch.ones(1)),
     "block-missing": missing(BLOCKS, "weight_scale"),
@@ -431,7 +428,6 @@ FLOAT_KINDS: dict[str, Kind] = {
     "nvfp4-missing": missing(NVFP4, "weight_packed"),
     "nvfp4-scale-missing": missing(NVFP4, "weight_scale"),
     "nvfp4-global-scale-missing": missing(NVFP4, "weight_global_scale"),
-    "nvfp4-input-global-scale-missing": missing(NVFP4, "input_global_scale"),
     "nvfp4-columns-fewer": changed(NVFP4, "weight_packed", lambda t: t[:, :-8]),
     "nvfp4-is-int8": changed(NVFP4, "weight_packed", lambda t: t.view(torch.int8)),
     "nvfp4-unpacked": changed(NVFP4, "weight_packed", lambda t: t.repeat(1, 2)),
@@ -447,7 +443,7 @@ FLOAT_KINDS: dict[str, Kind] = {
     "nvfp4-global-scale-per-row": changed(
         NVFP4, "weight_global_scale", lambda t: t.repeat(256)
     ),
-    "nvfp4-input-global-scale-zero": filled(NVFP4, "input_global_scale", 0.0),
+    "nvfp4-bias-missing": missing(NVFP4, "bias"),
     "mxfp8-scale-missing": missing(MXFP8, "weight_scale"),
     "mxfp8-nan": byte(MXFP8, "weight", _NAN_E4M3),
     "mxfp8-exponent-nan": byte(MXFP8, "weight_scale", _NAN_E8M0),
@@ -465,13 +461,10 @@ FLOAT_KINDS: dict[str, Kind] = {
         ),
     ),
     "config-fp8-per-channel": group(0, "weights", "weight_scale", strategy="channel"),
-    "config-fp8-dynamic": group(
-        0, "input_activations", "input_scale", dynamic=True, strategy="token"
-    ),
     "config-fp8-integer-inputs": group(0, "input_activations", "int8", type="int"),
     "config-fp8-asymmetric": group(0, "weights", "symmetric", symmetric=False),
     "config-other-block": group(
-        1, "weights", "weight_scale", block_structure=[128, 128]
+        1, "weights", "Correct .*block_structure", block_structure=[128, 128]
     ),
     "config-nvfp4-is-mxfp4": Kind(
         "global_scale",
@@ -495,6 +488,21 @@ FLOAT_KINDS: dict[str, Kind] = {
     ),
     "config-mxfp8-groups-of-64": group(3, "weights", "group_size", group_size=64),
     "config-mxfp8-is-fp4": group(3, "weights", "format", num_bits=4),
+}
+
+
+# What inputs would be quantized by, which nobody reads beside floats.
+IGNORED_KINDS: dict[str, Kind] = {
+    "fp8-input-scale-missing": missing(FP8, "input_scale"),
+    "fp8-input-scale-nan": filled(FP8, "input_scale", _NAN),
+    "nvfp4-input-global-scale-missing": missing(NVFP4, "input_global_scale"),
+    "nvfp4-input-global-scale-infinite": filled(
+        NVFP4, "input_global_scale", float("inf")
+    ),
+    "config-fp8-dynamic": group(
+        0, "input_activations", "", dynamic=True, strategy="token"
+    ),
+    "config-nvfp4-dynamic": group(2, "input_activations", "", dynamic=True),
 }
 
 

@@ -28,6 +28,7 @@ from tests.layers.quantized_layers import (
 )
 from tools.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES, SCHEMES, compress
 from vllm_ascend_ct.ascend_base import runs_on_vllm_ascend
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 BF16 = torch.bfloat16
 SCHEME = "w4a16-g32"
@@ -106,3 +107,24 @@ def test_head_tied_to_an_embedding() -> None:
     assert torch.equal(outputs[1], outputs[3])
     assert not torch.equal(outputs[0], outputs[1])
     assert relative_error(outputs[0], formula(x)) < TOLERANCES[BF16]
+
+
+@on_upstream
+@pytest.mark.parametrize("given", ["weight", "weight_scale"])
+def test_part_of_a_resolved_weight_is_refused(given: str) -> None:
+    scheme = "fp8-channel-a16"
+    tensors = new_tensors(scheme)
+    config = config_of("re:.*", scheme)
+    layer = CASE.build(bias=True, params_dtype=BF16, quant_config=config, prefix="x")
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    load_tensors(CASE, layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    (module,) = tensors.values()
+    initialize_layerwise_reload(model)
+    parameter = getattr(layer, given)
+    parameter.weight_loader(parameter, getattr(module, given).data.clone())
+    missing = ({"weight", "weight_scale"} - {given}).pop()
+    with pytest.raises(UnsupportedCheckpointError, match=f"{missing} is missing"):
+        finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
+    assert not layer.quant_method._pieces

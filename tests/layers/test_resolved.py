@@ -15,6 +15,7 @@ from tests.layers.quantized_experts import ROUNDINGS, Sizes, routing, run
 from tests.layers.quantized_experts import load as load_experts
 from tests.layers.quantized_layers import (
     activations,
+    config_of,
     gate_up_case,
     load,
     load_embedding,
@@ -25,6 +26,7 @@ from tests.layers.quantized_layers import (
     tolerance,
 )
 from tools.make_checkpoint import FLOAT_SCHEMES
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
 
 CASES = {
@@ -84,3 +86,28 @@ def test_vocabulary_is_the_formula(scheme: str) -> None:
     x = activations(ROWS, 256, torch.bfloat16)
     y = head.quant_method.apply(head, x)[:, :1008]
     assert relative_error(y, formula(x)) < tolerance(scheme, torch.bfloat16)
+
+
+def test_head_tied_to_what_is_quantized_otherwise_is_refused() -> None:
+    head, _ = load_head(1008, 256, "fp8-channel-a16", torch.bfloat16)
+    same, _ = load_embedding(1008, 256, "fp8-channel-a16", torch.bfloat16)
+    head.quant_method.tie_weights(head, same)
+    for other in ("mxfp8", "w4a16-g32"):
+        embedding, _ = load_embedding(1008, 256, other, torch.bfloat16)
+        with pytest.raises(UnsupportedCheckpointError, match="is tied to an embedding"):
+            head.quant_method.tie_weights(head, embedding)
+
+
+def test_remedy_fits_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that float16 does not hold: 310P has no bfloat16."""
+    config = config_of("re:.*", "fp8-channel-a16")
+    for soc, remedy in (("A2", "--dtype bfloat16"), ("310P", "Calibrate")):
+        monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+        layer = CASES["replicated"].build(
+            bias=False, params_dtype=torch.float16, quant_config=config, prefix="x"
+        )
+        scale = torch.full((96, 1), 1000.0)
+        layer.weight_scale.weight_loader(layer.weight_scale, scale)
+        weight = torch.full((96, 512), 448.0).to(torch.float8_e4m3fn)
+        with pytest.raises(UnsupportedCheckpointError, match=remedy):
+            layer.weight.weight_loader(layer.weight, weight)

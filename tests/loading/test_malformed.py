@@ -18,6 +18,7 @@ from tools.malform import (
     EXPERTS_RECIPE,
     FLOAT_KINDS,
     FLOAT_RECIPE,
+    IGNORED_KINDS,
     INT4_IN_INT8,
     KINDS,
     PACKED,
@@ -87,6 +88,14 @@ def test_floats_are_refused(valid_floats: Path, tmp_path: Path, name: str) -> No
     malform(valid_floats, kind, tmp_path / "broken")
     with pytest.raises(UnsupportedCheckpointError, match=kind.names):
         load_model(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("name", IGNORED_KINDS)
+def test_scales_of_inputs_that_stay_in_16_bits(
+    valid_floats: Path, tmp_path: Path, name: str
+) -> None:
+    malform(valid_floats, IGNORED_KINDS[name], tmp_path / "other")
+    load_model(tmp_path / "other")
 
 
 def test_the_corpus_is_large_enough() -> None:

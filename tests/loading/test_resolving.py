@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compressed_tensors.quantization import QuantizationConfig
 from pytest_mock import MockerFixture
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 
 from tests.loading.models import load_model
+from tools.make_checkpoint import FLOAT_SCHEMES
 from tools.malform import FLOAT_RECIPE
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors import resolving
+from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -74,3 +78,27 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(
 )
 def test_weights_may_be_offloaded(options: dict[str, Any], offloads: bool) -> None:
     assert compat.offloads_weights(VllmConfig(offload_config=options)) is offloads
+
+
+def test_a_second_model_from_the_files_is_not_counted(
+    floats: Path, mocker: MockerFixture
+) -> None:
+    """A draft model: the first has taken its memory by then."""
+    headers = CheckpointHeaders.read(str(floats), None)
+    checkpoint = mocker.Mock(headers=headers, is_resolved=False, is_second=True)
+    mocker.patch.object(compat, "free_memory", return_value=0)
+    config = QuantizationConfig.model_validate(
+        {"config_groups": {"g": FLOAT_SCHEMES["fp8-channel-a16"]}}
+    )
+    group = config.config_groups["g"]
+    scheme = {
+        "weights": group.weights,
+        "input_activations": None,
+        "format": "float-quantized",
+    }
+    resolving.check_resolving(scheme, "mtp.fc", checkpoint)
+    checkpoint.is_resolved = checkpoint.is_second = False
+    vllm_config = EngineArgs(str(floats)).create_engine_config()
+    refusal = pytest.raises(UnsupportedCheckpointError, match="0.00 GiB are free")
+    with set_current_vllm_config(vllm_config), refusal:
+        resolving.check_resolving(scheme, "model.layers.0.fc", checkpoint)

@@ -27,8 +27,8 @@ from vllm_ascend_ct.quantization.compressed_tensors.headers import (
 )
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     FIELDS,
+    FLOAT_INPUT_KINDS,
     float_kinds,
-    input_kinds,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.utils import (
     comparable_args,
@@ -44,15 +44,19 @@ Parts = Mapping[str, FileLayer]
 def places(scheme: dict[str, Any]) -> set[str]:
     """The kinds of tensors that a layer of a scheme may have."""
     if is_float(scheme):
-        return {"bias", *float_kinds(scheme), *input_kinds(scheme)}
-    weights = scheme["weights"]
-    kinds = {"weight_scale", "bias", *input_kinds(scheme)}
+        return {"bias", *float_kinds(scheme), *FLOAT_INPUT_KINDS}
+    weights, inputs = scheme["weights"], scheme.get("input_activations")
+    kinds = {"weight_scale", "bias"}
     if is_packed(scheme):
         kinds |= {"weight_packed", "weight_shape"}
     else:
         kinds.add("weight")
     if not weights.symmetric:
         kinds.add("weight_zero_point")
+    if inputs is not None and not inputs.dynamic:
+        kinds.add("input_scale")
+        if not inputs.symmetric:
+            kinds.add("input_zero_point")
     if scheme.get("output_activations") is not None:
         kinds.add("output_scale")
     return kinds

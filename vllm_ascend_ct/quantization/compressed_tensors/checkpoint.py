@@ -58,7 +58,8 @@ class Checkpoint:
         self._mappers: list[WeightsMapper] = []
         self._headers: CheckpointHeaders | None = None
         self._is_read = False
-        self._is_second = False
+        # Whether a model was loaded from the files before.
+        self.is_second = False
         self._is_checked = False
         # Whether a layer was resolved to 16 bits.
         self.is_resolved = False
@@ -92,7 +93,7 @@ class Checkpoint:
         return self._headers
 
     def _read(self) -> CheckpointHeaders | None:
-        if self._source is None or (self._is_second and not self._is_of_draft()):
+        if self._source is None or (self.is_second and not self._is_of_draft()):
             return None
         try:
             headers = CheckpointHeaders.read(*self._source)
@@ -221,7 +222,7 @@ class Checkpoint:
         """Let go of the headers, as all that is built was loaded."""
         if self._is_read:
             self._start_over()
-            self._is_second = True
+            self.is_second = True
 
     def before_loading(self) -> None:
         """Check the model's modules that are called in it as the file's layers are.
@@ -274,4 +275,4 @@ class Checkpoint:
         if not isinstance(module._parameters.get("weight"), torch.nn.Parameter):
             return False
         # A draft model may take the main model's.
-        return not (self._is_second and isinstance(module, VocabParallelEmbedding))
+        return not (self.is_second and isinstance(module, VocabParallelEmbedding))

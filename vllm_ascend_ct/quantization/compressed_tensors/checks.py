@@ -16,7 +16,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
 )
 
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
-from vllm_ascend_ct.quantization.compressed_tensors.rules import SCHEME_RULES
+from vllm_ascend_ct.quantization.compressed_tensors.rules import (
+    FLOAT_RULES,
+    SCHEME_RULES,
+)
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -127,7 +130,8 @@ def _check_formats(config: dict[str, Any]) -> None:
             formats[f"config_groups.{name}.format"] = group.get("format")
     for field, fmt in formats.items():
         if fmt is not None and fmt not in _FORMATS:
-            served = {fmt: None for rule in SCHEME_RULES for fmt in rule.formats}
+            rules = (*SCHEME_RULES, *FLOAT_RULES)
+            served = {fmt: None for rule in rules for fmt in rule.formats}
             raise _refused(
                 "The format is not known", f"{field}={fmt}", ", ".join(served)
             )

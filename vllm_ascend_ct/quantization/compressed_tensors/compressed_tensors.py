@@ -52,7 +52,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
-from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedLinearMixin
+from vllm_ascend_ct.quantization.compressed_tensors.resolved import (
+    ResolvedHeadMixin,
+    ResolvedLinearMixin,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.resolving import check_resolving
 from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
@@ -181,7 +184,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         files = self.checkpoint.check_layer(layer, prefix, args)
         if args is not None and is_float(args):
             method_class = linear.unquantized_class() or UnquantizedLinearMethod
-            return self._resolved(method_class, args, prefix, files)
+            made = watched(method_class, ResolvedLinearMixin)()
+            return self._resolved(made, args, prefix, files)
         try:
             method = super().get_quant_method(layer, prefix)
         except ValueError as error:
@@ -199,15 +203,17 @@ class AscendCTConfig(CompressedTensorsConfig):
         return method
 
     def _resolved(
-        self, method_class: Any, args: dict[str, Any], prefix: str, files: LayerFiles
+        self,
+        method: ResolvedLinearMixin,
+        args: dict[str, Any],
+        prefix: str,
+        files: LayerFiles,
     ) -> QuantizeMethodBase:
-        """Make an unquantized method of a layer whose weights are resolved."""
+        """Tell an unquantized method whose weights are resolved of its layer."""
         if reason := refusal(args):
             raise refused(reason, prefix)
         check_resolving(args, prefix, self.checkpoint)
-        resolved = watched(method_class, ResolvedLinearMixin)()
-        method: QuantizeMethodBase = resolved.watch(self.checkpoint, prefix, files)
-        return cast(ResolvedLinearMixin, method).resolve(args)
+        return method.watch(self.checkpoint, prefix, files).resolve(args)
 
     def _check_latent_query(
         self, layer: torch.nn.Module, prefix: str, args: dict[str, Any]
@@ -216,7 +222,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         attention, _, name = prefix.rpartition(".")
         if name in ("q_b_proj", "wq_b"):
             other = f"{attention.removesuffix('.indexer')}.fused_qkv_a_proj"
-            is_mixed = self.get_scheme_dict(layer, other) is None
+            scheme = self.get_scheme_dict(layer, other)
+            is_mixed = scheme is None or is_float(scheme)
             settings.check_latent_query(prefix, is_mixed, is_packed(args))
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
@@ -224,12 +231,15 @@ class AscendCTConfig(CompressedTensorsConfig):
         is_head = isinstance(layer, ParallelLMHead)
         args = self.get_scheme_dict(layer, prefix)
         files = self.checkpoint.check_layer(layer, prefix, args)
-        unquantized = AscendCTUnquantizedHeadMethod if is_head else None
         if args is None:
-            return unquantized and unquantized()
+            return AscendCTUnquantizedHeadMethod() if is_head else None
         if is_float(args):
-            method_class = unquantized or UnquantizedEmbeddingMethod
-            return self._resolved(method_class, args, prefix, files)
+            made = (
+                watched(AscendCTUnquantizedHeadMethod, ResolvedHeadMixin)()
+                if is_head
+                else watched(UnquantizedEmbeddingMethod, ResolvedLinearMixin)()
+            )
+            return self._resolved(made, args, prefix, files)
         scheme = layer.scheme = self.get_scheme(layer, prefix)
         if is_head:
             return AscendCTHeadMethod(self, args)

@@ -34,7 +34,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 # Kinds of tensors that are there or not by what the config says of a layer.
-_IMPLIED = ("weight_zero_point", "input_scale", "input_zero_point", "output_scale")
+_IMPLIED = (
+    *("weight_zero_point", "weight_global_scale"),
+    *("input_scale", "input_zero_point", "output_scale"),
+)
 
 _Shard = int | str | tuple[int, ...] | None
 

@@ -4,8 +4,9 @@
 
 A layer is an unquantized one whose loader takes the checkpoint's tensors, and gives the
 layer's own loader the weight that they are made of as soon as it has all of them. So
-nothing is held twice but the tensor being loaded, and vLLM splits 16-bit weights over
-ranks: a block of scales may be split as well.
+nothing is held twice but the tensor being loaded, all rows of it on each rank, and what
+waits for its scale. vLLM splits 16-bit weights over ranks: a block of scales may be
+split as well.
 """
 
 import functools
@@ -16,7 +17,8 @@ import torch
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_ascend_ct.errors import Remedy, broken_checkpoint
-from vllm_ascend_ct.quantization.compressed_tensors import load_formats
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.quantization.compressed_tensors import agreement, load_formats
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loading import (  # noqa: E501
     ExpertsLoadRecord,
     expert_columns,
@@ -26,11 +28,12 @@ from vllm_ascend_ct.quantization.compressed_tensors.loading import (
     LoadRecord,
     parameter_name,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
+    FLOAT_INPUT_KINDS,
     OPTIONAL,
     FloatShape,
     float_kinds,
-    input_kinds,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.unquantized import WatchedMixin
 from vllm_ascend_ct.weights.float_quantized import dequantize
@@ -64,7 +67,7 @@ class ResolvedMixin(WatchedMixin):
 
     def _places(self) -> Iterator[tuple[str, str]]:
         for prefix in self.prefixes:
-            for kind in (*self._kinds, *input_kinds(self.scheme)):
+            for kind in (*self._kinds, *FLOAT_INPUT_KINDS):
                 if kind != _WEIGHT:
                     yield prefix, kind
 
@@ -78,8 +81,8 @@ class ResolvedMixin(WatchedMixin):
             place = torch.nn.Parameter(empty, requires_grad=False)
             set_weight_attrs(place, {"weight_loader": self.record.loader})
             layer.register_parameter(prefix + kind, place)
-        if _WEIGHT not in self._kinds:
-            self.record.optional = (*OPTIONAL, _WEIGHT)
+        optional = (_WEIGHT,) if _WEIGHT not in self._kinds else ()
+        self.record.optional = (*OPTIONAL, *FLOAT_INPUT_KINDS, *optional)
 
     def _checking(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
         return self.record.record(self._resolving(self.record.layer, weight_loader))
@@ -95,11 +98,16 @@ class ResolvedMixin(WatchedMixin):
         ) -> Any:
             name = parameter_name(layer, param)
             kind = self._kind(name)
-            if kind in input_kinds(self.scheme):
+            if kind in FLOAT_INPUT_KINDS:
                 return True
             if kind not in self._kinds or not self._is_local(layer, args):
                 return weight_loader(param, loaded_weight, *args, **kwargs)
             weight_name = name.removesuffix(kind) + _WEIGHT
+            weight = getattr(layer, weight_name)
+            if weight.is_meta:
+                # vLLM counts what a reload copies: of each tensor something.
+                weight.new_empty(1).copy_(weight.new_empty(1))
+                return True
             shard, args = self._of_shard(weight_name, args, kwargs)
             pieces = self._pieces.setdefault((weight_name, shard), {})
             pieces[kind] = loaded_weight
@@ -108,7 +116,6 @@ class ResolvedMixin(WatchedMixin):
                 pieces[kind] = loaded_weight.clone()
                 return True
             del self._pieces[weight_name, shard]
-            weight = getattr(layer, weight_name)
             dense = self._dequantized(pieces, weight)
             return weight_loader(weight, dense, *args, **kwargs)
 
@@ -133,9 +140,6 @@ class ResolvedMixin(WatchedMixin):
         stored, scale = (pieces[kind] for kind in self._kinds[:2])
         n = len(stored)
         k = stored.shape[1] * (8 // self.scheme["weights"].num_bits)
-        if weight.is_meta:
-            # vLLM counts what a reload will copy.
-            return weight.new_empty((n, k))
         dense = dequantize(
             stored,
             scale,
@@ -144,17 +148,24 @@ class ResolvedMixin(WatchedMixin):
             weight.dtype,
             weight.device,
         )
-        if not bool(dense.isfinite().all()):
+        if not all(value.isfinite() for value in dense.aminmax()):
+            dtypes = current_limits().weight_quant_batchmatmul.x_dtypes
             raise broken_checkpoint(
                 f"Values of a weight are not finite in {weight.dtype}",
                 f"layer {self.layer_name}, tensor {self._kinds[0]}",
-                Remedy.OTHER_DTYPE,
+                Remedy.OTHER_DTYPE
+                if torch.bfloat16 in dtypes
+                else Remedy.CALIBRATE_AGAIN,
             )
         return dense
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        pieces, self._pieces = self._pieces, {}
         if not self.record.is_dummy:
             self.record.check_complete()
+            self._check_pieces(pieces)
+            if getattr(layer, "bias", None) is not None:
+                agreement.check_bias(self.record.files)
         self.record.files = LayerFiles()
         for prefix, kind in self._places():
             layer._parameters.pop(prefix + kind, None)
@@ -162,6 +173,18 @@ class ResolvedMixin(WatchedMixin):
             hook = load_formats.check_saving
             self._saving = layer.register_state_dict_pre_hook(hook)
         super().process_weights_after_loading(layer)
+
+    def _check_pieces(self, pieces: dict[Hashable, dict[str, torch.Tensor]]) -> None:
+        """Refuse a weight of which some tensors did not come, in a reload."""
+        for found in pieces.values():
+            missing = next(kind for kind in self._kinds if kind not in found)
+            raise broken_checkpoint(
+                "A tensor of the layer is missing",
+                f"layer {self.layer_name}, tensor {missing}",
+            )
+
+    def _in_file(self, name: str) -> str:
+        return name.removesuffix(_WEIGHT) + self._kinds[0]
 
 
 class ResolvedLinearMixin(ResolvedMixin):
@@ -190,6 +213,21 @@ class ResolvedLinearMixin(ResolvedMixin):
             **attributes,
         )
         self._add_places(layer)
+
+
+class ResolvedHeadMixin(ResolvedLinearMixin):
+    """For an output head."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
+        method = getattr(embed_tokens, "quant_method", None)
+        if not isinstance(method, ResolvedMixin) or method.scheme != self.scheme:
+            raise refused(
+                "The output head is tied to an embedding that is not quantized in the "
+                "same way, so its own weights would not be used",
+                self.layer_name,
+            )
+        tied: torch.nn.Module = super().tie_weights(layer, embed_tokens)
+        return tied
 
 
 class ResolvedExpertsMixin(ResolvedMixin):

@@ -3,6 +3,7 @@
 """Whether a model's floating-point weights are resolved to 16 bits, and fit then."""
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.rules import float_name
 logger = init_logger("vllm.ascend_ct.quantization")
 
 _GIB = 2**30
+_BLOCK = re.compile(r"\blayers\.(\d+)\.")
 
 
 def check_resolving(
@@ -49,9 +51,11 @@ def check_resolving(
     headers = checkpoint.headers
     sizes = "twice or four times the memory that they take in the files"
     if headers is not None:
-        stored, resolved = _bytes(headers.layers.values())
+        layers = list(headers.layers.values())
+        stored, resolved = _bytes(layers)
         sizes = f"{resolved / _GIB:.2f} GiB, and {stored / _GIB:.2f} GiB in the files"
-        _check_fits(resolved, layer_name)
+        if not checkpoint.is_second:
+            _check_fits(layers, layer_name)
     logger.warning_once(
         "%s weights are resolved to 16 bits as they are loaded: no kernel of this "
         "package multiplies them as they are on Ascend %s. That takes %s, all ranks "
@@ -75,14 +79,21 @@ def _bytes(layers: Iterable[FileLayer]) -> tuple[int, int]:
     return stored, resolved
 
 
-def _check_fits(resolved: int, layer_name: str) -> None:
+def _check_fits(layers: Iterable[FileLayer], layer_name: str) -> None:
     """Refuse a model whose weights do not fit.
 
-    Ranks may have more than an equal share, so what this lets pass may not fit either.
+    Only its blocks are counted: a file may have a draft model or a tower that is not
+    built. And ranks may have more than an equal share, so what this lets pass may not
+    fit either.
     """
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None or compat.offloads_weights(vllm_config):
         return
+    text_config = vllm_config.model_config.hf_text_config
+    count = getattr(text_config, "num_hidden_layers", 0)
+    numbers = [(_BLOCK.search(layer.name), layer) for layer in layers]
+    blocks = [layer for found, layer in numbers if found and int(found[1]) < count]
+    _, resolved = _bytes(blocks)
     parallel = vllm_config.parallel_config
     ranks = parallel.world_size * parallel.data_parallel_size
     free = compat.free_memory()

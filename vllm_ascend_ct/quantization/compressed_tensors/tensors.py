@@ -39,6 +39,9 @@ COLUMNS = {
 }
 # Upstream registers it and reads it nowhere; not all who write checkpoints write it.
 OPTIONAL = ("weight_shape",)
+# Beside floating-point weights: inputs stay in 16 bits, so nobody reads them, and those
+# of experts that no token came to while the model was calibrated may be anything.
+FLOAT_INPUT_KINDS = ("input_scale", "input_global_scale")
 
 
 class Fault(NamedTuple):
@@ -91,13 +94,16 @@ class QuantizedShape:
                     + _dense_hint(name, self.bits)
                 )
                 rows_fit = _fits(tensor.shape[:1], shape[:1]) or tensor.numel() == 1
-                is_config = tensor.dtype in dtypes and rows_fit
-                return Fault(
-                    reason, remedy_for(COLUMNS.get(name) if is_config else None)
-                )
+                field = self._field(name, rows_fit)
+                is_config = tensor.dtype in dtypes
+                return Fault(reason, remedy_for(field if is_config else None))
         if value := self._value_fault(name, tensor):
             return Fault(value, Remedy.CALIBRATE_AGAIN)
         return None
+
+    def _field(self, name: str, rows_fit: bool) -> str | None:
+        """The field of the config that a tensor's shape may be right for otherwise."""
+        return COLUMNS.get(name) if rows_fit else None
 
     def _expected(
         self, name: str, rows: int | None
@@ -170,11 +176,17 @@ class FloatShape(QuantizedShape):
         return cls(k, weights.num_bits, 0, block=block, scale_dtypes=scale_dtypes)
 
     def fault(self, name: str, tensor: torch.Tensor, rows: int | None) -> Fault | None:
+        if name in FLOAT_INPUT_KINDS:
+            return None
         other = "weight" if self.bits < 8 else "weight_packed"
         if name == other:
             reason = f"is there, of weights of {self.bits} bits"
             return Fault(reason, remedy_for("format"))
         return super().fault(name, tensor, rows)
+
+    def _field(self, name: str, rows_fit: bool) -> str | None:
+        is_scale = name == "weight_scale"
+        return "weights.strategy or block_structure" if is_scale else None
 
     def _expected(
         self, name: str, rows: int | None
@@ -204,18 +216,6 @@ def float_kinds(scheme: dict[str, Any]) -> tuple[str, ...]:
     has_global = text(weights.strategy) == "tensor_group"
     kinds = ["weight_packed" if packed else "weight", "weight_scale"]
     return (*kinds, "weight_global_scale") if has_global else tuple(kinds)
-
-
-def input_kinds(scheme: dict[str, Any]) -> tuple[str, ...]:
-    """The kinds of tensors that say how a layer's inputs are quantized."""
-    inputs = scheme.get("input_activations")
-    if inputs is None:
-        return ()
-    if text(inputs.strategy) == "tensor_group":
-        return ("input_global_scale",)
-    if inputs.dynamic:
-        return ()
-    return ("input_scale",) if inputs.symmetric else ("input_scale", "input_zero_point")
 
 
 def remedy_for(field: str | None) -> str:

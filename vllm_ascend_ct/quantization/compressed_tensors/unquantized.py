@@ -62,7 +62,8 @@ class WatchedMixin(_Base):
         for name, weight in _weights(layer):
             if _has_mark(layer, weight) and self._is_in_file():
                 known, alike = list(self.files.parts.values()), self.files.alike
-                raise missing_tensor(self.layer_name, name, known, alike)
+                in_file = self._in_file(name)
+                raise missing_tensor(self.layer_name, in_file, known, alike)
         self.files = LayerFiles()
         super().process_weights_after_loading(layer)
 
@@ -82,6 +83,10 @@ class WatchedMixin(_Base):
             return weight_loader(param, loaded_weight, *args, **kwargs)
 
         return load
+
+    def _in_file(self, name: str) -> str:
+        """What the file has of a weight."""
+        return name
 
     def _is_in_file(self) -> bool:
         """Whether the file has, or may have, what should have been loaded.
@@ -108,7 +113,8 @@ def watched(method_class: Any, mixin: type[WatchedMixin] = WatchedMixin) -> Any:
 
 def _weights(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in layer.named_parameters(recurse=False):
-        if name.endswith("weight") and parameter.dtype in _FLOATS:
+        is_there = parameter.numel() > 0 and parameter.dtype in _FLOATS
+        if name.endswith("weight") and is_there:
             yield name, parameter
 
 
