@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from tests.formula import formula_linear, relative_error
 from tests.layers.quantized_layers import (
+    MULTIPLIED,
     TOLERANCES,
     activations,
     compressed_modules,
@@ -41,8 +42,17 @@ def new_tensors(scheme: str) -> Any:
     return modules
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES)
-def test_output_is_that_of_the_new_weights(scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "soc"),
+    [
+        *((scheme, "A2") for scheme in ALL_SCHEMES),
+        *((scheme, "A5") for scheme in MULTIPLIED),
+    ],
+)
+def test_output_is_that_of_the_new_weights(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, soc: str
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
     first, second = new_tensors(scheme), new_tensors(scheme)
     x = activations(5, CASE.k, BF16)
     outputs = []

@@ -15,7 +15,10 @@ from vllm_ascend_ct.ops.soc import current_soc
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.headers import FileLayer
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
-from vllm_ascend_ct.quantization.compressed_tensors.rules import float_name
+from vllm_ascend_ct.quantization.compressed_tensors.rules import (
+    float_name,
+    is_multiplied,
+)
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -47,26 +50,32 @@ def check_resolving(
         return
     checkpoint.is_resolved = True
     headers = checkpoint.headers
+    only_experts = is_multiplied(scheme)
+    resolved = 0
     sizes = "twice or four times the memory that they take in the files"
     if headers is not None:
-        stored, resolved = _bytes(headers.layers.values())
-        sizes = f"{resolved / _GIB:.2f} GiB, and {stored / _GIB:.2f} GiB in the files"
+        stored, resolved = _bytes(headers.layers.values(), only_experts)
         _check_fits(resolved, layer_name)
+    if resolved:
+        sizes = f"{resolved / _GIB:.2f} GiB, and {stored / _GIB:.2f} GiB in the files"
     logger.warning_once(
-        "%s weights are resolved to 16 bits as they are loaded: no kernel of this "
+        "%s weights%s are resolved to 16 bits as they are loaded: no kernel of this "
         "package multiplies them as they are on Ascend %s. That takes %s, all ranks "
         "together. Weights of an integer scheme (W8A8, W4A16) stay as small as they "
         "are.",
         name,
+        ", but those of most linear layers," if only_experts else "",
         current_soc().value,
         sizes,
     )
 
 
-def _bytes(layers: Iterable[FileLayer]) -> tuple[int, int]:
+def _bytes(layers: Iterable[FileLayer], only_experts: bool) -> tuple[int, int]:
     """What floating-point weights take in the files, and in 16 bits."""
     stored = resolved = 0
     for layer in layers:
+        if only_experts and ".experts." not in layer.name:
+            continue
         for kind, values in (("weight", 1), ("weight_packed", 2)):
             if layer.is_quantized and layer.dtypes.get(kind) in ("F8_E4M3", "U8"):
                 size = math.prod(layer.shapes[kind])
