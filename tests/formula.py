@@ -30,7 +30,10 @@ class FormulaLinear:
         x = x.double()
         if self.input_args is not None:
             q, scale, zero_point = self._quantize(x)
-            x = (q.round().clamp(-128, 127) - zero_point) * scale
+            step = self._step(q)
+            low, high = (-448, 448) if self._is_float else (-128, 127)
+            x = ((q / step).round() * step).clamp(low, high)
+            x = (x - zero_point) * scale
         y = x @ self.weight.t()
         if self.bias is not None:
             y = y + self.bias.double()
@@ -48,7 +51,18 @@ class FormulaLinear:
         if self.input_args is None:
             return x
         q, *_ = self._quantize(x.double())
+        q = q / self._step(q)
         return torch.where((q - q.floor() - 0.5).abs() < 1e-3, 0, x)
+
+    @property
+    def _is_float(self) -> bool:
+        return self.input_args is not None and self.input_args.type == "float"
+
+    def _step(self, q: torch.Tensor) -> torch.Tensor:
+        """How far the grid's values are apart: three bits behind the first, in E4M3."""
+        if not self._is_float:
+            return torch.ones_like(q)
+        return torch.exp2(q.abs().clamp(min=2**-6).log2().floor() - 3)
 
     def _quantize(
         self, x: torch.Tensor
@@ -59,7 +73,7 @@ class FormulaLinear:
             low = x.amin(-1, keepdim=True).clamp(max=0)
             high = x.amax(-1, keepdim=True).clamp(min=0)
             if self.input_args.symmetric:
-                scale = torch.maximum(-low, high) / 127
+                scale = torch.maximum(-low, high) / (448 if self._is_float else 127)
                 zero_point = torch.zeros_like(scale)
             else:
                 scale = (high - low) / 255

@@ -43,6 +43,8 @@ def form_of(operator: str, args: list[Any], kwargs: dict[str, Any]) -> Form:
     # The dispatcher leaves out what is as by default.
     named = {argument.name: argument.default_value for argument in schema.arguments}
     named |= dict(zip(named, args)) | kwargs
+    if operator == DYNAMIC_QUANT and named["dst_type"] in _FP8:
+        return Form(operator, "dynamic-fp8", ROWS)
     if operator in _KINDS:
         return Form(operator, _KINDS[operator], ROWS)
     if operator == "npu_format_cast":
@@ -67,6 +69,8 @@ def _quant_matmul(named: dict[str, Any]) -> tuple[str, Any]:
     weight = named["x2"]
     if _tensor(weight).dtype == torch.int32:
         return f"w4a8-{'group' if named['group_sizes'][2] else 'channel'}", weight
+    if _tensor(weight).dtype == torch.float8_e4m3fn:
+        return "fp8", weight
     if named.get("pertoken_scale") is not None:
         return "w8a8", weight
     is_int32 = named["output_dtype"] in (torch.int32, _INT32)
@@ -99,6 +103,7 @@ def _int8_experts(weight: Any, scale: torch.Tensor) -> tuple[str, Any]:
 
 
 _INT32 = 3
+_FP8 = (torch.float8_e4m3fn, 24)
 _PRODUCTS = {
     WEIGHT_ONLY: _weight_only,
     QUANT_MATMUL: _quant_matmul,

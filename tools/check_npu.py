@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from tests.ops.calls import CALLS, CALLS_310P, Call
+from tests.ops.calls import CALLS, CALLS_310P, CALLS_A5, Call
 from tools.record_npu_calls import ASCEND_OUT, OUT
 from vllm_ascend_ct import compare_layouts
 from vllm_ascend_ct.errors import OperatorLimitError
@@ -50,7 +50,8 @@ def main() -> int:
     arguments = parser.parse_args()
     emulated.install()
     torch.manual_seed(0)
-    usual = CALLS | (CALLS_310P if current_soc() is Soc.ASCEND_310P else {})
+    own = {Soc.ASCEND_310P: CALLS_310P, Soc.A5: CALLS_A5}
+    usual = CALLS | own.get(current_soc(), {})
     calls = {name: make() for name, make in usual.items()}
     for path in arguments.calls:
         if path.exists():

@@ -144,6 +144,7 @@ FLOAT_SCHEMES: dict[str, QuantizationScheme] = {
     )
     for name, weights, inputs, fmt in (
         ("fp8-channel-dynamic", _FP8_CHANNEL, _FP8_TOKEN, "float-quantized"),
+        ("fp8-tensor-dynamic", _FP8_TENSOR, _FP8_TOKEN, "naive-quantized"),
         ("fp8-tensor-static", _FP8_TENSOR, _FP8_TENSOR, "float-quantized"),
         ("fp8-channel-a16", _FP8_CHANNEL, None, "naive-quantized"),
         ("fp8-block", _FP8_BLOCK, _FP8_GROUP, "float-quantized"),

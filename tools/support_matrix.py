@@ -53,7 +53,7 @@ _BLOCK = {"strategy": "block", "block_structure": [128, 128]}
 _MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 _NV = {"strategy": "tensor_group", "group_size": 16}
 FLOAT_ROWS: Rows = {
-    ("FP8, dynamic", _FLOAT, "1"): _row(
+    ("FP8, dynamic", _FLOAT, "1; A5 2, with bias 3"): _row(
         8, _CHANNEL, {**_TOKEN, **_FLOAT8}, _FLOAT, type="float"
     ),
     ("FP8, static", _FLOAT, "1"): _row(
@@ -158,6 +158,8 @@ def products(
     group = config["config_groups"]["group_0"]
     weights, inputs = group["weights"], group["input_activations"]
     bits, groups = operator_bits(weights["num_bits"]), weights["strategy"]
+    if weights.get("type") == "float":
+        return [(forms.DYNAMIC_QUANT, "dynamic-fp8"), (forms.QUANT_MATMUL, "fp8")]
     static = [(forms.QUANTIZE, "static")] if inputs == _TENSOR else []
     if only_weights:
         operator = forms.GROUPED if experts else forms.WEIGHT_ONLY

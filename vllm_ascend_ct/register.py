@@ -105,6 +105,10 @@ def register_linear_kernels() -> None:
     from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
         AscendInt8ScaledMMLinearKernel,
     )
+    from vllm_ascend_ct.kernels.linear.scaled_mm.ascend_fp8 import (
+        AscendFP8ScaledMMLinearKernel,
+    )
 
     register_linear_kernel(AscendWNA16LinearKernel, PlatformEnum.OOT, "mp")
     register_linear_kernel(AscendInt8ScaledMMLinearKernel, PlatformEnum.OOT, "int8")
+    register_linear_kernel(AscendFP8ScaledMMLinearKernel, PlatformEnum.OOT, "fp8")

@@ -51,3 +51,14 @@ def test_launches(scheme: str, dtype: torch.dtype) -> None:
     with Launches() as launches:
         layer(x)
     assert launches.names == EXPECTED[scheme]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_launches_of_float8(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    layer, _ = load(row_case(512, 96), "fp8-channel-dynamic", torch.bfloat16, bias)
+    x = activations(3, 512, torch.bfloat16)
+    with Launches() as launches:
+        layer(x)
+    products = ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"]
+    assert launches.names == products + ["aten.add"] * bias

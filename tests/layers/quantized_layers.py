@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Upstream's linear layers over random compressed-tensors weights."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,14 @@ WEIGHT_ONLY = (
 )
 
 
+# Of linear layers, what A5 multiplies as it is.
+MULTIPLIED = ("fp8-channel-dynamic", "fp8-tensor-dynamic")
+
+
 def is_weight_only(scheme: str, k: int) -> bool:
     """Whether the activations stay in 16 bits though the scheme quantizes them."""
+    if scheme in MULTIPLIED and os.environ.get("VLLM_ASCEND_CT_SOC") == "A5":
+        return False
     if scheme in FLOAT_SCHEMES:
         return True
     one_group = ALL_SCHEMES[scheme].weights.group_size == k

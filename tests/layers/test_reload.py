@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from tests.formula import formula_linear, relative_error
 from tests.layers.quantized_layers import (
+    MULTIPLIED,
     TOLERANCES,
     activations,
     compressed_modules,
@@ -47,11 +48,18 @@ def new_tensors(scheme: str) -> Any:
 on_upstream = pytest.mark.skipif(
     runs_on_vllm_ascend(), reason="needs a device: see tests/soft_npu"
 )
-RELOADED = [*SCHEMES, *(pytest.param(s, marks=on_upstream) for s in FLOAT_SCHEMES)]
+RELOADED = [
+    *((scheme, "A2") for scheme in SCHEMES),
+    *(pytest.param(scheme, "A2", marks=on_upstream) for scheme in FLOAT_SCHEMES),
+    *(pytest.param(scheme, "A5", marks=on_upstream) for scheme in MULTIPLIED),
+]
 
 
-@pytest.mark.parametrize("scheme", RELOADED)
-def test_output_is_that_of_the_new_weights(scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "soc"), RELOADED)
+def test_output_is_that_of_the_new_weights(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, soc: str
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
     first, second = new_tensors(scheme), new_tensors(scheme)
     x = activations(5, CASE.k, BF16)
     outputs = []

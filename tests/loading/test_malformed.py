@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pytest_mock import MockerFixture
 from safetensors.torch import load_file
 
+from tests.layers.quantized_layers import MULTIPLIED
 from tests.loading.models import load_model
 from tools import tiny_moe
 from tools.malform import (
@@ -29,6 +31,9 @@ from tools.malform import (
     malform,
 )
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (  # noqa: E501
+    AscendCTW8A8Fp8,
+)
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -96,6 +101,39 @@ def test_scales_of_inputs_that_stay_in_16_bits(
 ) -> None:
     malform(valid_floats, IGNORED_KINDS[name], tmp_path / "other")
     load_model(tmp_path / "other")
+
+
+FLOAT8_KINDS = [
+    name
+    for name in FLOAT_KINDS
+    if name.startswith("fp8-")
+    and not any(other in name for other in ("input", "large", "per-channel"))
+]
+
+
+@pytest.fixture(scope="module")
+def valid_float8(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(dict.fromkeys(FLOAT_RECIPE, MULTIPLIED[0]))
+
+
+def test_float8_that_a5_multiplies_is_loaded(
+    valid_float8: Path, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    processed = mocker.spy(AscendCTW8A8Fp8, "process_weights_after_loading")
+    load_model(valid_float8)
+    assert processed.call_count > 4
+
+
+@pytest.mark.parametrize("name", FLOAT8_KINDS)
+def test_float8_that_a5_multiplies_is_refused(
+    valid_float8: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    kind = FLOAT_KINDS[name]
+    malform(valid_float8, kind, tmp_path / "broken")
+    with pytest.raises(UnsupportedCheckpointError, match=kind.names):
+        load_model(tmp_path / "broken")
 
 
 def test_the_corpus_is_large_enough() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
+from vllm_ascend_ct.ops.dtypes import FP8, FRACTAL_NZ
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
 M, K, N, GROUP = 5, 128, 48, 32
@@ -82,6 +82,20 @@ def quant_matmul_call(
             "output_dtype": out_dtype,
             "pertoken_scale": scales(M) if pertoken else None,
         },
+    )
+
+
+def fp8(*shape: int) -> torch.Tensor:
+    """Every value of E4M3 but those that are no numbers."""
+    codes = torch.randint(0, 0x7F, shape, dtype=torch.uint8)
+    return (codes | torch.randint(0, 2, shape, dtype=torch.uint8) << 7).view(FP8)
+
+
+def fp8_matmul_call(out_dtype: torch.dtype = torch.bfloat16) -> Call:
+    return Call(
+        "npu_quant_matmul",
+        [fp8(M, K), fp8(K, N), scales(N) * 1e-3],
+        {"output_dtype": out_dtype, "pertoken_scale": scales(M) * 1e-2},
     )
 
 
@@ -274,7 +288,13 @@ CALLS: dict[str, Callable[[], Call]] = {
     "npu_moe_finalize_routing": finalize_call,
     "npu_swiglu": lambda: Call("npu_swiglu", [x()]),
 }
-# Of operators that the other chips lack.
+# Of what the other chips lack.
+CALLS_A5: dict[str, Callable[[], Call]] = {
+    "npu_dynamic_quant, FP8": lambda: Call(
+        "npu_dynamic_quant", [x()], {"dst_type": FP8}
+    ),
+    "npu_quant_matmul, FP8": fp8_matmul_call,
+}
 CALLS_310P: dict[str, Callable[[], Call]] = {
     "npu_quant_matmul_dequant": quant_matmul_dequant_call,
     "npu_quant_grouped_matmul_dequant": lambda: quant_grouped_matmul_dequant_call(0),

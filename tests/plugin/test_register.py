@@ -23,10 +23,16 @@ def state():
         get_quantization_config("compressed-tensors").__name__,
         [k.__name__ for k in linear._POSSIBLE_KERNELS.get(oot, [])],
         [k.__name__ for k in linear._POSSIBLE_INT8_KERNELS.get(oot, [])],
+        [k.__name__ for k in linear._POSSIBLE_FP8_KERNELS.get(oot, [])],
     ]
 """
 OURS = str(
-    ["AscendCTConfig", ["AscendWNA16LinearKernel"], ["AscendInt8ScaledMMLinearKernel"]]
+    [
+        "AscendCTConfig",
+        ["AscendWNA16LinearKernel"],
+        ["AscendInt8ScaledMMLinearKernel"],
+        ["AscendFP8ScaledMMLinearKernel"],
+    ]
 )
 # What vLLM and torch write themselves when plugins load and operators are defined.
 HOUSEKEEPING = {
@@ -42,7 +48,7 @@ WITH_THE_CONFIG = {
     "vllm.model_executor.layers.linear.WEIGHT_LOADER_V2_SUPPORTED",
     f"{_QUANTIZATION}.compressed_tensors.transform.linear.WEIGHT_LOADER_V2_SUPPORTED",
 }
-THEIRS = "['CompressedTensorsConfig', [], []]"
+THEIRS = "['CompressedTensorsConfig', [], [], []]"
 
 
 def test_registered_once_however_often_it_is_asked_for() -> None:
@@ -158,7 +164,8 @@ print({".".join(k) for k in before.keys() | after.keys()
     )
     changed: set[str] = ast.literal_eval(out)
     kernels = "vllm.model_executor.kernels.linear"
-    expected = {f"{kernels}._POSSIBLE_KERNELS", f"{kernels}._POSSIBLE_INT8_KERNELS"}
+    kinds = "KERNELS", "INT8_KERNELS", "FP8_KERNELS"
+    expected = {f"{kernels}._POSSIBLE_{kind}" for kind in kinds}
     if hasattr(linear, "_POSSIBLE_KERNELS_BY_TYPE"):
         expected.add(f"{kernels}._POSSIBLE_KERNELS_BY_TYPE")
     assert changed - HOUSEKEEPING == expected | WITH_THE_CONFIG

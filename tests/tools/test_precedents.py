@@ -8,6 +8,7 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 
+from tests.layers.quantized_layers import MULTIPLIED
 from tools.call_forms import form_of
 from tools.make_checkpoint import SCHEMES
 from tools.record_npu_calls import layers, record
@@ -32,11 +33,15 @@ SOME = ["w4a16-g64-asym", "w8a16-channel", "w4a8-channel", "w8a8-channel-static"
 
 
 def made_calls(
-    schemes: Iterable[str], soc: Soc, dtype: torch.dtype | None = None
+    schemes: Iterable[str],
+    soc: Soc,
+    dtype: torch.dtype | None = None,
+    kinds: Iterable[str] = (),
 ) -> set[Form]:
-    """The forms of what layers call on a chip."""
+    """The forms of what layers, or some kinds of them, call on a chip."""
     dtype = dtype or DTYPES.get(soc, torch.bfloat16)
-    calls = record(layers(), list(schemes), [dtype])
+    runs = {name: run for name, run in layers().items() if not kinds or name in kinds}
+    calls = record(runs, list(schemes), [dtype])
     return {form_of(*call) for call in calls.values()}
 
 
@@ -68,6 +73,8 @@ def test_each_call_has_a_row_and_each_row_a_call(
         made |= made_calls(schemes, soc)
     # Whose scales are packed for float16 models only.
     made |= made_calls(["w8a8-channel-static"], soc, torch.float16)
+    if soc is Soc.A5:
+        made |= made_calls(MULTIPLIED, soc, kinds=["linear"])
     # Where there is a choice, the other.
     others = (f"{k}={c.names[1]}" for k, c in CHOICES.items() if soc in c.chips)
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", ",".join(others))
@@ -84,6 +91,17 @@ def test_some_calls_have_rows(
     set_chip(Soc.A2, True, monkeypatch, mocker)
     made = made_calls(SOME, Soc.A2)
     assert len(made) > 10 and without_a_row(made, Soc.A2) == set()
+
+
+def test_calls_of_float8_have_proven_rows(
+    monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
+) -> None:
+    set_chip(Soc.A5, True, monkeypatch, mocker)
+    looked_up = mocker.spy(announce, "precedent")
+    made = made_calls(MULTIPLIED, Soc.A5, kinds=["linear"])
+    assert made == {call.args[0] for call in looked_up.call_args_list}
+    rows = [precedent(form, Soc.A5) for form in made]
+    assert len(rows) == 2 and all(row and row.source for row in rows)
 
 
 def test_a_call_without_a_row_is_found(mocker: MockerFixture) -> None:

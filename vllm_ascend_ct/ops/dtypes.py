@@ -6,6 +6,7 @@ import torch
 
 FLOAT16 = (torch.float16,)
 FLOAT16_BFLOAT16 = (torch.float16, torch.bfloat16)
+FP8 = torch.float8_e4m3fn
 # What torch_npu calls the memory format.
 FRACTAL_NZ = 29
 # An int4 tensor is handed over as int32.

@@ -14,6 +14,7 @@ import torch
 from vllm_ascend_ct.ops.dtypes import (
     FLOAT16,
     FLOAT16_BFLOAT16,
+    FP8,
     INT4_PER_INT32,
     names,
 )
@@ -22,10 +23,16 @@ from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 @dataclass(frozen=True)
 class ActivationQuantLimits:
-    """`npu_dynamic_quant`, `npu_dynamic_quant_asymmetric`, `npu_quantize`."""
+    """`npu_dynamic_quant`, `npu_dynamic_quant_asymmetric`, `npu_quantize`.
+
+    Attributes:
+        dst_dtypes: What the first two quantize to.
+
+    """
 
     x_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     k_multiple: int = 1
+    dst_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
 
     def refusal(self, x_dtype: torch.dtype, k: int) -> str | None:
         """Why rows of `k` elements of `x_dtype` cannot be quantized, or None."""
@@ -158,6 +165,27 @@ class QuantMatmulLimits:
         out_dtypes = tuple(dict.fromkeys(dtype for dtype, _ in self.operands))
         if out_dtype not in out_dtypes:
             return f"output dtype {out_dtype}; supported: {names(out_dtypes)}"
+        for size in inner_sizes:
+            if not 1 <= size <= self.max_size:
+                return f"inner axis of size {size}; supported: 1 to {self.max_size}"
+        return None
+
+
+@dataclass(frozen=True)
+class Fp8MatmulLimits:
+    """`npu_quant_matmul` with FP8 (E4M3) activations, per token, and FP8 weights.
+
+    Without a bias: the documents add it before the scales, and vllm-ascend passes none
+    for a fault of the operator.
+    """
+
+    out_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
+    max_size: int = 65535
+
+    def refusal(self, out_dtype: torch.dtype, inner_sizes: list[int]) -> str | None:
+        """Why a product cannot be computed, or None; as of `QuantMatmulLimits`."""
+        if out_dtype not in self.out_dtypes:
+            return f"output dtype {out_dtype}; supported: {names(self.out_dtypes)}"
         for size in inner_sizes:
             if not 1 <= size <= self.max_size:
                 return f"inner axis of size {size}; supported: 1 to {self.max_size}"
@@ -457,6 +485,7 @@ class Limits:
         default_factory=WeightQuantBatchMatmulLimits
     )
     quant_matmul: QuantMatmulLimits = field(default_factory=QuantMatmulLimits)
+    fp8_matmul: Fp8MatmulLimits | None = None
     dynamic_quant: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
     dynamic_quant_asymmetric: ActivationQuantLimits | None = field(
         default_factory=ActivationQuantLimits
@@ -483,6 +512,8 @@ LIMITS = {
     Soc.A3: Limits(),
     Soc.A5: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=2**31 - 1),
+        fp8_matmul=Fp8MatmulLimits(),
+        dynamic_quant=ActivationQuantLimits(dst_dtypes=(torch.int8, FP8)),
         a8w4=None,
         grouped_matmul=GROUPED_A5,
         grouped_matmul_swiglu_quant=None,

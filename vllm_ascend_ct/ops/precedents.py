@@ -149,6 +149,14 @@ PRECEDENTS: tuple[Precedent, ...] = (
         "serving",
     ),
     _row(
+        DYNAMIC_QUANT,
+        "dynamic-fp8",
+        ROWS,
+        _A5,
+        f"{_METHODS}w8a8fp8_dynamic.py",
+        "serving",
+    ),
+    _row(
         DYNAMIC_QUANT_ASYMMETRIC,
         "dynamic",
         ROWS,
@@ -207,6 +215,14 @@ PRECEDENTS: tuple[Precedent, ...] = (
         _310P,
         f"{_METHODS_310P}w8a8_dynamic.py",
         "serving, with an accuracy issue that the file mentions",
+    ),
+    _row(
+        QUANT_MATMUL,
+        "fp8",
+        CONTIGUOUS,
+        _A5,
+        f"{_METHODS}w8a8fp8_dynamic.py",
+        "serving, a bias added behind it for a fault that the file mentions",
     ),
     _row(
         QUANT_MATMUL_DEQUANT,

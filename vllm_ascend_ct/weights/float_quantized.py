@@ -13,6 +13,8 @@ import torch
 # Their indices, values and scales take 4 MB each.
 _VALUES_AT_ONCE = 1 << 20
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# But for the sign.
+_E4M3_NAN = 0x7F
 _E8M0_BIAS, _E8M0_NAN = 127, 255
 # Files have exponents as bytes or as what they are.
 E8M0_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
@@ -54,6 +56,13 @@ def decoded_scale(scale: torch.Tensor) -> torch.Tensor:
     exponents = scale.cpu().view(torch.uint8)
     powers = torch.exp2(exponents.float() - _E8M0_BIAS)
     return powers.masked_fill_(exponents == _E8M0_NAN, torch.nan)
+
+
+def has_nan(weight: torch.Tensor) -> bool:
+    """Whether an FP8 (E4M3) weight `[N, K]` has a value that is no number."""
+    codes = weight.view(torch.uint8)
+    parts = codes.split(max(1, _VALUES_AT_ONCE // codes.shape[1]))
+    return any(bool(((part & _E4M3_NAN) == _E4M3_NAN).any()) for part in parts)
 
 
 def dequantize(

@@ -9,6 +9,7 @@ are flattened for the operators, which take matrices.
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.traced import weight_quant_batchmatmul
 
 
@@ -98,6 +99,36 @@ def dynamic_quant_matmul(
         bias=bias,
         output_dtype=x.dtype,
     )
+    return _with_axes_of(x, y)
+
+
+def dynamic_fp8_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Activations quantized per token to FP8 (E4M3), by FP8 weights.
+
+    Two launches, and one to add a bias: vllm-ascend knows a fault of the operator's
+    own.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: FP8 `[K, N]`, contiguous.
+        weight_scale: fp32 `[N]`.
+        bias: `[N]`, dtype of x.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    q, x_scale = torch.ops.npu.npu_dynamic_quant(_matrix(x), dst_type=FP8)
+    y = torch.ops.npu.npu_quant_matmul(
+        q, weight, weight_scale, pertoken_scale=x_scale, output_dtype=x.dtype
+    )
+    if bias is not None:
+        y = y + bias
     return _with_axes_of(x, y)
 
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The int8 matrix multiplication operator."""
+"""The operator that multiplies quantized matrices."""
 
 from typing import Any
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4, a8w4_fake
+from vllm_ascend_ct.ops.emulated.quant_matmul_fp8 import fp8_matmul, fp8_matmul_fake
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
     check_layout,
@@ -46,6 +48,10 @@ def _quant_matmul_fake(
         )
     if x2.dtype == torch.int32:
         return a8w4_fake(
+            x1, x2, scale, offset, pertoken_scale, bias, output_dtype, group_sizes
+        )
+    if x2.dtype == FP8:
+        return fp8_matmul_fake(
             x1, x2, scale, offset, pertoken_scale, bias, output_dtype, group_sizes
         )
     if group_sizes:
@@ -105,7 +111,7 @@ def npu_quant_matmul(
     output_dtype: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Multiply int8 by int8 or int4 and dequantize.
+    """Multiply int8 by int8 or int4, or FP8 by FP8, and dequantize.
 
     `(x1 @ x2 + bias_int32) * scale * pertoken_scale + bias_float`, accumulated in
     int32, then one rounding in fp32 a step and one to the output. fp16 and int8 outputs
@@ -118,7 +124,8 @@ def npu_quant_matmul(
     Args:
         x1: int8 `[M, K]`.
         x2: int8 `[K, N]`, contiguous or a transposed view; or int4, as int32
-            `[K, N / 8]`, with what `quant_matmul_a8w4.py` says of the other operands.
+            `[K, N / 8]`, with what `quant_matmul_a8w4.py` says of the other operands;
+            or FP8, with what `quant_matmul_fp8.py` says.
         scale: `(1,)` or `(N,)`, dtype as `ops/limits.py` tells.
         offset: fp32 `(1,)` or `(N,)`, int8 output only.
         pertoken_scale: fp32 `(M,)`.
@@ -139,6 +146,9 @@ def npu_quant_matmul(
     if x2.dtype == torch.int32:
         assert offset is not None and pertoken_scale is not None
         return a8w4(result, x1, x2, scale, offset, pertoken_scale)
+    if x2.dtype == FP8:
+        assert pertoken_scale is not None
+        return fp8_matmul(result, x1, x2, scale, pertoken_scale)
     if result.dtype == torch.int32:
         return result.copy_(_accumulated(x1, x2, bias))
     if scale.dtype == torch.int64:

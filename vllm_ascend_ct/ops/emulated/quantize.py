@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FP8, names
 from vllm_ascend_ct.ops.emulated.registry import as_dtype, describe, emulates, refuse
 from vllm_ascend_ct.ops.limits import ActivationQuantLimits, current_limits
 from vllm_ascend_ct.ops.soc import Soc, current_soc
@@ -14,6 +15,7 @@ _DYNAMIC_ARGUMENTS = (
     "(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, "
     "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.)"
 )
+FP8_MAX = torch.finfo(FP8).max
 # A number would be made a tensor at each call.
 _ZERO = torch.zeros((), device="cpu")
 
@@ -32,7 +34,8 @@ def _check_dynamic(
     dst_type: int | None = None,
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
-) -> None:
+) -> torch.dtype:
+    """Refuse a call, or tell the dtype that it quantizes to."""
     if limits is None:
         refuse(name, "the chip does not have this operator")
     if reason := limits.refusal(x.dtype, x.shape[-1]):
@@ -41,8 +44,9 @@ def _check_dynamic(
         refuse(name, f"input is {describe(x)}; supported: 2-D and more")
     if group_index is not None or quant_mode != "pertoken" or dst_type_max:
         refuse(name, "group_index, quant_mode and dst_type_max are not emulated")
-    if dst_type is not None and as_dtype(name, dst_type) != torch.int8:
-        refuse(name, f"dst_type={dst_type}; emulated: int8")
+    dtype = torch.int8 if dst_type is None else as_dtype(name, dst_type)
+    if dtype not in limits.dst_dtypes:
+        refuse(name, f"dst_type={dst_type}; emulated: {names(limits.dst_dtypes)}")
     if smooth_scales is not None and (
         smooth_scales.dtype != x.dtype or smooth_scales.shape != x.shape[-1:]
     ):
@@ -51,6 +55,7 @@ def _check_dynamic(
             f"smooth_scales is {describe(smooth_scales)}; emulated: 1-D, with the "
             f"dtype and the last size of the input, which is {describe(x)}",
         )
+    return dtype
 
 
 def _smoothed(x: torch.Tensor, smooth_scales: torch.Tensor | None) -> torch.Tensor:
@@ -62,9 +67,9 @@ def _dynamic_quant_fake(
     input: torch.Tensor, *args: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     limits = current_limits().dynamic_quant
-    _check_dynamic("npu_dynamic_quant", limits, input, *args, **options)
+    dtype = _check_dynamic("npu_dynamic_quant", limits, input, *args, **options)
     return (
-        input.new_empty(input.shape, dtype=torch.int8),
+        input.new_empty(input.shape, dtype=dtype),
         input.new_empty(input.shape[:-1], dtype=torch.float32),
     )
 
@@ -76,21 +81,22 @@ def _dynamic_quant_fake(
 def npu_dynamic_quant(
     input: torch.Tensor, smooth_scales: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each row to int8, symmetric.
+    """Quantize each row to int8, or on A5 to FP8 (E4M3), symmetric.
 
-    `scale = amax / 127`. A2 and A3 multiply by the rounded reciprocal, `q = rint(x *
-    (127 / amax))`; A5 divides, `rint(x / scale)`; 310P does it in fp16 and rounds half
-    away from zero. A row of zeros gives scale 0 and q 0.
+    `scale = amax / 127`, for FP8 `amax / 448`. A2 and A3 multiply by the rounded
+    reciprocal, `q = rint(x * (127 / amax))`; A5 divides, `rint(x / scale)`; 310P does
+    it in fp16 and rounds half away from zero. FP8 is rounded half to even and
+    saturates. A row of zeros gives scale 0 and q 0, which for FP8 no document says.
 
     Source: op-plugin `torch_npu-npu_dynamic_quant.md`; ops-nn `quant/dynamic_quant`.
 
     Args:
         input: `[..., K]` fp16 or bf16.
         smooth_scales: `[K]`, dtype of the input, multiplied into the rows first.
-        options: Only their defaults are emulated.
+        options: `dst_type`, and of the others only their defaults.
 
     Returns:
-        int8 `[..., K]` and fp32 scales `[...]`.
+        int8 or FP8 `[..., K]` and fp32 scales `[...]`.
 
     Raises:
         OperatorLimitError: The call is outside the operator's limits.
@@ -99,7 +105,7 @@ def npu_dynamic_quant(
     q, scale = _dynamic_quant_fake(input, smooth_scales, **options)
     values = _smoothed(input, smooth_scales)
     amax = values.abs().amax(dim=-1)
-    torch.mul(amax, 1 / 127, out=scale)
+    torch.mul(amax, 1 / (FP8_MAX if q.dtype == FP8 else 127), out=scale)
     amax = amax.unsqueeze(-1)
     soc = current_soc()
     if soc is Soc.A5:
@@ -110,6 +116,8 @@ def npu_dynamic_quant(
     else:
         # In place of what is only here: x is never fp32.
         rows = values.mul_(torch.where(amax > 0, 127 / amax, _ZERO))
+    if q.dtype == FP8:
+        return q.copy_(rows.clamp_(-FP8_MAX, FP8_MAX)), scale
     return q.copy_(int8_values(rows)), scale
 
 

@@ -75,6 +75,7 @@ _SCALAR_TYPES: dict[int, torch.dtype] = {
     14: torch.qint32,
     15: torch.bfloat16,
     16: torch.quint4x2,
+    24: torch.float8_e4m3fn,
 }
 
 

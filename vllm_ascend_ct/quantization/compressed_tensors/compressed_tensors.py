@@ -57,7 +57,13 @@ from vllm_ascend_ct.quantization.compressed_tensors.resolved import (
     ResolvedLinearMixin,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.resolving import check_resolving
-from vllm_ascend_ct.quantization.compressed_tensors.rules import refusal
+from vllm_ascend_ct.quantization.compressed_tensors.rules import (
+    is_multiplied,
+    refusal,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (  # noqa: E501
+    AscendCTW8A8Fp8,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa8o8 import (  # noqa: E501
     AscendCTWNA8O8Int,
 )
@@ -182,7 +188,7 @@ class AscendCTConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         args = self.get_scheme_dict(layer, prefix)
         files = self.checkpoint.check_layer(layer, prefix, args)
-        if args is not None and is_float(args):
+        if args is not None and _is_resolved(args, prefix):
             method_class = linear.unquantized_class() or UnquantizedLinearMethod
             made = watched(method_class, ResolvedLinearMixin)()
             return self._resolved(made, args, prefix, files)
@@ -223,7 +229,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         if name in ("q_b_proj", "wq_b"):
             other = f"{attention.removesuffix('.indexer')}.fused_qkv_a_proj"
             scheme = self.get_scheme_dict(layer, other)
-            is_mixed = scheme is None or is_float(scheme)
+            is_mixed = scheme is None or _is_resolved(scheme, other)
             settings.check_latent_query(prefix, is_mixed, is_packed(args))
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
@@ -261,6 +267,8 @@ class AscendCTConfig(CompressedTensorsConfig):
             # Upstream would look for kernels while it constructs the scheme.
             raise refused(reason, layer_name)
         weights = args["weights"]
+        if is_float(args) and is_multiplied(args):
+            return AscendCTW8A8Fp8(weights)
         if args.get("output_activations") is not None:
             return AscendCTWNA8O8Int(
                 num_bits=weights.num_bits,
@@ -321,6 +329,13 @@ class AscendCTConfig(CompressedTensorsConfig):
             # A class target means the checkpoint's class, and there it is a Linear.
             found = find(Linear(), layer_name)
         return found and _without_float_inputs(found)
+
+
+def _is_resolved(scheme: dict[str, Any], prefix: str) -> bool:
+    """Whether a linear layer's weights are resolved to 16 bits."""
+    if not is_float(scheme):
+        return False
+    return needs_dense_weight(prefix) or not is_multiplied(scheme)
 
 
 def _without_float_inputs(scheme: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,11 @@ from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
     AscendCTWNA16,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.tensors import QuantizedShape
+from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
+    FloatShape,
+    QuantizedShape,
+)
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -191,6 +195,8 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         return None
 
     def _shape_on_disk(self, k: int) -> QuantizedShape:
+        if is_float(self._args):
+            return FloatShape.of(self._args, k)
         weights = self._args["weights"]
         per_row = weights.strategy != "tensor"
         groups = k // weights.group_size if (weights.group_size or 0) > 0 else 1

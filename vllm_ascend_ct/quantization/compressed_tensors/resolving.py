@@ -16,7 +16,10 @@ from vllm_ascend_ct.ops.soc import current_soc
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.headers import FileLayer
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
-from vllm_ascend_ct.quantization.compressed_tensors.rules import float_name
+from vllm_ascend_ct.quantization.compressed_tensors.rules import (
+    float_name,
+    is_multiplied,
+)
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -49,28 +52,34 @@ def check_resolving(
         return
     checkpoint.is_resolved = True
     headers = checkpoint.headers
+    only_experts = is_multiplied(scheme)
+    resolved = 0
     sizes = "twice or four times the memory that they take in the files"
     if headers is not None:
         layers = list(headers.layers.values())
-        stored, resolved = _bytes(layers)
-        sizes = f"{resolved / _GIB:.2f} GiB, and {stored / _GIB:.2f} GiB in the files"
+        stored, resolved = _bytes(layers, only_experts)
         if not checkpoint.is_second:
-            _check_fits(layers, layer_name)
+            _check_fits(layers, layer_name, only_experts)
+    if resolved:
+        sizes = f"{resolved / _GIB:.2f} GiB, and {stored / _GIB:.2f} GiB in the files"
     logger.warning_once(
-        "%s weights are resolved to 16 bits as they are loaded: no kernel of this "
+        "%s weights%s are resolved to 16 bits as they are loaded: no kernel of this "
         "package multiplies them as they are on Ascend %s. That takes %s, all ranks "
         "together. Weights of an integer scheme (W8A8, W4A16) stay as small as they "
         "are.",
         name,
+        ", but those of most linear layers," if only_experts else "",
         current_soc().value,
         sizes,
     )
 
 
-def _bytes(layers: Iterable[FileLayer]) -> tuple[int, int]:
+def _bytes(layers: Iterable[FileLayer], only_experts: bool) -> tuple[int, int]:
     """What floating-point weights take in the files, and in 16 bits."""
     stored = resolved = 0
     for layer in layers:
+        if only_experts and ".experts." not in layer.name:
+            continue
         for kind, values in (("weight", 1), ("weight_packed", 2)):
             if layer.is_quantized and layer.dtypes.get(kind) in ("F8_E4M3", "U8"):
                 size = math.prod(layer.shapes[kind])
@@ -79,7 +88,9 @@ def _bytes(layers: Iterable[FileLayer]) -> tuple[int, int]:
     return stored, resolved
 
 
-def _check_fits(layers: Iterable[FileLayer], layer_name: str) -> None:
+def _check_fits(
+    layers: Iterable[FileLayer], layer_name: str, only_experts: bool
+) -> None:
     """Refuse a model whose weights do not fit.
 
     Only its blocks are counted: a file may have a draft model or a tower that is not
@@ -93,7 +104,7 @@ def _check_fits(layers: Iterable[FileLayer], layer_name: str) -> None:
     count = getattr(text_config, "num_hidden_layers", 0)
     numbers = [(_BLOCK.search(layer.name), layer) for layer in layers]
     blocks = [layer for found, layer in numbers if found and int(found[1]) < count]
-    _, resolved = _bytes(blocks)
+    _, resolved = _bytes(blocks, only_experts)
     parallel = vllm_config.parallel_config
     ranks = parallel.world_size * parallel.data_parallel_size
     free = compat.free_memory()

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Which compressed-tensors schemes are served: one table, read by all who ask.
 
-Sizes and chips are not its business: the operators' limits are in `ops/limits.py`.
+Sizes are not its business, nor what a chip can: the operators' limits are in
+`ops/limits.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
+from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, text
 
 _PACK = CompressionFormat.pack_quantized.value
@@ -30,6 +32,7 @@ class Activations(Enum):
     TENSOR = "int8 inputs, static per tensor"
     TENSOR_IN_OUT = "int8 inputs and outputs, static per tensor, symmetric"
     FLOAT = "floating-point inputs or none, and no outputs"
+    FLOAT8_TOKEN = "FP8 inputs, dynamic per token"
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ EXPERT_RULES = (
 )
 
 # Floating-point weights, of linear layers and of experts. They are resolved to 16 bits,
-# and activations stay in 16 bits.
+# and activations stay in 16 bits, but for those of `MULTIPLIED_RULE`.
 FLOAT_RULES = (
     SchemeRule(
         "FP8", Activations.FLOAT, (_FLOAT, _NAIVE), (8,), ("tensor", "channel", "block")
@@ -186,6 +189,16 @@ FLOAT_RULES = (
         group_size=16,
         scale_dtypes=(None, torch.float8_e4m3fn),
     ),
+)
+
+
+# Of linear layers, which chips with `Limits.fp8_matmul` multiply as they are.
+MULTIPLIED_RULE = SchemeRule(
+    "FP8, activations dynamic",
+    Activations.FLOAT8_TOKEN,
+    (_FLOAT, _NAIVE),
+    (8,),
+    ("tensor", "channel"),
 )
 
 
@@ -237,8 +250,14 @@ def _activations(
 
 
 def _is_int8(args: QuantizationArgs | None, strategy: str, dynamic: bool) -> bool:
+    return _is_8_bits(args, QuantizationType.INT, strategy, dynamic)
+
+
+def _is_8_bits(
+    args: QuantizationArgs | None, kind: QuantizationType, strategy: str, dynamic: bool
+) -> bool:
     return args is not None and (
-        args.type == QuantizationType.INT
+        args.type == kind
         and args.num_bits == 8
         and text(args.strategy) == strategy
         and args.dynamic is dynamic
@@ -254,6 +273,20 @@ def _float_activations(
 ) -> Activations | None:
     is_known = inputs is None or inputs.type == QuantizationType.FLOAT
     return Activations.FLOAT if is_known and outputs is None else None
+
+
+def is_multiplied(scheme: dict[str, Any]) -> bool:
+    """Whether the chip in use multiplies a linear layer's weights as they are.
+
+    Args:
+        scheme: A floating-point one, which others than linear layers may have too.
+
+    """
+    inputs, outputs = scheme.get("input_activations"), scheme.get("output_activations")
+    if current_limits().fp8_matmul is None or outputs is not None:
+        return False
+    is_token = _is_8_bits(inputs, QuantizationType.FLOAT, "token", True)
+    return is_token and not MULTIPLIED_RULE.mismatches(scheme)
 
 
 def float_name(scheme: dict[str, Any]) -> str:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""FP8 weights with FP8 activations, dynamic per token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (  # noqa: E501
+    CompressedTensorsW8A8Fp8,
+    weight_quant_key_mapping,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8DynamicTokenSym,
+)
+
+from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.quantization.compressed_tensors.utils import text
+from vllm_ascend_ct.weights.float_quantized import has_nan
+
+
+class AscendCTW8A8Fp8(CompressedTensorsW8A8Fp8):
+    """Upstream's scheme, but for dtypes and for one scale a tensor.
+
+    Upstream takes the model's dtype for the layer's, and where shards have a scale
+    each, it rounds their weights again to share the largest, by an operator of CUDA.
+    """
+
+    def __init__(self, weights: QuantizationArgs) -> None:
+        """Begin; not as upstream, which asks the model's config.
+
+        Args:
+            weights: With a scale per channel or per tensor.
+
+        """
+        self.weight_quant = weights
+        self.strategy = weights.strategy
+        self.is_static_input_scheme = False
+        self.weight_block_size = None
+        self.activation_quant_key = kFp8DynamicTokenSym
+        self.weight_quant_key = weight_quant_key_mapping[self.strategy]
+
+    @property
+    def kernel(self) -> Any:
+        """As upstream's other schemes call it."""
+        return self.fp8_linear
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., Any],
+        **kwargs: Any,
+    ) -> None:
+        self.input_dtype = self.out_dtype = params_dtype
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            weight_loader,
+            **kwargs,
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight, scale = layer.weight.data, layer.weight_scale.data
+        if has_nan(weight):
+            raise ValueError("weight has values that are not numbers")
+        if text(self.strategy) == "tensor":
+            widths = torch.tensor(layer.logical_widths, device=scale.device)
+            scale = scale.repeat_interleave(widths).unsqueeze(1)
+        set_parameter(layer, "weight", weight.t())
+        set_parameter(layer, "weight_scale", scale)
+        self.kernel.process_weights_after_loading(layer)
