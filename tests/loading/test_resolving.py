@@ -13,6 +13,7 @@ from pytest_mock import MockerFixture
 from vllm.config import VllmConfig
 
 from tests.loading.models import load_model
+from tools import tiny_moe
 from tools.malform import FLOAT_RECIPE
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
@@ -62,6 +63,30 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(
     with pytest.raises(UnsupportedCheckpointError, match=message):
         load_model(floats)
     assert not loading.called
+
+
+def test_what_a5_multiplies_is_not_counted(
+    checkpoint: Callable[..., Path],
+    moe_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mocker: MockerFixture,
+) -> None:
+    """Experts are resolved, and linear layers are not."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    warning = mocker.patch.object(resolving.logger, "warning_once")
+    counted = mocker.spy(resolving, "_check_fits")
+    float8 = "fp8-channel-dynamic"
+    load_model(checkpoint(dict.fromkeys(FLOAT_RECIPE, float8)))
+    assert not warning.called and not counted.called
+    base = moe_model("qwen3-moe")
+    path = checkpoint({"re:.*_proj": float8}, base=base, ignore=tiny_moe.IGNORE)
+    load_model(path)
+    (call,) = warning.call_args_list
+    text, *values = call.args
+    assert "FP8 weights, but those of most linear layers, are" in text % tuple(values)
+    resolved, _ = counted.call_args.args
+    _, whole = quantized_sizes(path)
+    assert 0 < resolved < 2 * whole
 
 
 @pytest.mark.parametrize(
