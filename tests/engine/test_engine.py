@@ -122,6 +122,31 @@ def test_float16(checkpoint: MakeCheckpoint, scheme: str) -> None:
     assert difference < TOLERANCES[family] / 2
 
 
+def test_float8_on_a5(
+    monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, checkpoint: MakeCheckpoint
+) -> None:
+    """The head is resolved, and the rest is multiplied."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    path = checkpoint({"Linear": "fp8-channel-dynamic"}, ignore=())
+    quantized = mocker.spy(torch.ops.npu, "npu_dynamic_quant")
+    multiplied = mocker.spy(torch.ops.npu, "npu_quant_matmul")
+    difference = mean_difference(served(path, eager=True), reference(path))
+    assert difference < TOLERANCES["w8a8"]
+    assert quantized.call_count == multiplied.call_count > 0
+    dtypes = {call.args[1].dtype for call in multiplied.call_args_list}
+    assert dtypes == {torch.float8_e4m3fn}
+
+
+@pytest.mark.long
+def test_float8_on_a5_compiled(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: MakeCheckpoint
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    path = checkpoint({"Linear": "fp8-channel-dynamic"}, ignore=())
+    difference = mean_difference(served(path, eager=False), reference(path))
+    assert difference < TOLERANCES["w8a8"]
+
+
 @pytest.mark.parametrize(
     "eager",
     [True, pytest.param(False, marks=pytest.mark.long)],

@@ -3,6 +3,7 @@
 """Every scheme over two ranks, through upstream's layers and loaders."""
 
 import math
+import os
 from collections.abc import Iterable
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ from vllm.utils.network_utils import get_open_port
 
 from tests.formula import FormulaLinear, relative_error
 from tests.layers.quantized_layers import (
+    MULTIPLIED,
     Case,
     activations,
     gate_up_case,
@@ -105,6 +107,9 @@ def _run(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     with tensor_parallel(rank, WORLD_SIZE, port):
         found = failures(rank, ALL_SCHEMES)
+        os.environ["VLLM_ASCEND_CT_SOC"] = "A5"
+        found += failures(rank, MULTIPLIED)
+        del os.environ["VLLM_ASCEND_CT_SOC"]
         check_vocabulary(rank)
         _check_refusals()
     assert not found, found

@@ -31,6 +31,7 @@ from tools.malform import (
     malform,
 )
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.ops import soc
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (  # noqa: E501
     AscendCTW8A8Fp8,
 )
@@ -119,7 +120,7 @@ def valid_float8(checkpoint: Callable[..., Path]) -> Path:
 def test_float8_that_a5_multiplies_is_loaded(
     valid_float8: Path, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
 ) -> None:
-    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    monkeypatch.setattr(soc, "_default", soc.Soc.A5)
     processed = mocker.spy(AscendCTW8A8Fp8, "process_weights_after_loading")
     load_model(valid_float8)
     assert processed.call_count > 4
@@ -129,7 +130,7 @@ def test_float8_that_a5_multiplies_is_loaded(
 def test_float8_that_a5_multiplies_is_refused(
     valid_float8: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    monkeypatch.setattr(soc, "_default", soc.Soc.A5)
     kind = FLOAT_KINDS[name]
     malform(valid_float8, kind, tmp_path / "broken")
     with pytest.raises(UnsupportedCheckpointError, match=kind.names):

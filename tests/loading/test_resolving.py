@@ -15,10 +15,12 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.loading.models import load_model
+from tools import tiny_moe
 from tools.make_checkpoint import FLOAT_SCHEMES
 from tools.malform import FLOAT_RECIPE
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.ops import soc
 from vllm_ascend_ct.quantization.compressed_tensors import resolving
 from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
 
@@ -66,6 +68,30 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(
     with pytest.raises(UnsupportedCheckpointError, match=message):
         load_model(floats)
     assert not loading.called
+
+
+def test_what_a5_multiplies_is_not_counted(
+    checkpoint: Callable[..., Path],
+    moe_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mocker: MockerFixture,
+) -> None:
+    """Experts are resolved, and linear layers are not."""
+    monkeypatch.setattr(soc, "_default", soc.Soc.A5)
+    warning = mocker.patch.object(resolving.logger, "warning_once")
+    counted = mocker.spy(resolving, "_bytes")
+    float8 = "fp8-channel-dynamic"
+    load_model(checkpoint(dict.fromkeys(FLOAT_RECIPE, float8)))
+    assert not warning.called and not counted.called
+    base = moe_model("qwen3-moe")
+    path = checkpoint({"re:.*_proj": float8}, base=base, ignore=tiny_moe.IGNORE)
+    load_model(path)
+    (call,) = warning.call_args_list
+    text, *values = call.args
+    assert "FP8 weights, but those of most linear layers, are" in text % tuple(values)
+    _, resolved = counted.spy_return
+    _, whole = quantized_sizes(path)
+    assert 0 < resolved < 2 * whole
 
 
 @pytest.mark.parametrize(

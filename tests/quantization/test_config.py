@@ -474,6 +474,16 @@ def test_every_config_is_served_or_refused(build: Any, enough: int) -> None:
     assert outcomes[enumerate_configs.RESOLVED] == 3 * 2 * 4 + 4 + 2 * 4 + 2 * 4
 
 
+def test_what_a5_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    build, floats = enumerate_configs.linear, enumerate_configs.float_configs
+    outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build, floats)
+    # FP8 in 2 layouts and 2 formats.
+    kernel = "AscendCTW8A8Fp8 with AscendFP8ScaledMMLinearKernel"
+    assert outcomes[kernel] == 2 * 2
+    assert set(outcomes) == {kernel, enumerate_configs.RESOLVED, "refused"}
+
+
 def test_int8_layers_too_large_are_refused() -> None:
     """Before memory for their weights is asked for."""
     with pytest.raises(UnsupportedCheckpointError, match="inner axis of size 65536"):

@@ -7,8 +7,8 @@ import torch
 
 from tests.layers.quantized_experts import SERVED, Sizes, routing, run
 from tests.layers.quantized_experts import load as load_experts
-from tests.layers.quantized_layers import activations, load, row_case
-from tests.ops.calls import CALLS
+from tests.layers.quantized_layers import MULTIPLIED, activations, load, row_case
+from tests.ops.calls import CALLS, CALLS_A5
 from tests.real_stack.meta import WITHOUT_META, MetaChecked, to_meta
 from tools.make_checkpoint import SCHEMES
 
@@ -19,10 +19,25 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_of_the_operator_tests(name: str) -> None:
-    call = CALLS[name]()
+    call = (CALLS | CALLS_A5)[name]()
     with MetaChecked() as checked:
         call.run()
     assert checked.faults == []
+
+
+@pytest.mark.parametrize("name", CALLS_A5)
+def test_calls_on_a5(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    test_calls_of_the_operator_tests(name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", MULTIPLIED)
+def test_float8_layers_on_a5(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    test_linear_layers(scheme, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
