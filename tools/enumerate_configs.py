@@ -51,21 +51,24 @@ K, N = 512, 64
 EXPERTS, TOP_K = 4, 2
 
 
+def _config(
+    weights: dict[str, Any], activations: dict[str, Any], fmt: str
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, **activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": fmt,
+        "config_groups": {"group_0": group},
+    }
+
+
 def integer_configs() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every combination, with a name."""
     for bits, layout, symmetric, fmt, activations in product(
         BITS, LAYOUTS, (True, False), FORMATS, ACTIVATIONS
     ):
-        group = {
-            "targets": ["Linear"],
-            "weights": {"num_bits": bits, "symmetric": symmetric, **LAYOUTS[layout]},
-            **ACTIVATIONS[activations],
-        }
-        config = {
-            "quant_method": "compressed-tensors",
-            "format": fmt,
-            "config_groups": {"group_0": group},
-        }
+        weights = {"num_bits": bits, "symmetric": symmetric, **LAYOUTS[layout]}
+        config = _config(weights, ACTIVATIONS[activations], fmt)
         asymmetric = "" if symmetric else "-asym"
         yield f"w{bits}-{layout}{asymmetric} {fmt} {activations}", config
 
@@ -118,16 +121,7 @@ def float_configs() -> Iterator[tuple[str, dict[str, Any]]]:
             "scale_dtype": scale,
             **FLOAT_LAYOUTS[layout],
         }
-        group = {
-            "targets": ["Linear"],
-            "weights": weights,
-            **FLOAT_ACTIVATIONS[activations],
-        }
-        config = {
-            "quant_method": "compressed-tensors",
-            "format": fmt,
-            "config_groups": {"group_0": group},
-        }
+        config = _config(weights, FLOAT_ACTIVATIONS[activations], fmt)
         asymmetric = "" if symmetric else "-asym"
         yield f"fp{bits}-{layout}{asymmetric} {scale} {fmt} {activations}", config
 

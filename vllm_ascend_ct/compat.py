@@ -86,12 +86,9 @@ def free_memory() -> int:
 
 def offloads_weights(vllm_config: Any) -> bool:
     """Whether some of the weights go elsewhere."""
-    holders = (
-        vllm_config.cache_config,
-        getattr(vllm_config, "offload_config", None),
-        getattr(getattr(vllm_config, "offload_config", None), "uva", None),
-        getattr(getattr(vllm_config, "offload_config", None), "prefetch", None),
-    )
+    offload = getattr(vllm_config, "offload_config", None)
+    parts = (getattr(offload, name, None) for name in ("uva", "prefetch"))
+    holders = (vllm_config.cache_config, offload, *parts)
     names = ("cpu_offload_gb", "offload_group_size")
     return any(getattr(holder, name, 0) for holder in holders for name in names)
 

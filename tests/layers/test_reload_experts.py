@@ -3,6 +3,7 @@
 """Experts' weights loaded into a model that serves."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,29 +29,41 @@ from tools.make_checkpoint import FLOAT_SCHEMES
 
 BF16 = torch.bfloat16
 
+SIZES = Sizes(4, hidden=256, intermediate=256, top_k=2)
+
 pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+def loaded(config: Any, tensors: torch.nn.ModuleDict) -> tuple[Any, torch.nn.Module]:
+    """Build and load experts; the runner, and the model that a reload knows."""
+    runner = build(SIZES, config, BF16)
+    model = torch.nn.Sequential(runner)
+    record_metadata_for_reloading(model)
+    list(runner.load_weights(tensors_of(tensors)))
+    layer = runner.routed_experts
+    layer.quant_method.process_weights_after_loading(layer)
+    return runner, model
+
+
+def reload(runner: Any, model: torch.nn.Module, tensors: torch.nn.ModuleDict) -> None:
+    initialize_layerwise_reload(model)
+    list(runner.load_weights(tensors_of(tensors)))
+    finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
 
 
 @pytest.mark.parametrize("scheme", SERVED)
 def test_experts_are_those_of_the_new_weights(scheme: str) -> None:
-    sizes = Sizes(4, hidden=256, intermediate=256, top_k=2)
-    x, routed = activations(5, 256, BF16), routing(sizes, 5)
+    x, routed = activations(5, 256, BF16), routing(SIZES, 5)
     (first, config, _), (second, _, _) = (
-        compressed_experts(sizes, scheme, BF16) for _ in range(2)
+        compressed_experts(SIZES, scheme, BF16) for _ in range(2)
     )
     outputs = []
     for tensors in (first, second):
-        runner = build(sizes, config, BF16)
-        model = torch.nn.Sequential(runner)
-        record_metadata_for_reloading(model)
-        list(runner.load_weights(tensors_of(tensors)))
+        runner, model = loaded(config, tensors)
         layer = runner.routed_experts
-        layer.quant_method.process_weights_after_loading(layer)
         outputs.append(run(runner, x, routed))
     before = {name: p.data_ptr() for name, p in layer.named_parameters()}
-    initialize_layerwise_reload(model)
-    list(runner.load_weights(tensors_of(first)))
-    finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
+    reload(runner, model, first)
     assert not torch.equal(*outputs)
     assert torch.equal(run(runner, x, routed), outputs[0])
     assert {name: p.data_ptr() for name, p in layer.named_parameters()} == before
@@ -62,23 +75,16 @@ def test_resolved_experts_have_the_new_weights(
 ) -> None:
     """But for what vLLM's CPU experts do with them, which a reload does not do."""
     mocker.patch.object(UnquantizedFusedMoEMethod, "process_weights_after_loading")
-    sizes = Sizes(4, hidden=256, intermediate=256, top_k=2)
     (first, config, _), (second, _, _) = (
-        compressed_experts(sizes, scheme, BF16) for _ in range(2)
+        compressed_experts(SIZES, scheme, BF16) for _ in range(2)
     )
     weights = []
     for tensors in (first, second):
-        runner = build(sizes, config, BF16)
-        model = torch.nn.Sequential(runner)
-        record_metadata_for_reloading(model)
-        list(runner.load_weights(tensors_of(tensors)))
+        runner, model = loaded(config, tensors)
         layer = runner.routed_experts
-        layer.quant_method.process_weights_after_loading(layer)
         weights.append({n: p.clone() for n, p in layer.named_parameters()})
     before = {name: p.data_ptr() for name, p in layer.named_parameters()}
-    initialize_layerwise_reload(model)
-    list(runner.load_weights(tensors_of(first)))
-    finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
+    reload(runner, model, first)
     assert before.keys() == weights[0].keys() == {"w13_weight", "w2_weight"}
     for name, parameter in layer.named_parameters():
         assert parameter.data_ptr() == before[name]

@@ -137,6 +137,14 @@ _OPERANDS_310P: OperandTable = {
 }
 
 
+def _inner_refusal(sizes: list[int], most: int) -> str | None:
+    """Why operands cannot have contiguous axes of these sizes, or None."""
+    for size in sizes:
+        if not 1 <= size <= most:
+            return f"inner axis of size {size}; supported: 1 to {most}"
+    return None
+
+
 @dataclass(frozen=True)
 class QuantMatmulLimits:
     """`npu_quant_matmul` with int8 activations and int8 weights.
@@ -165,10 +173,7 @@ class QuantMatmulLimits:
         out_dtypes = tuple(dict.fromkeys(dtype for dtype, _ in self.operands))
         if out_dtype not in out_dtypes:
             return f"output dtype {out_dtype}; supported: {names(out_dtypes)}"
-        for size in inner_sizes:
-            if not 1 <= size <= self.max_size:
-                return f"inner axis of size {size}; supported: 1 to {self.max_size}"
-        return None
+        return _inner_refusal(inner_sizes, self.max_size)
 
 
 @dataclass(frozen=True)
@@ -186,10 +191,7 @@ class Fp8MatmulLimits:
         """Why a product cannot be computed, or None; as of `QuantMatmulLimits`."""
         if out_dtype not in self.out_dtypes:
             return f"output dtype {out_dtype}; supported: {names(self.out_dtypes)}"
-        for size in inner_sizes:
-            if not 1 <= size <= self.max_size:
-                return f"inner axis of size {size}; supported: 1 to {self.max_size}"
-        return None
+        return _inner_refusal(inner_sizes, self.max_size)
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,7 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
                 if getattr(layer, "bias", None) is not None:
                     agreement.check_bias(self._record.files)
             self._record.files = LayerFiles()
-        if self._saving is None:
-            hook = load_formats.check_saving
-            self._saving = layer.register_state_dict_pre_hook(hook)
+        self._saving = self._saving or load_formats.refuse_saving(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.check_loaded(layer)

@@ -3,6 +3,7 @@
 """How weights come to parameters and leave them, other than by weight loaders."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -35,7 +36,12 @@ def check_load_format(layer_name: str) -> None:
         )
 
 
-def check_saving(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+def refuse_saving(layer: torch.nn.Module) -> Any:
+    """Have a model refuse to be saved that has a layer; a handle that undoes it."""
+    return layer.register_state_dict_pre_hook(_check_saving)
+
+
+def _check_saving(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
     """Refuse to save a model one of whose layers is laid out.
 
     A hook before a layer's `state_dict`. vLLM's offloading asks blocks for theirs, in

@@ -16,3 +16,12 @@ def refused(
         supported="the schemes that the README lists, within the chip's limits",
         remedy=remedy,
     )
+
+
+def tied_otherwise(layer_name: str) -> UnsupportedCheckpointError:
+    """Refuse an output head whose embedding has another scheme."""
+    return refused(
+        "The output head is tied to an embedding that is not quantized in the same "
+        "way, so its own weights would not be used",
+        layer_name,
+    )

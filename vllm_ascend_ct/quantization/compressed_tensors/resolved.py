@@ -28,7 +28,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.loading import (
     LoadRecord,
     parameter_name,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import tied_otherwise
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     FLOAT_INPUT_KINDS,
     OPTIONAL,
@@ -169,9 +169,7 @@ class ResolvedMixin(WatchedMixin):
         self.record.files = LayerFiles()
         for prefix, kind in self._places():
             layer._parameters.pop(prefix + kind, None)
-        if self._saving is None:
-            hook = load_formats.check_saving
-            self._saving = layer.register_state_dict_pre_hook(hook)
+        self._saving = self._saving or load_formats.refuse_saving(layer)
         super().process_weights_after_loading(layer)
 
     def _check_pieces(self, pieces: dict[Hashable, dict[str, torch.Tensor]]) -> None:
@@ -221,11 +219,7 @@ class ResolvedHeadMixin(ResolvedLinearMixin):
     def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
         method = getattr(embed_tokens, "quant_method", None)
         if not isinstance(method, ResolvedMixin) or method.scheme != self.scheme:
-            raise refused(
-                "The output head is tied to an embedding that is not quantized in the "
-                "same way, so its own weights would not be used",
-                self.layer_name,
-            )
+            raise tied_otherwise(self.layer_name)
         tied: torch.nn.Module = super().tie_weights(layer, embed_tokens)
         return tied
 

@@ -14,7 +14,7 @@ from vllm_ascend_ct.kernels.embedding import dequantized_rows
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import tied_otherwise
 
 
 class AscendCTEmbeddingMethod(AscendCTLinearMethod):
@@ -43,11 +43,7 @@ class AscendCTHeadMethod(AscendCTLinearMethod):
         # Some models' embeddings are torch's.
         method = getattr(embed_tokens, "quant_method", None)
         if not isinstance(method, AscendCTLinearMethod) or method._args != self._args:
-            raise refused(
-                "The output head is tied to an embedding that is not quantized in the "
-                "same way, so its own weights would not be used",
-                layer.prefix,
-            )
+            raise tied_otherwise(layer.prefix)
         tied: torch.nn.Module = embed_tokens
         return tied
 

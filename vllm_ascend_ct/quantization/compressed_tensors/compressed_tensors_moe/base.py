@@ -121,6 +121,4 @@ class AscendCTMoEMixin(_Base):
             else:
                 self._record.check_complete()
             self._files = self._record.files = LayerFiles()
-        if self._saving is None:
-            hook = load_formats.check_saving
-            self._saving = layer.register_state_dict_pre_hook(hook)
+        self._saving = self._saving or load_formats.refuse_saving(layer)
