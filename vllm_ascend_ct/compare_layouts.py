@@ -81,8 +81,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--k", type=int, default=4096, help="inputs of the layer")
-    parser.add_argument("--n", type=int, default=4096, help="outputs of the layer")
+    parser.add_argument(
+        "--k", type=int, default=4096, help="input features of the layer"
+    )
+    parser.add_argument(
+        "--n", type=int, default=4096, help="output features of the layer"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--out", type=Path, default=Path("compare-layouts.json"))
     arguments = parser.parse_args()
@@ -258,7 +262,18 @@ def measured(
 
 
 def timed(product: Product, x: torch.Tensor, device: str) -> float:
-    """Seconds of one call: averaged in a captured graph; emulated, of a single call."""
+    """Time one call of a product.
+
+    Args:
+        product: Multiplies `x`.
+        x: `[tokens, K]` on the device.
+        device: The device to compute on.
+
+    Returns:
+        Seconds. On the NPU the median of several replays of a captured graph, per call;
+        on the CPU the time of a single call.
+
+    """
     if device == "cpu":
         begin = time.perf_counter()
         product(x)
@@ -299,7 +314,13 @@ def table(results: Sequence[Result]) -> str:
 
 
 def advice(results: Sequence[Result], device: str) -> str:
-    """Say which layouts to request instead of the defaults, and what not to serve."""
+    """Say which layouts to request instead of the defaults, and what not to serve.
+
+    Args:
+        results: Results of all layouts; the first one of each kind is the default.
+        device: The device they were measured on.
+
+    """
     lines, better = [], []
     for kind in dict.fromkeys(result.kind for result in results):
         default, *others = (result for result in results if result.kind == kind)

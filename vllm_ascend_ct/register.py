@@ -31,7 +31,7 @@ def register() -> None:
             "platform",
             where=f"VLLM_PLUGINS={','.join(envs.requested_plugins())}, "
             f"VLLM_TARGET_DEVICE={os.environ.get('VLLM_TARGET_DEVICE', 'unset')}",
-            supported="ascend_ct alone, or ascend,ascend_ct beside vllm-ascend",
+            supported="ascend_ct alone, or ascend,ascend_ct with vllm-ascend",
             remedy="Name ascend only if vllm-ascend is installed, and unset "
             "VLLM_TARGET_DEVICE, which disables platform plugins",
         )

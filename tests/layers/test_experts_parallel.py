@@ -161,8 +161,8 @@ def _run(rank: int, port: int) -> None:
 
 
 REFUSED = {
-    "w4a16-g128": "product is 192 a rank, group_size=128; supported: whole groups",
-    "w3a16-channel": "product is 232 of 464 a rank, weights.num_bits=3; supported",
+    "w4a16-g128": "product is 192 per rank, group_size=128; supported: whole groups",
+    "w3a16-channel": "product is 232 of 464 per rank, weights.num_bits=3; supported",
 }
 
 

@@ -146,7 +146,7 @@ def check_vocabulary(rank: int) -> None:
 REFUSED = {
     # scheme -> K of a layer whose input is split, and why
     "w4a16-g128": (384, "is not divisible by group_size=128"),
-    "w8a8o8-channel-int": (512, "a rank would quantize its share"),
+    "w8a8o8-channel-int": (512, "each rank would quantize its partial sum"),
     "w3a16-channel": (272, "shards that begin on an int32 boundary"),
 }
 

@@ -156,7 +156,7 @@ def test_a_loader_that_fills_nothing(
 ) -> None:
     with pytest.raises(
         UnsupportedCheckpointError,
-        match=r"did not load model\.layers\.0\.\S+, which the file has",
+        match=r"did not load model\.layers\.0\.\S+, which the checkpoint",
     ) as error:
         models.load(request.getfixturevalue(model), load_format="fills_nothing")
     assert Remedy.OTHER_LOADER in str(error.value)

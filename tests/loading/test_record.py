@@ -66,7 +66,7 @@ def test_nothing_given_by_a_loader_that_is_not_known() -> None:
 def test_one_shard_missing() -> None:
     layer = gate_up()
     load(layer, 32, 0)
-    with pytest.raises(UnsupportedCheckpointError, match=r"missing of shards \[1\]"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"missing for shards \[1\]"):
         process(layer)
 
 
@@ -83,5 +83,5 @@ def test_each_load_is_checked() -> None:
     load(layer, 32, 1)
     layer.quant_method._record.check_complete()
     load(layer, 32, 1)
-    with pytest.raises(UnsupportedCheckpointError, match=r"missing of shards \[0\]"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"missing for shards \[0\]"):
         layer.quant_method._record.check_complete()

@@ -225,7 +225,7 @@ def test_layers(cause: Callable[[], object], remedy: Remedy) -> None:
 @quantized_experts.factory_needed
 def test_experts_of_ranks() -> None:
     choose_experts(ranks=2, group_size=128)
-    with pytest.raises(UnsupportedCheckpointError, match="64 a rank") as error:
+    with pytest.raises(UnsupportedCheckpointError, match="64 per rank") as error:
         choose_experts(ranks=4, group_size=128)
     assert said(error.value) is Remedy.CHANGE_RANKS
 

@@ -54,7 +54,7 @@ def test_memory_is_said_once(floats: Path, mocker: MockerFixture) -> None:
     text, *values = call.args
     stored, count = quantized_sizes(floats)
     assert stored > 1 << 20
-    sizes = f"{2 * count / 2**30:.2f} GiB, and {stored / 2**30:.2f} GiB in the files"
+    sizes = f"{2 * count / 2**30:.2f} GiB, compared with {stored / 2**30:.2f} GiB in"
     assert sizes in text % tuple(values)
 
 
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(
     _, count = quantized_sizes(floats)
     mocker.patch.object(compat, "free_memory", return_value=2 * count - 1)
     loading = mocker.patch("tests.loading.models.get_model_loader")
-    message = "Resolved to 16 bits, the weights take .* GiB a rank.*Serve it on more"
+    message = "Resolved to 16 bits, the weights take .* GiB per rank.*Serve it on more"
     with pytest.raises(UnsupportedCheckpointError, match=message):
         load_model(floats)
     assert not loading.called
@@ -88,7 +88,9 @@ def test_what_a5_multiplies_is_not_counted(
     load_model(path)
     (call,) = warning.call_args_list
     text, *values = call.args
-    assert "FP8 weights, but those of most linear layers, are" in text % tuple(values)
+    assert "FP8 weights, except those of most linear layers, are" in text % tuple(
+        values
+    )
     _, resolved = counted.spy_return
     _, whole = quantized_sizes(path)
     assert 0 < resolved < 2 * whole

@@ -160,8 +160,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         floats(8, "group", group_size=128),
         None,
         "float-quantized",
-        "weights.strategy=group; supported for floating-point inputs or none, and no "
-        "outputs: tensor, channel, block",
+        "weights.strategy=group; supported for floating-point or unquantized inputs, "
+        "unquantized outputs: tensor, channel, block",
     ),
     "fp8-asymmetric": (
         floats(8, "channel", symmetric=False),
@@ -185,8 +185,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         floats(4, "tensor_group", group_size=32),
         None,
         "nvfp4-pack-quantized",
-        "weights.group_size=32; supported for floating-point inputs or none, and no "
-        "outputs: 16",
+        "weights.group_size=32; supported for floating-point or unquantized inputs, "
+        "unquantized outputs: 16",
     ),
     "w4a4": (
         W4,
@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "int-quantized",
         "weights.symmetric=False",
     ),
-    "marlin-24": (W4, None, "marlin-24", "format=marlin-24; supported for no activ"),
+    "marlin-24": (W4, None, "marlin-24", "format=marlin-24; supported for 16-bit"),
     "w8a8-static-packed": (
         W8,
         ints(8, "tensor"),
@@ -238,14 +238,15 @@ def test_fp8_inputs_beside_integers_stay_in_16_bits(mocker: MockerFixture) -> No
     assert type(layer.scheme) is CompressedTensorsWNA16
     text, *values = info_once.call_args.args
     assert text % tuple(values) == (
-        "W4A8 of FP8 activations is served as W4A16, its activations unquantized."
+        "W4A8 with FP8 activations is served as W4A16, with unquantized activations."
     )
 
 
 def test_resolving_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_RESOLVE", "0")
     message = (
-        "FP8 weights would be resolved to 16 bits, and VLLM_ASCEND_CT_RESOLVE=0 .*"
+        "FP8 weights would have to be resolved to 16 bits, which "
+        "VLLM_ASCEND_CT_RESOLVE=0 forbids .*"
         "Unset VLLM_ASCEND_CT_RESOLVE, or quantize the model again"
     )
     with pytest.raises(UnsupportedCheckpointError, match=message):
@@ -276,7 +277,7 @@ def said_of(mocker: MockerFixture, weights: dict[str, Any]) -> str:
 
 def test_what_is_left_unquantized_is_said(mocker: MockerFixture) -> None:
     assert said_of(mocker, ints(4, "group", group_size=64)) == (
-        "W4A8 is served as W4A16, its activations unquantized: group_size=64; "
+        "W4A8 is served as W4A16, with unquantized activations: group_size=64; "
         "supported: per channel, 256."
     )
 
@@ -284,8 +285,8 @@ def test_what_is_left_unquantized_is_said(mocker: MockerFixture) -> None:
 def test_exchanged_kernel_is_said(mocker: MockerFixture) -> None:
     """After upstream's line, which names the other."""
     assert said_of(mocker, ints(4, "channel")) == (
-        "Using AscendWNA8LinearKernel for CompressedTensorsW4A8Int of W4A8 instead of "
-        "AscendWNA16LinearKernel, which leaves activations in 16 bits."
+        "Using AscendWNA8LinearKernel for CompressedTensorsW4A8Int (W4A8) instead of "
+        "AscendWNA16LinearKernel, which does not quantize activations."
     )
 
 
@@ -586,7 +587,7 @@ def test_kv_cache_scheme_is_dropped_with_a_warning(
     with caplog.at_level("WARNING", logger="vllm.ascend_ct.quantization"):
         made = config(W4, kv_cache_scheme=scheme)
     assert made.kv_cache_scheme is None
-    assert "kv_cache_scheme is not honoured" in caplog.text
+    assert "kv_cache_scheme is ignored" in caplog.text
 
 
 def test_zero_points_that_this_vllm_would_leave_out(mocker: MockerFixture) -> None:

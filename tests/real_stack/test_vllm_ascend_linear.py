@@ -60,7 +60,7 @@ def test_output_is_the_formula(
 
 def test_rows_that_end_in_a_word_are_refused() -> None:
     """As that vLLM would round down the size of the parameter."""
-    with pytest.raises(UnsupportedCheckpointError, match="rows of whole words"):
+    with pytest.raises(UnsupportedCheckpointError, match="rows that fill whole int32"):
         load(replicated_case(272, 96), "w3a16-channel", BF16, bias=False)
 
 

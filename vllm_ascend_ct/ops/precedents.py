@@ -123,7 +123,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         TRANSPOSED,
         _A2_A3,
         None,
-        "not transposed in FRACTAL_NZ: vllm-project/vllm-ascend #4541",
+        "in FRACTAL_NZ, not transposed: vllm-project/vllm-ascend #4541",
     ),
     _row(WEIGHT_ONLY, "w8a16-channel", TRANSPOSED, (*_310P, *_A5), None),
     _row(
@@ -175,7 +175,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         DIVIDED,
         tuple(Soc),
         None,
-        f"by reciprocals of the model's dtype: {_METHODS}w8a8_static.py",
+        f"with reciprocals in the model's dtype: {_METHODS}w8a8_static.py",
     ),
     _row(
         QUANTIZE,
@@ -226,7 +226,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         CONTIGUOUS,
         _A5,
         f"{_METHODS}w8a8fp8_dynamic.py",
-        "serving, a bias added behind it for a fault that the file mentions",
+        "serving; adds a bias afterwards because of a fault that the file mentions",
     ),
     _row(
         QUANT_MATMUL_DEQUANT,
@@ -294,7 +294,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         CONTIGUOUS,
         _A2_A3,
         None,
-        "its scale repeated to groups of 256: sgl-project/sgl-kernel-npu",
+        "with the scale repeated for groups of 256: sgl-project/sgl-kernel-npu",
     ),
     _row(
         GROUPED,
@@ -302,7 +302,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         CONTIGUOUS,
         _A2_A3,
         f"{_METHODS}w4a16.py; {_OP_PLUGIN}test_npu_grouped_matmul.py",
-        "serving; zero points by the test only",
+        "serving; only the test has zero points",
     ),
     _row(GROUPED, "w4a16-group", CONTIGUOUS, _A5, None),
     _row(
@@ -311,7 +311,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         CONTIGUOUS,
         _A2_A3,
         None,
-        f"in groups: {_METHODS}w4a16.py",
+        f"per group: {_METHODS}w4a16.py",
     ),
     _row(GROUPED, "w4a16-channel", CONTIGUOUS, _A5, None),
     _row(GROUPED, "w8a16-channel", TRANSPOSED, (*_A2_A3, *_A5), None),
@@ -354,7 +354,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         NZ,
         _A2_A3,
         f"{_METHODS}w4a8.py, until v0.26",
-        "serving; removed as slow in #13713",
+        "serving; removed in #13713 because it was slow",
     ),
     _row(
         GROUPED,
@@ -378,7 +378,7 @@ PRECEDENTS: tuple[Precedent, ...] = (
         NZ,
         _A2_A3,
         f"{_OP_PLUGIN}test_npu_grouped_matmul_swiglu_quant_v2.py",
-        "910B, numbers in a test of the operator",
+        "910B, expected values in a test of the operator",
     ),
     *(
         _row(

@@ -39,7 +39,19 @@ def weight_quant_batchmatmul(
 ) -> torch.Tensor:
     """Call `npu_weight_quant_batchmatmul`; while tracing, through our own operator.
 
-    See the emulated operator of that name for the arguments.
+    Args:
+        x: `[M, K]` fp16 or bf16.
+        weight: int8 `[K, N]`, int32 `[K, N / 8]`, or the transposed view of int8
+            `[N, K]` or int32 `[N, K / 8]`.
+        antiquant_scale: Dtype of x; `[1, N]`, or `[K / group size, N]`.
+        antiquant_offset: Like the scale.
+        bias: `[N]`, fp32 for bf16 x, fp16 for fp16 x.
+        antiquant_group_size: Elements of K that share a scale; 0 for per-channel
+            scales.
+
+    Returns:
+        `[M, N]`, dtype of x.
+
     """
     operator = _multiply
     if torch.compiler.is_compiling():

@@ -46,7 +46,7 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
         """
         if quant not in cls.supported_quantization:
             raise PlatformError(
-                f"{quant} models are not served by the emulated platform",
+                f"The emulated platform does not support {quant} models",
                 where=f"quantization={quant}",
                 supported=", ".join(cls.supported_quantization) + ", or none",
                 remedy=Remedy.WITHOUT_PLUGIN,

@@ -30,7 +30,7 @@ class AscendWNA8DequantExperts(AscendExperts):
             return reason
         assert product is not None
         if bits <= 4 or group_size or not symmetric:
-            return "the chip multiplies symmetric int8 experts per channel only"
+            return "the chip supports only symmetric int8 experts, per channel"
         if moe.has_bias:
             return "int8 activations with biases of experts"
         if moe.num_local_experts != moe.num_experts:

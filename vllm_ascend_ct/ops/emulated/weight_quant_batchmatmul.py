@@ -278,7 +278,18 @@ def dequantized(
     offset: torch.Tensor | None,
     group_size: int,
 ) -> torch.Tensor:
-    """Dequantize a weight to the form that `multiply_dequantized` takes."""
+    """Dequantize a weight to the form that `multiply_dequantized` takes.
+
+    Args:
+        weight: As in `npu_weight_quant_batchmatmul`.
+        scale: As in `npu_weight_quant_batchmatmul`.
+        offset: As in `npu_weight_quant_batchmatmul`.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
+
+    Returns:
+        `[N, K]`; in oneDNN's layout if the CPU multiplies 16 bits.
+
+    """
     matrix = _dequantize(weight, scale, offset, group_size)
     if _multiplies_16_bits(matrix.dtype):
         return torch.ops.mkldnn._reorder_linear_weight(matrix)

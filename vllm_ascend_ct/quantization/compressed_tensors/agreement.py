@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Refusals of layers that the file has otherwise than the config says.
+"""Checks that the checkpoint's files agree with its config, layer by layer.
 
-vLLM does not name a tensor that a fused layer has no place for, does not notice a bias
-that is missing, and some models' loaders skip what they do not know.
+vLLM does not name a tensor that a fused layer has no parameter for, does not notice a
+missing bias, and some models' loaders skip tensors that they do not know.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,12 @@ from vllm_ascend_ct.quantization.compressed_tensors.utils import (
     is_packed,
 )
 
-# Of a layer: names that it and its shards have in vLLM, and what the file has.
+# The tensors in the files of a layer and its shards, by their names in vLLM.
 Parts = Mapping[str, FileLayer]
 
 
 def places(scheme: dict[str, Any]) -> set[str]:
-    """The kinds of tensors that a layer of a scheme may have."""
+    """The kinds of tensors that a layer with this scheme may have in the files."""
     if is_float(scheme):
         return {"bias", *float_kinds(scheme), *FLOAT_INPUT_KINDS}
     weights, inputs = scheme["weights"], scheme.get("input_activations")
@@ -69,17 +69,18 @@ def check_layer(
     ignore: Sequence[str],
     headers: CheckpointHeaders,
 ) -> None:
-    """Refuse a layer that has other tensors than its scheme means.
+    """Refuse a layer whose tensors in the files do not match its scheme.
 
     Args:
-        layer_name: As vLLM calls the layer.
-        parts: What the file has.
-        scheme: As upstream's `get_scheme_dict` gives it.
-        ignore: The config's.
-        headers: Of the whole checkpoint.
+        layer_name: The layer's name in vLLM.
+        parts: The layer's tensors in the files.
+        scheme: The layer's scheme from upstream's `get_scheme_dict`; None if it is not
+            quantized.
+        ignore: `ignore` of the config.
+        headers: Headers of the whole checkpoint.
 
     Raises:
-        UnsupportedCheckpointError: Names the tensor.
+        UnsupportedCheckpointError: A tensor does not match; the error names it.
 
     """
     if scheme is None:
@@ -104,17 +105,17 @@ def check_one_scheme(
     ignore: Sequence[str],
     headers: CheckpointHeaders | None,
 ) -> None:
-    """Refuse parts of a layer that the config quantizes differently.
+    """Refuse a layer if the config gives its parts different schemes.
 
     Args:
-        what: Name of the parts.
-        layer_name: As vLLM calls the layer.
-        schemes: As upstream's `get_scheme_dict` gives them, by the parts' names.
-        ignore: The config's.
-        headers: Of the checkpoint, if they are known.
+        what: What the parts are, for the error text.
+        layer_name: The layer's name in vLLM.
+        schemes: The parts' schemes from upstream's `get_scheme_dict`, by name.
+        ignore: `ignore` of the config.
+        headers: Headers of the whole checkpoint; None if not known.
 
     Raises:
-        UnsupportedCheckpointError: Names a part.
+        UnsupportedCheckpointError: Two schemes differ; the error names the parts.
 
     """
     first, *others = schemes
@@ -158,17 +159,17 @@ def check_experts(
     ignore: Sequence[str],
     headers: CheckpointHeaders,
 ) -> None:
-    """Refuse experts that are not all quantized as their scheme means.
+    """Refuse experts whose tensors in the files do not match their scheme.
 
     Args:
-        layer_name: As vLLM calls the layer.
-        files: What the file has.
-        scheme: Of the first; all have one.
-        ignore: The config's.
-        headers: Of the whole checkpoint.
+        layer_name: The name of the experts in vLLM.
+        files: The experts' tensors in the files.
+        scheme: Scheme of all experts; None if they are not quantized.
+        ignore: `ignore` of the config.
+        headers: Headers of the whole checkpoint.
 
     Raises:
-        UnsupportedCheckpointError: Names the tensor.
+        UnsupportedCheckpointError: A tensor does not match; the error names it.
 
     """
     parts = {name: layer for name, layer in files.parts.items() if name != layer_name}
@@ -180,18 +181,21 @@ def check_experts(
         for name in files.shards:
             if name not in parts or not parts[name].is_quantized:
                 raise broken_checkpoint(
-                    "Some experts of a layer are quantized, this one is missing",
+                    "Some experts of a layer are quantized, but this one is missing",
                     f"tensor {name}.weight",
                 )
 
 
 def check_bias(files: LayerFiles) -> None:
-    """Refuse a layer with a bias that the checkpoint lacks.
+    """Refuse a layer with a bias parameter if the checkpoint lacks the bias.
 
-    One shard alone may have none (vLLM fills it up) if it has none in any block.
+    A single shard may lack it in all blocks; vLLM then fills it in.
+
+    Args:
+        files: The layer's tensors in the files.
 
     Raises:
-        UnsupportedCheckpointError: Names the tensor.
+        UnsupportedCheckpointError: A bias is missing; the error names the tensor.
 
     """
     known = list(files.parts.values())
@@ -204,15 +208,20 @@ def check_bias(files: LayerFiles) -> None:
 
 
 def check_unquantized(layer_name: str, layer: FileLayer) -> None:
-    """Refuse a layer that vLLM's model builds without asking for a scheme.
+    """Check a layer that vLLM's model builds without its quantization config.
+
+    Args:
+        layer_name: The layer's name in vLLM.
+        layer: The layer's tensors in the files.
 
     Raises:
-        UnsupportedCheckpointError: The file has it quantized.
+        UnsupportedCheckpointError: The layer is quantized in the files.
 
     """
     if layer.is_quantized:
         raise UnsupportedCheckpointError(
-            "The file has a layer quantized that vLLM's model never quantizes",
+            "The checkpoint's files have quantized weights for a layer that vLLM's "
+            "model never quantizes",
             where=f"tensor {layer.quantized_tensor}, layer {layer_name}",
             supported="layers to which the model passes its quantization config",
             remedy=Remedy.LEAVE_UNQUANTIZED,
@@ -227,12 +236,13 @@ def _check_kinds(layer: FileLayer, kinds: set[str]) -> None:
     field = FIELDS[kind]
     remedy: str = Remedy.QUANTIZE_AGAIN
     if {"weight", "weight_packed"} <= layer.shapes.keys():
-        # Right under no config.
+        # No config describes a layer with both.
         remedy = Remedy.EXPORT_AGAIN
     elif field is not None:
         remedy = Remedy.CORRECT_FIELD.format(field=field)
     raise broken_checkpoint(
-        "The layer's scheme in the config has no such tensor",
+        "The checkpoint's files have a tensor that the layer's scheme in config.json "
+        "does not use",
         f"tensor {layer.name}.{kind}",
         remedy,
     )
@@ -243,7 +253,8 @@ def _check_bias_rows(layer: FileLayer) -> None:
     weight, bias = layer.shapes.get(kind), layer.shapes.get("bias")
     if weight and bias and bias != weight[:1]:
         raise broken_checkpoint(
-            f"The bias is {bias}, the {kind} {weight}; expected as many rows",
+            f"The bias has shape {bias} and the {kind} {weight}; expected the same "
+            "number of rows",
             f"tensor {layer.name}.bias",
             Remedy.EXPORT_AGAIN,
         )
@@ -257,8 +268,8 @@ def _quantized_in_file(
     headers: CheckpointHeaders,
 ) -> UnsupportedCheckpointError:
     return broken_checkpoint(
-        "The file has the layer quantized, and the config does not say how "
-        "(config_groups, ignore)",
+        "The layer is quantized in the checkpoint's files, but config.json does not "
+        "say how (config_groups, ignore)",
         f"tensor {layer.quantized_tensor}, layer {layer_name}",
         naming(name, layer, ignore, headers),
     )
@@ -271,21 +282,31 @@ def _plain_in_file(
     headers: CheckpointHeaders,
     kind: str = "weight",
 ) -> UnsupportedCheckpointError:
-    """Refuse a layer that is not quantized, or of which some shards are not."""
+    """Make the error for a quantized layer whose files have unquantized tensors.
+
+    Args:
+        layer_name: The layer's name in vLLM.
+        plain: The unquantized parts of the layer.
+        mixed: Whether other parts are quantized.
+        headers: Headers of the whole checkpoint.
+        kind: Kind of tensor to name; other than "weight" for experts in one tensor.
+
+    """
     first = next(iter(plain.values()))
     where = f"tensor {first.name}.{kind}, layer {layer_name}"
     if mixed:
         return broken_checkpoint(
-            "Some parts of a layer are quantized in the file, this one is not",
+            "Some parts of the layer are quantized in the checkpoint's files, but this "
+            "one is not",
             where,
             Remedy.EXPORT_ALIKE,
         )
-    # Experts in one tensor have no names of their own in the file.
+    # Experts that share one tensor have no names of their own in the files.
     patterns = [f"re:.*{layer_name}[.].*"]
     if kind == "weight":
         patterns = patterns_of(plain, headers)
     return broken_checkpoint(
-        "The config quantizes a layer that is not quantized in the file",
+        "config.json quantizes a layer that is not quantized in the checkpoint's files",
         where,
         Remedy.ADD_TO_IGNORE.format(patterns=quoted(patterns)),
     )

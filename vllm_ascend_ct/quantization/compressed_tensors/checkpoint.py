@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""A model's checkpoint, while vLLM builds the model and loads it."""
+"""Checks of a model against its checkpoint while vLLM builds and loads the model."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,17 +37,17 @@ logger = init_logger("vllm.ascend_ct.quantization")
 
 
 class Checkpoint:
-    """What the files say of the layers that are built.
+    """The headers of a model's checkpoint, and the layers that vLLM builds from it.
 
     Headers are read when the first layer is built, in the process that builds it, and
-    let go of when weights are loaded: those of a large model are some 50 MB.
+    freed after loading: those of a large model take about 50 MB.
     """
 
     def __init__(self, config: CompressedTensorsConfig) -> None:
-        """Begin without a source.
+        """Start without a source; `set_source` follows.
 
         Args:
-            config: Says what is ignored and what is fused, and may change both.
+            config: Has `ignore` and `packed_modules_mapping`, which vLLM may change.
 
         """
         self._config = config
@@ -58,10 +58,10 @@ class Checkpoint:
         self._mappers: list[WeightsMapper] = []
         self._headers: CheckpointHeaders | None = None
         self._is_read = False
-        # Whether a model was loaded from the files before.
+        # Whether another model was loaded with this config before.
         self.is_second = False
         self._is_checked = False
-        # Whether a layer was resolved to 16 bits.
+        # Whether some layer was resolved to 16 bits.
         self.is_resolved = False
         self._layers: WeakKeyDictionary[torch.nn.Module, tuple[str, Any]] = (
             WeakKeyDictionary()
@@ -75,18 +75,24 @@ class Checkpoint:
         self._start_over()
 
     def set_source(self, model: str, revision: str | None) -> None:
-        """Name the model whose files are read."""
+        """Set the model whose files to read.
+
+        Args:
+            model: Directory, or name on the Hugging Face Hub.
+            revision: Revision on the Hub.
+
+        """
         self._source = model, revision
 
     def add_mapper(self, mapper: "WeightsMapper") -> None:
-        """Take over a mapping from the file's names to vLLM's."""
+        """Add a mapping from names in the files to names in vLLM."""
         self._mappers.append(mapper)
         if self._headers is not None:
             self._headers.map_names(self._mappers)
 
     @property
     def headers(self) -> CheckpointHeaders | None:
-        """The headers, None if there are none or they cannot be read."""
+        """The headers; None if there are none or they cannot be read."""
         if not self._is_read:
             self._is_read = True
             self._headers = self._read()
@@ -98,10 +104,10 @@ class Checkpoint:
         try:
             headers = CheckpointHeaders.read(*self._source)
         except Exception as error:
-            # What loads the file says better what is wrong with it.
+            # Go on: if a file is broken, vLLM's loader gives a better error.
             logger.warning_once(
-                "The headers of %s cannot be read: whether its layers are quantized as "
-                "its config says is checked only while they are loaded. %s",
+                "Cannot read the safetensors headers of %s, so its layers are compared "
+                "with its quantization_config only while they are loaded: %s",
                 self._source[0],
                 error,
             )
@@ -110,9 +116,10 @@ class Checkpoint:
         return headers
 
     def _is_of_draft(self) -> bool:
-        """Whether a draft model, built with the main model's config, is in its files.
+        """Whether the files may contain the draft model of speculative decoding.
 
-        vLLM then builds both with one quantization config.
+        vLLM then builds the main model and the draft model with one quantization
+        config.
         """
         vllm_config = get_current_vllm_config_or_none()
         speculative = getattr(vllm_config, "speculative_config", None)
@@ -122,10 +129,10 @@ class Checkpoint:
         )
 
     def names_of(self, prefix: str) -> list[str]:
-        """Names of a layer and of the shards that vLLM fuses to it.
+        """Names of a layer and of the shards that vLLM fuses into it.
 
         Args:
-            prefix: The layer's; some models begin theirs with a dot.
+            prefix: The layer's prefix; in some models it begins with a dot.
 
         """
         name = prefix.lstrip(".")
@@ -133,10 +140,10 @@ class Checkpoint:
         return [name, *get_layer_partition_names(name, mapping)]
 
     def files(self, names: Sequence[str]) -> LayerFiles:
-        """Find a layer in the file; nothing where headers are not known.
+        """Find a layer in the files; the result is empty if headers are not known.
 
         Args:
-            names: Of the layer, and of its shards in order.
+            names: Names in vLLM of the layer and of its shards, in order.
 
         """
         headers = self.headers
@@ -147,18 +154,19 @@ class Checkpoint:
     def check_layer(
         self, layer: torch.nn.Module, prefix: str, scheme: dict[str, Any] | None
     ) -> LayerFiles:
-        """Refuse a layer, which is built, that the file has otherwise than its scheme.
+        """Record a layer that is being built, and compare its scheme with the files.
 
         Args:
             layer: The layer.
             prefix: Its name.
-            scheme: As upstream's `get_scheme_dict` gives it.
+            scheme: Its scheme from upstream's `get_scheme_dict`; None if it is not
+                quantized.
 
         Returns:
-            What the file has of it.
+            The layer's tensors in the files.
 
         Raises:
-            UnsupportedCheckpointError: Names a tensor of the file.
+            UnsupportedCheckpointError: A tensor in the files does not match the scheme.
 
         """
         files = self._note(layer, prefix, scheme, self.names_of(prefix))
@@ -173,18 +181,19 @@ class Checkpoint:
         prefix: str,
         schemes: dict[str, dict[str, Any] | None],
     ) -> LayerFiles:
-        """Refuse experts, which are built, that the file has otherwise.
+        """Record experts that are being built, and compare their scheme with the files.
 
         Args:
-            layer: The layer.
+            layer: The MoE layer.
             prefix: Its name.
-            schemes: As upstream's `get_scheme_dict` gives them, by projection.
+            schemes: Schemes from upstream's `get_scheme_dict`, by projection.
 
         Returns:
-            What the file has of them.
+            The experts' tensors in the files.
 
         Raises:
-            UnsupportedCheckpointError: Names a tensor of the file.
+            UnsupportedCheckpointError: The schemes differ, or a tensor in the files
+                does not match them.
 
         """
         of_first = {f"{prefix}.0.{name}": given for name, given in schemes.items()}
@@ -210,28 +219,36 @@ class Checkpoint:
         return self.files(names)
 
     def _checked_headers(self) -> CheckpointHeaders | None:
-        """The headers, if the model is loaded from the file."""
+        """The headers, if weights are loaded from the files (no dummy weights)."""
         return None if compat.load_format() == "dummy" else self.headers
 
     def record(self, layer: Any, prefix: str, shape: QuantizedShape) -> LoadRecord:
-        """Begin to record what is loaded to a layer."""
+        """Create the record of the tensors that are loaded into a layer.
+
+        Args:
+            layer: The layer.
+            prefix: Its name.
+            shape: Its expected tensors in the checkpoint.
+
+        """
         files = self.files(self.names_of(prefix))
         return LoadRecord(layer, prefix, shape, self.before_loading, files)
 
     def after_loading(self) -> None:
-        """Let go of the headers, as all that is built was loaded."""
+        """Free the headers: all layers are built and loaded."""
         if self._is_read:
             self._start_over()
             self.is_second = True
 
     def before_loading(self) -> None:
-        """Check the model's modules that are called in it as the file's layers are.
+        """Check modules that are found in the files only by their names in the model.
 
-        Those that are not known by the name they were built with, and those that were
-        built without the quantization config. Does so once, when the model is built.
+        These are modules whose prefix differs from their name in the model, and modules
+        that were built without the quantization config. Runs once, when the model is
+        built.
 
         Raises:
-            UnsupportedCheckpointError: A layer is not as it is in the file.
+            UnsupportedCheckpointError: A tensor in the files does not match its layer.
 
         """
         if self._is_checked or self._headers is None or not self._layers:
@@ -261,7 +278,15 @@ class Checkpoint:
         name: str,
         headers: CheckpointHeaders,
     ) -> None:
-        """Check a module that the file may only know by its name in the model."""
+        """Check a module whose prefix is not in the files by its name in the model.
+
+        Args:
+            module: The module.
+            built: Its prefix.
+            name: Its name in the model.
+            headers: Headers of the whole checkpoint.
+
+        """
         names = self.names_of(built)
         if headers.files(names).parts:
             return
@@ -271,8 +296,8 @@ class Checkpoint:
         agreement.check_layer(built, parts, scheme, ignore, headers)
 
     def _is_served_alone(self, module: torch.nn.Module) -> bool:
-        """Whether a module has a weight that no other module gives it."""
+        """Whether a module has a weight of its own."""
         if not isinstance(module._parameters.get("weight"), torch.nn.Parameter):
             return False
-        # A draft model may take the main model's.
+        # A draft model may share the main model's embedding.
         return not (self.is_second and isinstance(module, VocabParallelEmbedding))

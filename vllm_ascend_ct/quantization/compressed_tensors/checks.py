@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Checks of a checkpoint's `quantization_config`, before upstream reads it."""
+"""Checks of a checkpoint's `quantization_config` before upstream reads it."""
 
 import re
 from typing import Any
@@ -36,10 +36,13 @@ _FIELDS = (
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse what would be misread, ignored or fail without a reason.
+    """Refuse a config that would be misread or ignored, or fail without an explanation.
+
+    Args:
+        config: `quantization_config` of config.json.
 
     Raises:
-        UnsupportedCheckpointError: Names the field.
+        UnsupportedCheckpointError: A field is not supported; the error names it.
 
     """
     _check_structure(config)
@@ -67,11 +70,11 @@ def _check_version(config: dict[str, Any]) -> None:
     except InvalidVersion:
         return
     if version.major > known.major:
-        # The version of a package, not of the format: what it added to the format
-        # is refused by its field.
+        # Only a warning, because this is the version of the package and not of the
+        # format. Unknown additions to the format are refused by field.
         logger.warning_once(
-            "The checkpoint was written by compressed-tensors %s, of a later major "
-            "version than %s, which reads it.",
+            "The checkpoint was written by compressed-tensors %s, a later major "
+            "version than the installed %s.",
             version,
             known,
         )
@@ -80,8 +83,8 @@ def _check_version(config: dict[str, Any]) -> None:
 def _check_sparsity(config: dict[str, Any]) -> None:
     if pruned := config.get("moe_sparsity_config"):
         raise _refused(
-            "Layers have experts removed, and vLLM would route tokens to experts that "
-            "are not there",
+            "Experts were pruned from some layers, but vLLM would still route tokens "
+            "to them",
             f"moe_sparsity_config={pruned!s:.80}",
             "models in which all layers have the same experts",
         )
@@ -94,16 +97,16 @@ def _check_sparsity(config: dict[str, Any]) -> None:
             "Sparse weights are not supported; compressed-tensors itself has dropped "
             "them",
             f"sparsity_config.format={fmt}",
-            "none, or dense: zeros that are stored like other values",
+            "no sparsity_config, or dense (zeros are stored like other values)",
         )
 
 
 def _check_structure(config: dict[str, Any]) -> None:
     for field, value in config.items():
         if field not in _FIELDS and value:
-            # `warning_once` keeps its arguments, which have to be hashable.
+            # `warning_once` requires hashable arguments.
             logger.warning_once(
-                "quantization_config.%s=%.80s is not known and not used.",
+                "quantization_config.%s=%.80s is not known and is ignored.",
                 field,
                 repr(value),
             )
@@ -115,10 +118,10 @@ def _check_structure(config: dict[str, Any]) -> None:
     except (ValueError, NotImplementedError, TypeError) as error:
         detail = " ".join(str(error).split())
         raise _refused(
-            f"compressed-tensors {compressed_tensors.__version__} cannot read it: "
-            f"{detail:.500}",
+            f"compressed-tensors {compressed_tensors.__version__} cannot read the "
+            f"config: {detail:.500}",
             "config_groups",
-            "what this version of compressed-tensors reads",
+            "configs that this version of compressed-tensors can read",
         ) from error
 
 
@@ -132,9 +135,7 @@ def _check_formats(config: dict[str, Any]) -> None:
         if fmt is not None and fmt not in _FORMATS:
             rules = (*SCHEME_RULES, *FLOAT_RULES)
             served = {fmt: None for rule in rules for fmt in rule.formats}
-            raise _refused(
-                "The format is not known", f"{field}={fmt}", ", ".join(served)
-            )
+            raise _refused("Unknown format", f"{field}={fmt}", ", ".join(served))
 
 
 def _check_groups(config: dict[str, Any]) -> None:
@@ -159,8 +160,8 @@ def _check_groups(config: dict[str, Any]) -> None:
             and ActivationOrdering(actorder.lower()) == ActivationOrdering.GROUP
         ):
             raise _refused(
-                "Weights in the order of their activations need a permutation "
-                "(g_idx), which no NPU operator takes",
+                "Activation ordering needs a permutation of the inputs (g_idx), which "
+                "no NPU operator supports",
                 f"{field}.weights.actorder={actorder}",
                 "actorder=null, weight or static",
             )
@@ -169,7 +170,8 @@ def _check_groups(config: dict[str, Any]) -> None:
         for_activations = is_activation_quantization_format(str(fmt))
         if is_integer and for_activations and not inputs:
             raise _refused(
-                "Weights alone are quantized, in a format for quantized activations",
+                "Only weights are quantized, but the format is for quantized "
+                "activations",
                 f"{field}.format={fmt}",
                 f"format={CompressionFormat.pack_quantized.value}",
             )
@@ -178,21 +180,21 @@ def _check_groups(config: dict[str, Any]) -> None:
             _check_pattern(target, f"{field}.targets={target}")
             if schemes.setdefault(target, scheme) != scheme:
                 raise _refused(
-                    "The target is in two groups with different schemes",
+                    "Two groups with different schemes have the same target",
                     f"{field}.targets={target}",
-                    "one scheme for a target",
+                    "one scheme per target",
                     Remedy.CORRECT_FIELD.format(field=f"{field}.targets"),
                 )
 
 
 def _is_attention(group: dict[str, Any]) -> bool:
-    """Whether upstream skips the group, with a warning: it is about the KV cache."""
+    """Whether a group is for the KV cache; upstream skips it with a warning."""
     targets = group.get("targets") or []
     return len(targets) == 1 and targets[0].endswith("Attention")
 
 
 def has_scalar_kv_scales(config: dict[str, Any]) -> bool:
-    """Whether each of the KV cache's scales in a checkpoint is one number."""
+    """Whether all scales of the KV cache in the checkpoint are scalars."""
     groups = (config.get("config_groups") or {}).values()
     schemes = [
         config.get("kv_cache_scheme"),
@@ -209,7 +211,7 @@ def _check_pattern(target: str, field: str) -> None:
             raise _refused(
                 f"The pattern does not compile: {error}",
                 field,
-                "regular expressions, as Python's re has them",
+                "regular expressions of Python's re module",
                 Remedy.CORRECT_FIELD.format(field=field.partition("=")[0]),
             ) from error
 
@@ -221,8 +223,8 @@ def _check_transforms(config: dict[str, Any]) -> None:
         for args in scheme.apply:
             if args.is_online():
                 raise _refused(
-                    f"The {scheme.type} transform has to be computed while the model "
-                    "runs, and there is no kernel for it",
+                    f"The {scheme.type} transform must be computed at run time, and "
+                    "there is no kernel for it",
                     f"transform_config.config_groups.{name}.apply.location="
                     f"{args.location}",
                     "transforms already merged into the weights (weight_input, "

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The compressed-tensors config on Ascend: upstream's, where it must differ."""
+"""Upstream's compressed-tensors config, with the changes that Ascend needs."""
 
 import re
 from typing import Any, cast
@@ -84,9 +84,9 @@ _KV_SCALES = re.compile(r"\.(kv|[qkv])_(scale|zero_point)$")
 
 
 class AscendCTConfig(CompressedTensorsConfig):
-    """Serves with NPU kernels, and refuses by name what they cannot serve."""
+    """Chooses methods that use NPU kernels, and refuses what they do not support."""
 
-    # vllm-ascend asks these of any config (attention backends, KV connectors).
+    # vllm-ascend reads these of any config (attention backends, KV connectors).
     enable_fa_quant = False
     enable_c8_quant = False
     c8_quant_layers = ()
@@ -94,12 +94,12 @@ class AscendCTConfig(CompressedTensorsConfig):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not args and not kwargs:
-            # vLLM's way to say that config.json has no quantization_config.
+            # vLLM does this if config.json has no quantization_config.
             raise UnsupportedCheckpointError(
                 "The model is not quantized by compressed-tensors",
                 where="--quantization compressed-tensors, config.json without "
                 "quantization_config",
-                supported="checkpoints whose config.json says how they are quantized",
+                supported="checkpoints with a quantization_config in config.json",
                 remedy=Remedy.NO_QUANTIZATION,
             )
         super().__init__(*args, **kwargs)
@@ -109,7 +109,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         self._skips_kv_scales = False
         if self.kv_cache_scheme is not None:
             logger.warning_once(
-                "The checkpoint's kv_cache_scheme is not honoured: the KV cache stays "
+                "The checkpoint's kv_cache_scheme is ignored: the KV cache stays "
                 "unquantized."
             )
             self.kv_cache_scheme = None
@@ -119,43 +119,51 @@ class AscendCTConfig(CompressedTensorsConfig):
         """Read a checkpoint's `quantization_config`.
 
         Raises:
-            UnsupportedCheckpointError: It cannot be served as it says.
+            UnsupportedCheckpointError: Some field is invalid or not supported.
 
         """
         check_config(config)
-        # Upstream refuses weights that are stored whole but were made sparse.
+        # Upstream refuses dense weights that have a sparsity_config.
         changed = {
             **config,
             "ignore": config.get("ignore") or [],
             "sparsity_config": None,
         }
         made = cast(AscendCTConfig, super().from_config(changed))
-        # Upstream's method makes room for one number each, as there is no scheme left.
+        # The KV cache scheme is removed, so upstream's method would create parameters
+        # for scalar scales only.
         made._skips_kv_scales = not has_scalar_kv_scales(config)
         return made
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """The dtypes a model may have; vLLM asks before it loads anything."""
+        """Supported dtypes of a model. vLLM checks them before it loads anything."""
         return list(current_limits().weight_quant_batchmatmul.x_dtypes)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Note what decides how layers are computed, and the checkpoint."""
+        """Add the chip and layouts to the model's config, and set the checkpoint.
+
+        Args:
+            model_name: Directory, or name on the Hugging Face Hub.
+            hf_config: The model's config.
+            revision: Revision on the Hub.
+
+        """
         super().maybe_update_config(model_name, hf_config, revision)
         if hf_config is not None:
-            # vLLM names its cache of compiled graphs by the model's config, not by
-            # the quantization config.
+            # The key of vLLM's cache of compiled graphs includes the model's config,
+            # but not the quantization config.
             hf_config.update(graph_key())
         self.checkpoint.set_source(model_name, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Name layers as vLLM does."""
+        """Map names from the checkpoint's to vLLM's."""
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self.checkpoint.add_mapper(hf_to_vllm_mapper)
 
     def get_cache_scale_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """Name scales of the KV cache; vLLM asks as it begins to load weights."""
+        """Map names of KV cache scales; vLLM calls this before it loads weights."""
         self.checkpoint.before_loading()
         mapper: WeightsMapper | None = super().get_cache_scale_mapper()
         mapper = mapper or WeightsMapper()
@@ -166,12 +174,13 @@ class AscendCTConfig(CompressedTensorsConfig):
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None
     ) -> QuantizeMethodBase | None:
-        """Choose the method that serves a layer.
+        """Choose the method of a layer.
 
         Args:
-            layer: The layer, not yet with weights.
+            layer: The layer, which has no weights yet.
             prefix: Its name.
-            tid2eid: What vllm-ascend passes for hash-routed experts.
+            tid2eid: Table from token ids to experts, which vllm-ascend passes for
+                experts that are routed by hash.
 
         Raises:
             UnsupportedCheckpointError: The layer's scheme is not supported.
@@ -215,7 +224,19 @@ class AscendCTConfig(CompressedTensorsConfig):
         prefix: str,
         files: LayerFiles,
     ) -> QuantizeMethodBase:
-        """Tell an unquantized method whose weights are resolved of its layer."""
+        """Set up a method that resolves its weight to 16 bits.
+
+        Args:
+            method: The method.
+            args: The layer's scheme.
+            prefix: Its name.
+            files: The layer's tensors in the files.
+
+        Raises:
+            UnsupportedCheckpointError: The scheme is not supported, or resolving is not
+                allowed.
+
+        """
         if reason := refusal(args):
             raise refused(reason, prefix)
         check_resolving(args, prefix, self.checkpoint)
@@ -224,7 +245,7 @@ class AscendCTConfig(CompressedTensorsConfig):
     def _check_latent_query(
         self, layer: torch.nn.Module, prefix: str, args: dict[str, Any]
     ) -> None:
-        """Check what of latent attention vllm-ascend judges by another layer."""
+        """Check a query projection; vllm-ascend judges it by another layer's scheme."""
         attention, _, name = prefix.rpartition(".")
         if name in ("q_b_proj", "wq_b"):
             other = f"{attention.removesuffix('.indexer')}.fused_qkv_a_proj"
@@ -233,7 +254,7 @@ class AscendCTConfig(CompressedTensorsConfig):
             settings.check_latent_query(prefix, is_mixed, is_packed(args))
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        """Choose the method of an embedding or of an output head."""
+        """Choose the method of an embedding or an output head."""
         is_head = isinstance(layer, ParallelLMHead)
         args = self.get_scheme_dict(layer, prefix)
         files = self.checkpoint.check_layer(layer, prefix, args)
@@ -252,7 +273,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         weight_only = args.get("input_activations") is None
         if not weight_only or not isinstance(scheme, CompressedTensorsWNA16):
             raise refused(
-                f"{type(scheme).__name__} of an embedding; supported: weight-only",
+                f"{type(scheme).__name__} of an embedding; supported: weight-only "
+                "integers",
                 prefix,
             )
         return AscendCTEmbeddingMethod(self, args)
@@ -264,7 +286,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         if args is None:
             return None
         if reason := refusal(args):
-            # Upstream would look for kernels while it constructs the scheme.
+            # Refuse first, because upstream selects a kernel while it constructs the
+            # scheme.
             raise refused(reason, layer_name)
         weights = args["weights"]
         if is_float(args) and is_multiplied(args):
@@ -281,8 +304,8 @@ class AscendCTConfig(CompressedTensorsConfig):
             )
         if not compat.ZERO_POINTS_BESIDE_INT8 and _has_zero_points_beside_int8(args):
             raise refused(
-                "Zero points of packed weights beside 8-bit activations, which this "
-                "vLLM has no parameters for",
+                "Zero points of packed weights with 8-bit activations, for which this "
+                "vLLM release has no parameters",
                 layer_name,
                 Remedy.QUANTIZE_AGAIN,
             )
@@ -302,11 +325,15 @@ class AscendCTConfig(CompressedTensorsConfig):
     def get_scheme_dict(
         self, layer: torch.nn.Module, layer_name: str | None = None
     ) -> dict[str, Any] | None:
-        """Find what the config says of a layer; None if it is not quantized.
+        """Find a layer's scheme in the config; None if the layer is not quantized.
+
+        Args:
+            layer: The layer, which targets may name by its class.
+            layer_name: Its name, which targets and `ignore` may name.
 
         Raises:
-            UnsupportedCheckpointError: It says different things of the shards that vLLM
-                fuses to this layer.
+            UnsupportedCheckpointError: The config has different schemes for the shards
+                that vLLM fuses into this layer.
 
         """
         parts = get_layer_partition_names(layer_name or "", self.packed_modules_mapping)
@@ -326,7 +353,8 @@ class AscendCTConfig(CompressedTensorsConfig):
             and headers is not None
             and headers.has_quantized(layer_name or "")
         ):
-            # A class target means the checkpoint's class, and there it is a Linear.
+            # The target `Linear` means the class in the checkpoint's model, where the
+            # head is a Linear.
             found = find(Linear(), layer_name)
         return found and _without_float_inputs(found)
 
@@ -339,9 +367,9 @@ def _is_resolved(scheme: dict[str, Any], prefix: str) -> bool:
 
 
 def _without_float_inputs(scheme: dict[str, Any]) -> dict[str, Any]:
-    """Leave inputs in 16 bits that would be FP8 beside integer weights.
+    """Remove FP8 input quantization from a scheme with packed integer weights.
 
-    No operator takes both, and the weights are what the file has.
+    No operator multiplies FP8 by integers, so the layer is served as weight-only.
     """
     inputs = scheme["input_activations"]
     if inputs is None or is_float(scheme) or not is_packed(scheme):
@@ -350,7 +378,7 @@ def _without_float_inputs(scheme: dict[str, Any]) -> dict[str, Any]:
         return scheme
     bits = scheme["weights"].num_bits
     logger.info_once(
-        "W%dA8 of FP8 activations is served as W%dA16, its activations unquantized.",
+        "W%dA8 with FP8 activations is served as W%dA16, with unquantized activations.",
         bits,
         bits,
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What to change in a config that does not agree with the checkpoint's file."""
+"""Remedies for a config that does not agree with the checkpoint's files."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,15 @@ _EXAMPLES = 4
 def naming(
     name: str, layer: FileLayer, ignore: Sequence[str], headers: CheckpointHeaders
 ) -> str:
-    """How to have the config quantize a layer."""
+    """The remedy if a layer is quantized in the files but not by the config.
+
+    Args:
+        name: The layer's name in vLLM.
+        layer: The layer's tensors in the files.
+        ignore: `ignore` of the config.
+        headers: Headers of the whole checkpoint.
+
+    """
     if entries := [entry for entry in ignore if _matches(entry, name)]:
         patterns = quoted(entries)
         return Remedy.REMOVE_FROM_IGNORE.format(patterns=patterns, layer=name)
@@ -26,15 +34,16 @@ def naming(
 
 
 def pattern_of(name: str, layer: FileLayer, headers: CheckpointHeaders) -> str:
-    """What in `ignore` or `targets` matches a layer, and others around it or like it.
+    """An entry for `ignore` or `targets` that matches a layer and similar ones.
 
-    Those only if they are all quantized like it, or all not. A pattern without
-    backslashes, so that JSON takes it.
+    It matches other layers, in the same module or with a similar name, only if all of
+    them are quantized like the layer or, like the layer, not quantized. It contains no
+    backslashes, which would have to be escaped in JSON.
 
     Args:
-        name: As vLLM calls the layer.
-        layer: As the file has it.
-        headers: Of the whole checkpoint.
+        name: The layer's name in vLLM.
+        layer: The layer's tensors in the files.
+        headers: Headers of the whole checkpoint.
 
     """
     *path, last = name.split(".")
@@ -54,10 +63,16 @@ def pattern_of(name: str, layer: FileLayer, headers: CheckpointHeaders) -> str:
 def patterns_of(
     layers: Mapping[str, FileLayer], headers: CheckpointHeaders
 ) -> list[str]:
-    """As few patterns as match all of some layers, by their names in vLLM."""
+    """A short list of patterns that match all given layers.
+
+    Args:
+        layers: The layers' tensors in the files, by their names in vLLM.
+        headers: Headers of the whole checkpoint.
+
+    """
     patterns: list[str] = []
     for name, layer in layers.items():
-        # To look for one takes long where there are thousands of experts.
+        # Searching for a pattern is slow if there are thousands of experts.
         if not any(_matches(pattern, name) for pattern in patterns):
             patterns.append(pattern_of(name, layer, headers))
     return patterns
@@ -70,7 +85,7 @@ def _matches(entry: str, name: str) -> bool:
 
 
 def quoted(patterns: Iterable[str]) -> str:
-    """Patterns as a remedy names them, the first few."""
+    """Quote patterns for a remedy; only the first few."""
     given = [f"`{pattern}`" for pattern in patterns]
     more = ", ..." if len(given) > _EXAMPLES else ""
     return ", ".join(given[:_EXAMPLES]) + more

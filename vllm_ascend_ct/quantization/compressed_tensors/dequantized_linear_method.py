@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Layers whose weight something else reads, and so are served in 16 bits."""
+"""Quantized layers served in 16 bits, because other code reads their weight."""
 
 from typing import Any
 
@@ -22,15 +22,19 @@ from vllm_ascend_ct.weights import int4, pack_quantized
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
-# Of DeepSeek-V4, and in a shape of its own.
+# In DeepSeek-V4. Attention passes this weight to an operator, in another shape.
 _HANDED_TO_AN_OPERATOR = "wo_a"
 
 
 def needs_dense_weight(prefix: str) -> bool:
-    """Whether attention reads a layer's weight, which then has to be in 16 bits.
+    """Whether attention reads a layer's weight, which must then be in 16 bits.
 
-    Not all models with latent attention are among vLLM's `use_mla`, so it is the name
-    that counts; where the layer is only called, it is right as well.
+    Decides by the layer's name, because `use_mla` in vLLM does not cover all models
+    with latent attention. If a model only calls such a layer, 16 bits are correct too.
+
+    Args:
+        prefix: Name of the layer.
+
     """
     named = prefix.rpartition(".")[2] in ("kv_b_proj", _HANDED_TO_AN_OPERATOR)
     return named or linear.reads_weight(prefix)
@@ -38,11 +42,11 @@ def needs_dense_weight(prefix: str) -> bool:
 
 @register_weight_loader_v2_supported_method
 class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
-    """Loads a quantized layer, dequantizes it and serves it without quantization.
+    """Loads a quantized layer, dequantizes it and serves it in 16 bits.
 
-    vllm-ascend's latent attention asserts that the layer's method is an unquantized
-    one. Upstream's would multiply the identity by the layer, which static scales of
-    activations round or clip.
+    vllm-ascend's latent attention asserts that the layer's method is the unquantized
+    one. Upstream's latent attention would instead call the layer with an identity
+    matrix, which static activation scales would round or clip.
     """
 
     def __init__(self, quantization_config: Any, args: dict[str, Any]) -> None:
@@ -66,14 +70,15 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
     ) -> None:
         if layer.prefix.rpartition(".")[2] == _HANDED_TO_AN_OPERATOR:
             raise refused(
-                "A weight that attention hands to an operator, which takes 16 bits",
+                "A quantized weight that attention passes to an operator for 16-bit "
+                "weights",
                 layer.prefix,
                 Remedy.LEAVE_UNQUANTIZED,
             )
         if self._has_grid:
             raise refused(
-                "output_activations of a layer whose weight attention reads, so that "
-                "it has no outputs; supported: none",
+                "output_activations of a layer whose weight attention reads directly, "
+                "so that no outputs are computed; supported: no output_activations",
                 layer.prefix,
             )
         self._shape = sum(output_partition_sizes), input_size_per_partition
@@ -90,7 +95,9 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         self._quantized.check_loaded(layer)
         name = ".".join(layer.prefix.split(".")[-2:])
-        logger.info_once("%s is dequantized: attention reads its weight.", name)
+        logger.info_once(
+            "Dequantizing %s to 16 bits, because attention reads its weight.", name
+        )
         weight = dequantized(layer, self._shape, self._bits)
         for name in [name for name in layer._parameters if name != "bias"]:
             delattr(layer, name)
@@ -105,15 +112,15 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
 
 
 def dequantized(layer: Any, shape: tuple[int, int], bits: int) -> torch.Tensor:
-    """Dequantize the weight that a layer was loaded with, some rows at a time.
+    """Dequantize a loaded weight in blocks of rows.
 
     Args:
-        layer: With the parameters of upstream's schemes, not yet processed.
-        shape: Of the weight, `[N, K]`.
-        bits: Of a value of it.
+        layer: A layer with loaded, unprocessed parameters of an upstream scheme.
+        shape: `(N, K)` of the weight.
+        bits: Weight width.
 
     Returns:
-        `[N, K]`, dtype of the layer's parameters.
+        `[N, K]`, in the layer's `params_dtype`.
 
     """
     n, k = shape

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The layers of a checkpoint as its files have them, by the names that vLLM gives them.
+"""The layers in a checkpoint's files, by their names in vLLM.
 
-Headers are all that is read. A layer that the model's code renames, and no mapping of
-its class, is not found.
+Only the headers of the safetensors files are read. A layer is not found if the model's
+code renames it other than by its class's `WeightsMapper`.
 """
 
 import json
@@ -27,12 +27,12 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class FileLayer:
-    """The tensors of one layer.
+    """The tensors of one layer in the files.
 
     Attributes:
-        name: Of the layer, in the file.
-        shapes: By kind, as `weight_scale`.
-        dtypes: By kind, as safetensors names them.
+        name: Name of the layer in the files.
+        shapes: Shapes by kind of tensor, for example `weight_scale`.
+        dtypes: Names of dtypes in safetensors, by kind of tensor.
 
     """
 
@@ -49,7 +49,7 @@ class FileLayer:
         return self.dtypes.get("weight") in _FLOATS and not self.is_quantized
 
     def is_like(self, other: "FileLayer") -> bool:
-        """Whether neither is quantized, or both in the same format."""
+        """Whether neither layer is quantized, or both are in the same format."""
         if not self.is_quantized:
             return not other.is_quantized
         return self._kinds == other._kinds
@@ -60,7 +60,7 @@ class FileLayer:
 
     @property
     def fused_experts(self) -> str | None:
-        """Kind of a tensor of all experts that is not quantized, or None."""
+        """Kind of an unquantized tensor that holds all experts, or None."""
         for kind, dtype in self.dtypes.items():
             if len(self.shapes[kind]) == 3 and dtype in _FLOATS:
                 return kind
@@ -68,19 +68,19 @@ class FileLayer:
 
     @property
     def quantized_tensor(self) -> str:
-        """Name of a tensor that tells that the layer is quantized."""
+        """Name of a tensor that shows that the layer is quantized."""
         return f"{self.name}.{min(_QUANTIZED & self.shapes.keys())}"
 
 
 @dataclass(frozen=True)
 class LayerFiles:
-    """What the file has of a layer of vLLM's.
+    """The tensors in the files of one of vLLM's layers.
 
     Attributes:
-        parts: By the names that the layer and its shards have in vLLM.
+        parts: The layer and its shards, by their names in vLLM, as far as found.
         shards: Names of the shards, in order.
-        alike: Where no part is found, layers of the same block with like names.
-        biased: Names of those parts in the file that have a bias in some block.
+        alike: If no part is found, layers of the same block with similar names.
+        biased: Names in the files of the parts that have a bias in some block.
         is_read: Whether the headers were read.
 
     """
@@ -92,7 +92,7 @@ class LayerFiles:
     is_read: bool = False
 
     def of_shard(self, number: int | None) -> list[FileLayer]:
-        """The parts of a shard, or all of them."""
+        """The parts of one shard, by its index; all parts for None."""
         if number is None or number >= len(self.shards):
             return list(self.parts.values())
         found = self.parts.get(self.shards[number])
@@ -100,13 +100,19 @@ class LayerFiles:
 
 
 class CheckpointHeaders:
-    """The layers of a checkpoint."""
+    """The layers in a checkpoint's files.
+
+    Attributes:
+        layers: Layers by name in the files.
+        by_name: Layers by name in vLLM, and by name in the files.
+
+    """
 
     def __init__(self, headers: Mapping[str, dict[str, Any]]) -> None:
-        """Sort tensors by layer.
+        """Group tensors by layer.
 
         Args:
-            headers: `shape` and `dtype` of each tensor, by name.
+            headers: `shape` and `dtype` of each tensor, by its name.
 
         """
         self.layers: dict[str, FileLayer] = {}
@@ -124,14 +130,18 @@ class CheckpointHeaders:
     def read(cls, model: str, revision: str | None) -> "CheckpointHeaders":
         """Read the headers of a model's safetensors files.
 
+        Args:
+            model: Directory, or name on the Hugging Face Hub.
+            revision: Revision on the Hub.
+
         Raises:
-            ValueError: There are none.
+            ValueError: The model has no safetensors files.
 
         """
         headers = get_safetensors_params_metadata(model, revision=revision)
         index = Path(model) / _INDEX
         if index.exists():
-            # vLLM loads no other file.
+            # vLLM loads only files that the index lists.
             listed = json.loads(index.read_text())["weight_map"]
             headers = {name: headers[name] for name in headers.keys() & listed.keys()}
         if not headers:
@@ -139,10 +149,10 @@ class CheckpointHeaders:
         return cls(headers)
 
     def map_names(self, mappers: Sequence["WeightsMapper"]) -> None:
-        """Name layers as vLLM does, for which it maps the names of weights.
+        """Fill `by_name` from the mappings of weight names that vLLM applies.
 
-        A model that contains others maps names for each of them, in turn or for itself
-        alone.
+        A model that contains other models has a mapping for each. vLLM may apply them
+        in sequence or each alone, so both are tried.
         """
         names = dict.fromkeys(self.layers)
         self.by_name = dict(self.layers)
@@ -157,14 +167,14 @@ class CheckpointHeaders:
         self.by_name |= {mapped: self.layers[name] for name, mapped in names.items()}
 
     def find(self, name: str) -> FileLayer | None:
-        """The layer that vLLM calls `name`, None if that is not known."""
+        """The layer with this name in vLLM; None if it is not found."""
         return self.by_name.get(name)
 
     def files(self, names: Sequence[str]) -> LayerFiles:
-        """Find a layer.
+        """Find a layer and its shards.
 
         Args:
-            names: Of the layer, and of its shards in order.
+            names: Names in vLLM of the layer and of its shards, in order.
 
         """
         found = {name: self.find(name) for name in names}
@@ -189,7 +199,7 @@ class CheckpointHeaders:
         return found
 
     def has_quantized(self, name: str) -> bool:
-        """Whether a layer whose name ends like this one's is quantized."""
+        """Whether some layer is quantized whose name has the same last part."""
         last = name.rpartition(".")[2]
         return any(
             layer.is_quantized and layer.name.rpartition(".")[2] == last
@@ -205,7 +215,7 @@ class CheckpointHeaders:
         }
 
     def matching(self, pattern: str) -> Iterator[FileLayer]:
-        """The layers that a pattern matches as vLLM would."""
+        """Yield the layers that a regular expression matches, as vLLM matches it."""
         compiled = re.compile(pattern)
         for name, layer in self.by_name.items():
             if compiled.match(name):
@@ -215,7 +225,7 @@ class CheckpointHeaders:
 def _mapped(names: Mapping[str, str], mapper: "WeightsMapper") -> dict[str, str]:
     mapped = {}
     for name, current in names.items():
-        # Some mappings are of whole names.
+        # Some mappings match whole names of weights.
         for new in mapper.apply_list([f"{current}.weight"]):
             mapped[name] = new.rpartition(".")[0]
     return mapped
@@ -226,6 +236,6 @@ def _without_numbers(name: str) -> str:
 
 
 def _essence(name: str) -> tuple[str, ...]:
-    """The numbers of a name and its last part."""
+    """The numeric parts of a name, and its last part."""
     *path, last = name.split(".")
     return *(part for part in path if part.isdigit()), last

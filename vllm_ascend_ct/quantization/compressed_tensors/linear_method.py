@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Upstream's linear method on Ascend."""
+"""Upstream's linear method, extended for Ascend."""
 
 from typing import Any
 
@@ -45,7 +45,8 @@ from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float
 logger = init_logger("vllm.ascend_ct.quantization")
 
 _WORD = 32
-# Weight-only to upstream's kernel selection, whose config does not name activations.
+# Schemes for which upstream selects a weight-only kernel even if activations are
+# quantized, because its kernel config does not describe activations.
 _PACKED_A8_SCHEMES = tuple(
     scheme
     for scheme in (
@@ -59,9 +60,9 @@ _PACKED_A8_SCHEMES = tuple(
 
 @register_weight_loader_v2_supported_method
 class AscendCTLinearMethod(CompressedTensorsLinearMethod):
-    """Upstream's linear method, with checks and what vllm-ascend's layers need."""
+    """Upstream's method with load checks, for upstream's and vllm-ascend's layers."""
 
-    # vllm-ascend takes a layer to be unquantized where this stays None.
+    # vllm-ascend treats a layer as unquantized if this is None.
     quant_method: CompressedTensorsScheme | None = None
 
     def __init__(self, quantization_config: Any, args: dict[str, Any]) -> None:
@@ -111,20 +112,21 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
             remedy = Remedy.CHANGE_RANKS if is_split else Remedy.QUANTIZE_AGAIN
             raise refused(str(error), prefix, remedy) from error
         if getattr(layer, "weight_packed", None) is getattr(layer, "weight", 0):
-            # W4A8Int: a reload would take them to be two.
+            # The W4A8Int scheme registers one tensor under both names, which a reload
+            # would count as two.
             del layer.weight_packed
         load_formats.mark_scales(layer)
         _quantize_activations(layer.scheme, self._args)
         self.quant_method = layer.scheme
-        # Upstream's layers do this in their constructors, vllm-ascend's do not.
+        # Upstream's layers do this in their constructors; vllm-ascend's do not.
         if isinstance(layer, LinearBase) and hasattr(layer, "tp_rank"):
             layer.update_param_tp_status()
 
     def check_loaded(self, layer: Any) -> None:
-        """Refuse a layer that the checkpoint did not fill, and to save it from now on.
+        """Refuse a layer with missing tensors, and refuse to save it from now on.
 
         Raises:
-            UnsupportedCheckpointError: Names the tensor.
+            UnsupportedCheckpointError: A tensor was not loaded; the error names it.
 
         """
         self._checkpoint.after_loading()
@@ -142,7 +144,7 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         self.check_loaded(layer)
         kernel = layer.scheme.kernel
         if isinstance(kernel, MPLinearKernel) and not hasattr(layer, kernel.w_q_name):
-            # Kernels know one name; int8 files have another.
+            # Kernels expect the name of the packed weight; int8 weights have another.
             layer.register_parameter(kernel.w_q_name, layer.weight)
         try:
             super().process_weights_after_loading(layer)
@@ -157,7 +159,17 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         shards: list[int],
         dtype: torch.dtype,
     ) -> tuple[str, Remedy] | None:
-        """What upstream does not check or tell a kernel, and what to do about it."""
+        """Why the layer's sizes are not supported, with the remedy, or None.
+
+        Checks what upstream neither checks itself nor passes to a kernel.
+
+        Args:
+            layer: The layer.
+            input_sizes: Input features of the whole layer and of this rank's shard.
+            shards: Output features on this rank, by shard of a fused or split layer.
+            dtype: dtype of the activations.
+
+        """
         k, part = input_sizes
         scheme = layer.scheme
         weights = self._args["weights"]
@@ -172,15 +184,16 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
             return reason, Remedy.QUANTIZE_AGAIN
         if part != k and self._args.get("output_activations") is not None:
             return (
-                "output_activations of a layer whose outputs are summed over ranks: a "
-                "rank would quantize its share; supported: tensor_parallel_size=1"
+                "output_activations of a layer whose outputs are summed over ranks: "
+                "each rank would quantize its partial sum; supported: "
+                "tensor_parallel_size=1"
             ), Remedy.CHANGE_RANKS
         if part != k and part * weights.num_bits % _WORD:
             return (
-                f"K={part} of {k} a rank, weights.num_bits={weights.num_bits}; "
+                f"K={part} of {k} per rank, weights.num_bits={weights.num_bits}; "
                 "supported: shards that begin on an int32 boundary"
             ), Remedy.CHANGE_RANKS
-        # Upstream pads a vocabulary, and cuts it off before.
+        # The checkpoint has the unpadded vocabulary, so check its size too.
         shards = [*shards, getattr(layer, "org_vocab_size", 0)]
         words = [size * weights.num_bits / _WORD for size in shards]
         if not weights.symmetric and not all(map(float.is_integer, words)):
@@ -188,7 +201,8 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
             fits = all((size * ranks).is_integer() for size in words)
             return (
                 f"N={shards} of shards, weights.num_bits={weights.num_bits}, "
-                "symmetric=False; supported: shards whose zero points fill whole words"
+                "symmetric=False; supported: shards whose zero points fill whole int32 "
+                "words"
             ), Remedy.CHANGE_RANKS if fits else Remedy.QUANTIZE_AGAIN
         return None
 
@@ -217,7 +231,7 @@ def _int8_refusal(
 
 
 def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
-    """Have a scheme's activations quantized, if there is a kernel for it."""
+    """Replace a scheme's kernel by one that quantizes activations, if there is one."""
     weights, inputs = args["weights"], args["input_activations"]
     if inputs is None or not isinstance(scheme, _PACKED_A8_SCHEMES):
         return
@@ -226,7 +240,7 @@ def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
     name = f"W{weights.num_bits}A8"
     if reason is None:
         logger.info_once(
-            "Using %s for %s of %s instead of %s, which leaves activations in 16 bits.",
+            "Using %s for %s (%s) instead of %s, which does not quantize activations.",
             type(scheme.kernel).__name__,
             type(scheme).__name__,
             name,
@@ -234,7 +248,7 @@ def _quantize_activations(scheme: Any, args: dict[str, Any]) -> None:
         )
     else:
         logger.info_once(
-            "%s is served as W%dA16, its activations unquantized: %s.",
+            "%s is served as W%dA16, with unquantized activations: %s.",
             name,
             weights.num_bits,
             reason,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""How weights come to parameters and leave them, other than by weight loaders."""
+"""Load formats that bypass weight loaders, saving of models, and dummy weights."""
 
 import math
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from vllm_ascend_ct.compat import load_format
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 
-# Formats of weights that come from a running model, as its kernels have them: saved, or
-# over vllm-ascend's network, which are written over layers that are laid out already.
+# Load formats whose weights a running model has repacked already: saved by it, or sent
+# by vllm-ascend over the network and written to layers after they are repacked.
 _PROCESSED = (
     *("sharded_state", "runai_streamer_sharded", "tensorizer"),
     *("netloader", "rfork"),
@@ -20,42 +20,52 @@ _DUMMY_SCALE = 1e-4
 
 
 def check_load_format(layer_name: str) -> None:
-    """Refuse formats whose weights have a layout already.
+    """Refuse load formats whose weights are repacked already.
+
+    Args:
+        layer_name: Name of a quantized layer, for the error text.
 
     Raises:
-        UnsupportedCheckpointError: The load format is one.
+        UnsupportedCheckpointError: The load format is one of them.
 
     """
     if (given := load_format()) in _PROCESSED:
         raise UnsupportedCheckpointError(
-            "Quantized weights that come from a running model are laid out for it, and "
-            "would be laid out again, or be checked before they come",
+            "This load format transfers quantized weights that a running model has "
+            "already repacked for its kernels, so they would be repacked twice, or "
+            "checked before they arrive",
             where=f"layer {layer_name}, --load-format {given}",
-            supported="formats that read the checkpoint's own tensors, and dummy",
+            supported="load formats that read the checkpoint's own tensors, and dummy",
             remedy=Remedy.LOAD_CHECKPOINT,
         )
 
 
 def refuse_saving(layer: torch.nn.Module) -> Any:
-    """Have a model refuse to be saved that has a layer; a handle that undoes it."""
+    """Make saving a model that contains a layer raise an error.
+
+    Returns:
+        A handle that removes the check.
+
+    """
     return layer.register_state_dict_pre_hook(_check_saving)
 
 
 def _check_saving(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Refuse to save a model one of whose layers is laid out.
+    """Refuse to save a model that contains a repacked layer.
 
-    A hook before a layer's `state_dict`. vLLM's offloading asks blocks for theirs, in
-    which a layer's name has no block's number.
+    A hook that runs before a layer's `state_dict`. vLLM's weight offloading calls
+    `state_dict` of single blocks. This is allowed, and recognized by the prefix, which
+    then lacks the number of the block.
 
     Raises:
-        UnsupportedCheckpointError: The whole model's state was asked for.
+        UnsupportedCheckpointError: `state_dict` was called on the whole model.
 
     """
     name = str(getattr(module, "prefix", getattr(module, "layer_name", "")))
     if _numbers(name) <= _numbers(prefix):
         raise UnsupportedCheckpointError(
-            "The model's weights are laid out for the NPU and cannot be saved as they "
-            "are: they would be laid out again when they are loaded",
+            "The model's weights are repacked for the NPU and cannot be saved in this "
+            "form: loading them would repack them again",
             where=f"layer {name}",
             supported="saving models without quantized layers",
             remedy=Remedy.LOAD_CHECKPOINT,
@@ -67,14 +77,14 @@ def _numbers(name: str) -> set[str]:
 
 
 def mark_scales(layer: torch.nn.Module) -> None:
-    """Fill the scales of weights with what no checkpoint has, until they are loaded."""
+    """Fill the scales of weights with NaN, to see later whether they were loaded."""
     for name, parameter in layer.named_parameters(recurse=False):
         if name.endswith("weight_scale"):
             parameter.data.fill_(math.nan)
 
 
 def marked_scale(layer: torch.nn.Module) -> str | None:
-    """Name of a parameter that `mark_scales` filled and nothing else did, or None."""
+    """Name of a scale that still has the values of `mark_scales`, or None."""
     for name, parameter in layer.named_parameters(recurse=False):
         if name.endswith("weight_scale") and bool(parameter.data.isnan().any()):
             return str(name)
@@ -82,13 +92,13 @@ def marked_scale(layer: torch.nn.Module) -> str | None:
 
 
 def make_dummy(layer: torch.nn.Module, bits: int) -> None:
-    """Make dummy weights such that a quantized layer may have.
+    """Replace dummy weights by values that are valid in a quantized layer.
 
-    vLLM draws floats, negative ones too, and leaves integers as the memory was.
+    vLLM draws random floats, negative ones too, and leaves integers uninitialized.
 
     Args:
-        layer: Its parameters have the checkpoint's layout.
-        bits: Of a weight.
+        layer: The layer, with parameters in the checkpoint's layout.
+        bits: Weight width.
 
     """
     for name, parameter in layer.named_parameters(recurse=False):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Checks of what a checkpoint gives for a quantized layer, tensor by tensor.
+"""Checks of a quantized layer's tensors while they are loaded.
 
-vLLM checks that every parameter was loaded for unquantized models only, takes tensors
-of another dtype or with too many rows, and asserts without a text.
+vLLM checks only for unquantized models that every parameter was loaded. It accepts
+tensors of another dtype or with too many rows, and has assertions without a message.
 """
 
 import functools
@@ -33,7 +33,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
 )
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}
-# Kinds of tensors that are there or not by what the config says of a layer.
+# Kinds of tensors that a layer has or lacks depending on the config.
 _IMPLIED = (
     *("weight_zero_point", "weight_global_scale"),
     *("input_scale", "input_zero_point", "output_scale"),
@@ -44,17 +44,17 @@ _Shard = int | str | tuple[int, ...] | None
 
 @dataclass
 class LoadRecord:
-    """What a layer's weight loader was given.
+    """Checks and records the tensors that a layer's weight loader is given.
 
     Attributes:
         layer: The layer.
         prefix: Its name.
-        shape: Of its tensors in the checkpoint.
-        before: Called before a tensor is loaded.
-        files: What the file has of the layer.
-        loader: The recording one.
+        shape: Its expected tensors in the checkpoint.
+        before: Called before each tensor is loaded.
+        files: The layer's tensors in the files.
+        loader: The wrapped weight loader, after `record`.
         optional: Parameters that need not be loaded.
-        seen: Shards by parameter.
+        seen: Shards loaded so far, by name of the parameter.
 
     """
 
@@ -68,11 +68,11 @@ class LoadRecord:
     seen: dict[str, set[_Shard]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # While the layer is built; there may be no config when it is processed.
+        # Read while the layer is built: later there may be no current vLLM config.
         self.is_dummy = load_format() == "dummy"
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a layer's weight loader so that it checks and records."""
+        """Wrap a layer's weight loader so that it checks and records tensors."""
 
         @functools.wraps(weight_loader)
         def load(
@@ -96,15 +96,15 @@ class LoadRecord:
         return load
 
     def check_complete(self) -> None:
-        """Refuse a layer of which tensors were missing, and start anew.
+        """Refuse a layer with missing tensors, and clear the record.
 
         Raises:
-            UnsupportedCheckpointError: Names the tensor.
+            UnsupportedCheckpointError: A tensor was not loaded; the error names it.
 
         """
         seen, self.seen = self.seen, {}
         if not seen and marked_scale(self.layer) is None:
-            # Filled by something else than the weight loaders.
+            # The load format fills parameters without their weight loaders.
             return
         shards = set(range(len(getattr(self.layer, "output_sizes", ()))))
         for name, param in self.layer.named_parameters(recurse=False):
@@ -119,7 +119,7 @@ class LoadRecord:
             raise self._missing("weight_scale", set())
 
     def _rows(self, shard: _Shard) -> int | None:
-        """Output features that the checkpoint has for a shard, None if not known."""
+        """Output features of a shard in the checkpoint; None if not known."""
         layer = self.layer
         if hasattr(layer, "org_vocab_size"):
             return int(layer.org_vocab_size)
@@ -137,7 +137,7 @@ class LoadRecord:
     def _missing(self, name: str, shards: set[int]) -> UnsupportedCheckpointError:
         files = self.files
         known = files.of_shard(min(shards) if shards else None)
-        which = f" of shards {sorted(shards)}" if shards else ""
+        which = f" for shards {sorted(shards)}" if shards else ""
         return missing_tensor(self.prefix, name, known, files.alike, which)
 
     def _refused(
@@ -152,7 +152,7 @@ class LoadRecord:
 
 
 def parameter_name(layer: torch.nn.Module, param: torch.Tensor) -> str:
-    """Name of a layer's own parameter."""
+    """Name of a parameter in its layer; "parameter" if the layer does not have it."""
     for name, value in layer.named_parameters(recurse=False):
         if value is param:
             return str(name)
@@ -166,21 +166,21 @@ def missing_tensor(
     alike: Iterable[FileLayer] = (),
     which: str = "",
 ) -> UnsupportedCheckpointError:
-    """Refuse a layer that was not given a tensor.
+    """Make the error for a tensor that was not loaded.
 
     Args:
-        layer_name: As vLLM calls it.
+        layer_name: The layer's name in vLLM.
         tensor: Name of the tensor in the layer.
-        known: What the file has of the layer, or of the shard that lacks it.
-        alike: Layers of the file that may be meant, if none is known.
-        which: Shards that lack it.
+        known: Tensors in the files of the layer, or of the shard that lacks it.
+        alike: If none are known, layers in the files that may be the same layer.
+        which: Text that names the shards that lack it.
 
     """
     where = f"layer {layer_name}, tensor {tensor}"
     kind = tensor.rpartition(".")[2]
     for layer in known:
         if kind not in layer.shapes:
-            # Of other shards there is one.
+            # If only some shards lack the tensor, the config is not to blame.
             is_config = kind in _IMPLIED and not which
             return broken_checkpoint(
                 "A tensor of the layer is missing",
@@ -189,18 +189,18 @@ def missing_tensor(
             )
     if known:
         return UnsupportedCheckpointError(
-            f"vLLM's loader of this model did not load {known[0].name}.{kind}, which "
-            "the file has",
+            f"vLLM's loader for this model did not load {known[0].name}.{kind}, which "
+            "the checkpoint's files have",
             where=where,
-            supported="models whose loaders take the quantized tensors",
+            supported="models whose loaders load the quantized tensors",
             remedy=Remedy.OTHER_LOADER,
         )
     if names := sorted({layer.name for layer in alike}):
         return UnsupportedCheckpointError(
-            f"Nothing was loaded to the layer's {tensor}, and the file has "
-            f"{', '.join(names)}",
+            f"Nothing was loaded into the layer's {tensor}; the checkpoint's files "
+            f"have {', '.join(names)}",
             where=where,
-            supported="layers that are quantized in the file as config.json says",
+            supported="layers that are quantized in the files as config.json says",
             remedy=Remedy.COMPARE,
         )
     return broken_checkpoint(f"The checkpoint's {tensor} is missing{which}", where)

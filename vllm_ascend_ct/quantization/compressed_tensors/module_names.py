@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Names that modules are built with, where they are others than those in the model."""
+"""Modules whose prefix differs from their name in the model."""
 
 from collections.abc import Mapping
 from itertools import takewhile
 
 
 def renamed_prefixes(names: Mapping[str, str]) -> dict[str, str]:
-    """Where modules are built with other names than they have in the model.
+    """Derive the prefixes of containers from those of the modules in them.
 
     Args:
-        names: That modules were built with, by those in the model.
+        names: Prefixes that modules were built with, by their names in the model.
 
     Returns:
-        Names that the containers of some would have been built with.
+        Prefixes of containers, by their names in the model.
 
     """
     prefixes = {}
@@ -21,14 +21,20 @@ def renamed_prefixes(names: Mapping[str, str]) -> dict[str, str]:
         parts, others = path.split("."), name.split(".")
         pairs = zip(reversed(parts), reversed(others))
         alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        # One name alone, as `head`, may be a coincidence.
+        # A single equal part, like `head`, may be a coincidence.
         for count in range(1, alike + 1 if alike > 1 else 0):
             prefixes[".".join(parts[:-count])] = ".".join(others[:-count])
     return prefixes
 
 
 def renamed(path: str, prefixes: Mapping[str, str]) -> str:
-    """The name that a module of the model would have been built with."""
+    """The prefix that a module would have been built with.
+
+    Args:
+        path: The module's name in the model.
+        prefixes: Prefixes of containers, from `renamed_prefixes`.
+
+    """
     container, end = path, ""
     while container:
         container, _, last = container.rpartition(".")

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Floating-point weights that the chip does not multiply, resolved to 16 bits.
+"""Resolving of floating-point weights that the chip cannot multiply to 16 bits.
 
-A layer is an unquantized one whose loader takes the checkpoint's tensors, and gives the
-layer's own loader the weight that they are made of as soon as it has all of them. So
-nothing is held twice but the tensor being loaded, all rows of it on each rank, and what
-waits for its scale. vLLM splits 16-bit weights over ranks: a block of scales may be
-split as well.
+The layer is an unquantized one. Its weight loader collects the checkpoint's tensors of
+a weight, dequantizes them as soon as it has all, and passes the 16-bit weight to the
+layer's own loader. Besides the loaded layers, memory holds only the tensor that is
+being loaded (all its rows, on each rank) and tensors that wait for their scale. vLLM
+shards the 16-bit weight over ranks, so a shard may begin within a block that shares a
+scale.
 """
 
 import functools
@@ -42,18 +43,21 @@ _WEIGHT = "weight"
 
 
 class ResolvedMixin(WatchedMixin):
-    """First base of an unquantized method of vLLM's or vllm-ascend's."""
+    """Mixin before an unquantized method of vLLM or vllm-ascend, which resolves."""
 
     scheme: dict[str, Any]
     record: LoadRecord | ExpertsLoadRecord
-    # What the names of a layer's parameters begin with.
+    # Prefixes of the names of the layer's parameters.
     prefixes: tuple[str, ...] = ("",)
 
     def resolve(self, scheme: dict[str, Any]) -> Self:
-        """Say what the checkpoint's tensors are.
+        """Set the scheme of the checkpoint's tensors.
 
         Args:
-            scheme: As upstream's `get_scheme_dict` gives it.
+            scheme: The layer's scheme from upstream's `get_scheme_dict`.
+
+        Returns:
+            This method.
 
         """
         self.scheme = scheme
@@ -72,11 +76,14 @@ class ResolvedMixin(WatchedMixin):
                     yield prefix, kind
 
     def _add_places(self, layer: Any) -> None:
-        """Register what vLLM's loaders look up by the names of the file's tensors."""
+        """Register placeholder parameters for the tensors that loaders look up by name.
+
+        Loaders find a layer's parameters by the names of the tensors in the files.
+        """
         for prefix, kind in self._places():
-            # A reload takes the layer to be loaded in part if one of them came last: it
-            # counts what is copied, up to a parameter's size. So none is empty, and the
-            # layer is processed when all of the model is loaded.
+            # A reload counts the elements that are copied for each tensor, at most the
+            # size of its parameter. A placeholder has one element so that its tensor
+            # counts too; the layer is processed once the whole model is loaded.
             empty = torch.zeros(1, dtype=torch.uint8)
             place = torch.nn.Parameter(empty, requires_grad=False)
             set_weight_attrs(place, {"weight_loader": self.record.loader})
@@ -90,7 +97,7 @@ class ResolvedMixin(WatchedMixin):
     def _resolving(
         self, layer: Any, weight_loader: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Wrap a layer's loader so that it gets weights of 16 bits."""
+        """Wrap a layer's weight loader so that it receives 16-bit weights."""
 
         @functools.wraps(weight_loader)
         def load(
@@ -105,14 +112,14 @@ class ResolvedMixin(WatchedMixin):
             weight_name = name.removesuffix(kind) + _WEIGHT
             weight = getattr(layer, weight_name)
             if weight.is_meta:
-                # vLLM counts what a reload copies: of each tensor something.
+                # In a reload vLLM counts copied elements: copy one for each tensor.
                 weight.new_empty(1).copy_(weight.new_empty(1))
                 return True
             shard, args = self._of_shard(weight_name, args, kwargs)
             pieces = self._pieces.setdefault((weight_name, shard), {})
             pieces[kind] = loaded_weight
             if len(pieces) < len(self._kinds):
-                # Some iterators over files use their buffers again.
+                # Some weight iterators reuse their buffers, so keep a copy.
                 pieces[kind] = loaded_weight.clone()
                 return True
             del self._pieces[weight_name, shard]
@@ -125,13 +132,20 @@ class ResolvedMixin(WatchedMixin):
         return name
 
     def _is_local(self, layer: Any, args: tuple[Any, ...]) -> bool:
-        """Whether this rank has what is loaded."""
+        """Whether the tensor belongs to this rank."""
         return True
 
     def _of_shard(
         self, weight_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Hashable, tuple[Any, ...]]:
-        """What identifies a shard, and a loader's arguments for its weight."""
+        """Key of the shard, and the loader's arguments for the shard's weight.
+
+        Args:
+            weight_name: Name of the layer's weight.
+            args: Positional arguments of the loader of the checkpoint's tensor.
+            kwargs: Its keyword arguments.
+
+        """
         return next(iter((*args, *kwargs.values())), None), args
 
     def _dequantized(
@@ -151,7 +165,7 @@ class ResolvedMixin(WatchedMixin):
         if not all(value.isfinite() for value in dense.aminmax()):
             dtypes = current_limits().weight_quant_batchmatmul.x_dtypes
             raise broken_checkpoint(
-                f"Values of a weight are not finite in {weight.dtype}",
+                f"A weight has values that are not finite in {weight.dtype}",
                 f"layer {self.layer_name}, tensor {self._kinds[0]}",
                 Remedy.OTHER_DTYPE
                 if torch.bfloat16 in dtypes
@@ -173,7 +187,7 @@ class ResolvedMixin(WatchedMixin):
         super().process_weights_after_loading(layer)
 
     def _check_pieces(self, pieces: dict[Hashable, dict[str, torch.Tensor]]) -> None:
-        """Refuse a weight of which some tensors did not come, in a reload."""
+        """Refuse a weight if a reload did not load all of its tensors."""
         for found in pieces.values():
             missing = next(kind for kind in self._kinds if kind not in found)
             raise broken_checkpoint(
@@ -186,7 +200,7 @@ class ResolvedMixin(WatchedMixin):
 
 
 class ResolvedLinearMixin(ResolvedMixin):
-    """For a linear layer, an embedding or an output head."""
+    """Resolves the weight of a linear layer, an embedding or an output head."""
 
     def create_weights(
         self,
@@ -214,7 +228,7 @@ class ResolvedLinearMixin(ResolvedMixin):
 
 
 class ResolvedHeadMixin(ResolvedLinearMixin):
-    """For an output head."""
+    """Resolves the weight of an output head, which may be tied to an embedding."""
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
         method = getattr(embed_tokens, "quant_method", None)
@@ -225,7 +239,7 @@ class ResolvedHeadMixin(ResolvedLinearMixin):
 
 
 class ResolvedExpertsMixin(ResolvedMixin):
-    """For routed experts."""
+    """Resolves the weights of routed experts."""
 
     record: ExpertsLoadRecord
     prefixes = ("w13_", "w2_")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Whether a model's floating-point weights are resolved to 16 bits, and fit then."""
+"""Checks that floating-point weights may be resolved to 16 bits and fit in memory."""
 
 import math
 import re
@@ -30,21 +30,23 @@ _BLOCK = re.compile(r"\blayers\.(\d+)\.")
 def check_resolving(
     scheme: dict[str, Any], layer_name: str, checkpoint: Checkpoint
 ) -> None:
-    """Refuse to resolve a layer, or warn that the model's are; once a model.
+    """Check that a layer may be resolved; warn about the memory once per model.
 
     Args:
-        scheme: As upstream's `get_scheme_dict` gives it.
-        layer_name: As vLLM calls the layer.
-        checkpoint: The model's.
+        scheme: The layer's scheme from upstream's `get_scheme_dict`.
+        layer_name: The layer's name in vLLM.
+        checkpoint: The model's checkpoint.
 
     Raises:
-        UnsupportedCheckpointError: The user forbids it, or there is not the memory.
+        UnsupportedCheckpointError: `VLLM_ASCEND_CT_RESOLVE=0` forbids it, or the
+            resolved weights do not fit in memory.
 
     """
     name = float_name(scheme)
     if not envs.resolve():
         raise refused(
-            f"{name} weights would be resolved to 16 bits, and {envs.RESOLVE}=0",
+            f"{name} weights would have to be resolved to 16 bits, which "
+            f"{envs.RESOLVE}=0 forbids",
             layer_name,
             Remedy.RESOLVE.format(variable=envs.RESOLVE),
         )
@@ -54,28 +56,37 @@ def check_resolving(
     headers = checkpoint.headers
     only_experts = is_multiplied(scheme)
     resolved = 0
-    sizes = "twice or four times the memory that they take in the files"
+    sizes = "two to four times their size in the checkpoint's files"
     if headers is not None:
         layers = list(headers.layers.values())
         stored, resolved = _bytes(layers, only_experts)
         if not checkpoint.is_second:
             _check_fits(layers, layer_name, only_experts)
     if resolved:
-        sizes = f"{resolved / _GIB:.2f} GiB, and {stored / _GIB:.2f} GiB in the files"
+        sizes = (
+            f"{resolved / _GIB:.2f} GiB, compared with {stored / _GIB:.2f} GiB in the "
+            "checkpoint's files"
+        )
     logger.warning_once(
-        "%s weights%s are resolved to 16 bits as they are loaded: no kernel of this "
-        "package multiplies them as they are on Ascend %s. That takes %s, all ranks "
-        "together. Weights of an integer scheme (W8A8, W4A16) stay as small as they "
-        "are.",
+        "%s weights%s are resolved (dequantized) to 16 bits while they are loaded: "
+        "vllm-ascend-ct has no kernel for them on Ascend %s. Over all ranks they take "
+        "%s. Weights of integer schemes (W8A8, W4A16) keep their quantized size.",
         name,
-        ", but those of most linear layers," if only_experts else "",
+        ", except those of most linear layers," if only_experts else "",
         current_soc().value,
         sizes,
     )
 
 
 def _bytes(layers: Iterable[FileLayer], only_experts: bool) -> tuple[int, int]:
-    """What floating-point weights take in the files, and in 16 bits."""
+    """Total size of floating-point weights, in the files and in 16 bits.
+
+    Args:
+        layers: Layers in the files.
+        only_experts: Whether to count experts only, because the chip multiplies the
+            weights of linear layers as they are.
+
+    """
     stored = resolved = 0
     for layer in layers:
         if only_experts and ".experts." not in layer.name:
@@ -91,11 +102,20 @@ def _bytes(layers: Iterable[FileLayer], only_experts: bool) -> tuple[int, int]:
 def _check_fits(
     layers: Iterable[FileLayer], layer_name: str, only_experts: bool
 ) -> None:
-    """Refuse a model whose weights do not fit.
+    """Refuse a model whose resolved weights cannot fit in memory.
 
-    Only its blocks are counted: a file may have a draft model or a tower that is not
-    built. And ranks may have more than an equal share, so what this lets pass may not
-    fit either.
+    This is a lower bound. It counts only the model's blocks, because the files may also
+    contain a draft model or a vision tower that is not built, and it assumes that all
+    ranks have equal shares.
+
+    Args:
+        layers: Layers in the files.
+        layer_name: Name of a layer, for the error text.
+        only_experts: Whether to count experts only.
+
+    Raises:
+        UnsupportedCheckpointError: The weights take more than the free memory.
+
     """
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None or compat.offloads_weights(vllm_config):
@@ -111,9 +131,9 @@ def _check_fits(
     if resolved / ranks > free:
         raise UnsupportedCheckpointError(
             f"Resolved to 16 bits, the weights take {resolved / ranks / _GIB:.2f} GiB "
-            f"a rank, and {free / _GIB:.2f} GiB are free",
+            f"per rank, but only {free / _GIB:.2f} GiB are free",
             where=f"layer {layer_name} on Ascend {current_soc().value}, {ranks} ranks",
-            supported="models whose weights fit in 16 bits, where the chip does not "
+            supported="models whose weights fit in 16 bits, if the chip cannot "
             "multiply them as they are",
             remedy=Remedy.MORE_MEMORY,
         )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which compressed-tensors schemes are served: one table, read by all who ask.
+"""The table of compressed-tensors schemes that are supported.
 
-Sizes are not its business, nor what a chip can: the operators' limits are in
-`ops/limits.py`.
+It does not cover sizes and what a chip supports: see `ops/limits.py` for the limits of
+the operators.
 """
 
 from dataclasses import dataclass, replace
@@ -27,24 +27,28 @@ _SCALE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 class Activations(Enum):
     """How a layer's inputs and outputs are quantized."""
 
-    NONE = "no activations"
+    NONE = "16-bit activations"
     TOKEN = "int8 inputs, dynamic per token"
     TENSOR = "int8 inputs, static per tensor"
     TENSOR_IN_OUT = "int8 inputs and outputs, static per tensor, symmetric"
-    FLOAT = "floating-point inputs or none, and no outputs"
+    FLOAT = "floating-point or unquantized inputs, unquantized outputs"
     FLOAT8_TOKEN = "FP8 inputs, dynamic per token"
 
 
 @dataclass(frozen=True)
 class SchemeRule:
-    """One row of the table: combinations that are served.
+    """One row of the table: supported combinations of a scheme's fields.
 
     Attributes:
-        name: As in the documentation.
+        name: Name of the scheme in the documentation.
+        activations: How activations are quantized.
+        formats: Supported formats of the checkpoint.
+        bits: Supported weight widths.
+        strategies: Supported strategies of the weights' scales.
         asymmetric_weights: Whether weights may have zero points.
-        asymmetric_inputs: Whether inputs may.
-        group_size: The only one; None is any.
-        scale_dtypes: That weights may name.
+        asymmetric_inputs: Whether inputs may have zero points.
+        group_size: The only supported group size; None for any.
+        scale_dtypes: Supported values of the weights' `scale_dtype`.
 
     """
 
@@ -59,7 +63,15 @@ class SchemeRule:
     scale_dtypes: tuple[torch.dtype | None, ...] = _SCALE_DTYPES
 
     def mismatches(self, scheme: dict[str, Any]) -> list[str]:
-        """What of a scheme is outside this row, as `field=value; supported: ...`."""
+        """List the fields of a scheme that this row does not support.
+
+        Args:
+            scheme: See `refusal`.
+
+        Returns:
+            For each field `field=value; supported: ...`.
+
+        """
         weights, inputs = scheme["weights"], scheme.get("input_activations")
         fields = [
             ("format", scheme.get("format"), self.formats),
@@ -138,7 +150,7 @@ SCHEME_RULES = (
     ),
 )
 
-# Of routed experts. int8 weights have a scale per channel: see the operators' limits.
+# For routed experts. int8 weights need per-channel scales: see the operators' limits.
 EXPERT_RULES = (
     *(
         replace(rule, name=f"{rule.name} experts")
@@ -156,8 +168,8 @@ EXPERT_RULES = (
     ),
 )
 
-# Floating-point weights, of linear layers and of experts. They are resolved to 16 bits,
-# and activations stay in 16 bits, but for those of `MULTIPLIED_RULE`.
+# Floating-point weights of linear layers and of experts. Except for `MULTIPLIED_RULE`,
+# they are resolved to 16 bits, and activations stay in 16 bits.
 FLOAT_RULES = (
     SchemeRule(
         "FP8", Activations.FLOAT, (_FLOAT, _NAIVE), (8,), ("tensor", "channel", "block")
@@ -192,7 +204,7 @@ FLOAT_RULES = (
 )
 
 
-# Of linear layers, which chips with `Limits.fp8_matmul` multiply as they are.
+# Linear layers that chips with `Limits.fp8_matmul` multiply in FP8.
 MULTIPLIED_RULE = SchemeRule(
     "FP8, activations dynamic",
     Activations.FLOAT8_TOKEN,
@@ -205,12 +217,12 @@ MULTIPLIED_RULE = SchemeRule(
 def refusal(
     scheme: dict[str, Any], rules: tuple[SchemeRule, ...] = SCHEME_RULES
 ) -> str | None:
-    """Why a scheme is not served, or None.
+    """Why a scheme is not supported, or None.
 
     Args:
         scheme: `weights`, `input_activations`, `output_activations` and `format` of a
-            config group, as upstream's `get_scheme_dict` gives them.
-        rules: What is served of integer weights.
+            config group, from upstream's `get_scheme_dict`.
+        rules: The rules for integer weights.
 
     """
     inputs, outputs = scheme.get("input_activations"), scheme.get("output_activations")
@@ -230,14 +242,14 @@ def refusal(
     if not reasons:
         served = "; ".join(dict.fromkeys(rule.activations.value for rule in rules))
         return f"{activations.value}; supported: {served}"
-    # The row that is nearest says most.
+    # The rule with the fewest mismatches gives the most useful reason.
     return min(reasons, key=len)[0] if all(reasons) else None
 
 
 def _activations(
     inputs: QuantizationArgs | None, outputs: QuantizationArgs | None
 ) -> Activations | None:
-    """The kind that these arguments are, None if they are none of them."""
+    """How activations of integer weights are quantized; None if not supported."""
     if inputs is None and outputs is None:
         return Activations.NONE
     if outputs is not None:
@@ -276,10 +288,13 @@ def _float_activations(
 
 
 def is_multiplied(scheme: dict[str, Any]) -> bool:
-    """Whether the chip in use multiplies a linear layer's weights as they are.
+    """Whether the current chip multiplies floating-point weights as they are.
+
+    True only says that a linear layer with this scheme is multiplied: embeddings, heads
+    and experts are always resolved.
 
     Args:
-        scheme: A floating-point one, which others than linear layers may have too.
+        scheme: A floating-point scheme; see `refusal`.
 
     """
     inputs, outputs = scheme.get("input_activations"), scheme.get("output_activations")
@@ -290,7 +305,7 @@ def is_multiplied(scheme: dict[str, Any]) -> bool:
 
 
 def float_name(scheme: dict[str, Any]) -> str:
-    """Name of a floating-point scheme that is not refused."""
+    """Name of a supported floating-point scheme."""
     return next(rule.name for rule in FLOAT_RULES if not rule.mismatches(scheme))
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What a tensor of a quantized layer looks like in a checkpoint."""
+"""Expected dtypes, shapes and values of a quantized layer's tensors in a checkpoint."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from vllm_ascend_ct.quantization.compressed_tensors.utils import text
 from vllm_ascend_ct.weights.float_quantized import E8M0_DTYPES, decoded_scale
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-# The field of the config that says whether there is a tensor of each kind. None for
-# an order of activations, which nothing here can follow.
+# The config field that determines whether a layer has a tensor of each kind. None for
+# g_idx (activation ordering), which is not supported at all.
 FIELDS = {
     "weight": "format",
     "weight_packed": "format",
@@ -29,7 +29,7 @@ FIELDS = {
     "output_scale": "output_activations",
     "output_zero_point": "output_activations.symmetric",
 }
-# Those that its columns follow from.
+# The config fields that determine the number of columns of each kind of tensor.
 COLUMNS = {
     "weight_packed": "weights.num_bits",
     "weight_scale": "weights.strategy or group_size",
@@ -37,15 +37,16 @@ COLUMNS = {
     "input_scale": "input_activations.strategy",
     "input_zero_point": "input_activations.strategy",
 }
-# Upstream registers it and reads it nowhere; not all who write checkpoints write it.
+# Upstream registers it but never reads it, and not every tool writes it.
 OPTIONAL = ("weight_shape",)
-# Beside floating-point weights: inputs stay in 16 bits, so nobody reads them, and those
-# of experts that no token came to while the model was calibrated may be anything.
+# Input scales of layers with floating-point weights. Inputs stay in 16 bits, so these
+# are not read. For experts that got no tokens during calibration they may have any
+# value.
 FLOAT_INPUT_KINDS = ("input_scale", "input_global_scale")
 
 
 class Fault(NamedTuple):
-    """What is wrong with a tensor, and what to do about it."""
+    """What is wrong with a tensor, and what the user should do."""
 
     reason: str
     remedy: str
@@ -53,13 +54,13 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedShape:
-    """What the checkpoint's tensors of a layer have to look like.
+    """Expected tensors of a layer in the checkpoint.
 
     Attributes:
-        k: Input features, of all ranks.
-        bits: Of a weight.
-        groups: Scales in a row of the weight; 0 for one scale in all.
-        zero_is_none: Whether a static scale of 0 says "not quantized".
+        k: Input features of the layer, before it is split among ranks.
+        bits: Weight width.
+        groups: Number of scales per row of the weight; 0 for a per-tensor scale.
+        zero_is_none: Whether a static scale of 0 means "not quantized".
 
     """
 
@@ -69,13 +70,13 @@ class QuantizedShape:
     zero_is_none: bool = False
 
     def fault(self, name: str, tensor: torch.Tensor, rows: int | None) -> Fault | None:
-        """Why a tensor cannot be right, or None.
+        """Why a tensor cannot be correct, or None.
 
         Args:
-            name: Of the parameter.
-            tensor: As it is in the checkpoint.
-            rows: Output features of the layer or of the shard, of all ranks; None if
-                not known.
+            name: Name of the layer's parameter that the tensor is for.
+            tensor: The tensor in the checkpoint.
+            rows: Output features of the layer, or of the fused layer's shard, before it
+                is split among ranks; None if not known.
 
         """
         if name == "weight_shape":
@@ -102,7 +103,7 @@ class QuantizedShape:
         return None
 
     def _field(self, name: str, rows_fit: bool) -> str | None:
-        """The field of the config that a tensor's shape may be right for otherwise."""
+        """The config field that may be wrong if a tensor has an unexpected shape."""
         return COLUMNS.get(name) if rows_fit else None
 
     def _expected(
@@ -126,7 +127,7 @@ class QuantizedShape:
         return None
 
     def _value_fault(self, name: str, tensor: torch.Tensor) -> str | None:
-        # Weights have no value that is wrong, and reading them all takes time.
+        # Any value of a weight is valid, and reading them all takes time.
         if not name.endswith(("_scale", "input_zero_point")):
             return None
         if tensor.is_meta or tensor.numel() == 0:
@@ -141,11 +142,12 @@ class QuantizedShape:
 
 @dataclass(frozen=True)
 class FloatShape(QuantizedShape):
-    """What the checkpoint's tensors of a floating-point layer have to look like.
+    """Expected tensors of a layer with floating-point weights in the checkpoint.
 
     Attributes:
-        block: Rows and columns of the weight that share a scale; None if all do.
-        scale_dtypes: Of the scales of blocks.
+        block: Number of rows and columns of the weight that share a scale; None for a
+            per-tensor scale.
+        scale_dtypes: Allowed dtypes of the blocks' scales.
 
     """
 
@@ -154,11 +156,11 @@ class FloatShape(QuantizedShape):
 
     @classmethod
     def of(cls, scheme: dict[str, Any], k: int) -> Self:
-        """The tensors of a layer.
+        """Make the expected shape of a layer.
 
         Args:
-            scheme: As upstream's `get_scheme_dict` gives it.
-            k: Input features, of all ranks.
+            scheme: The layer's scheme from upstream's `get_scheme_dict`.
+            k: Input features of the layer, before it is split among ranks.
 
         """
         weights = scheme["weights"]
@@ -180,7 +182,7 @@ class FloatShape(QuantizedShape):
             return None
         other = "weight" if self.bits < 8 else "weight_packed"
         if name == other:
-            reason = f"is there, of weights of {self.bits} bits"
+            reason = f"is not expected for {self.bits}-bit weights"
             return Fault(reason, remedy_for("format"))
         return super().fault(name, tensor, rows)
 
@@ -203,14 +205,14 @@ class FloatShape(QuantizedShape):
 
     def _value_fault(self, name: str, tensor: torch.Tensor) -> str | None:
         if name.endswith("_scale") and not tensor.is_meta:
-            # A group of zeros may have a scale that FP8 rounds to zero.
+            # FP8 may round the scale of a group to zero.
             zero = tensor.dtype == torch.float8_e4m3fn
             return _scale_fault(decoded_scale(tensor), zero)
         return None
 
 
 def float_kinds(scheme: dict[str, Any]) -> tuple[str, ...]:
-    """The kinds of tensors that a floating-point weight is made of."""
+    """The kinds of tensors that a floating-point weight is stored as."""
     weights = scheme["weights"]
     packed = weights.num_bits < 8
     has_global = text(weights.strategy) == "tensor_group"
@@ -219,20 +221,20 @@ def float_kinds(scheme: dict[str, Any]) -> tuple[str, ...]:
 
 
 def remedy_for(field: str | None) -> str:
-    """What to do where a field of the config may be wrong, or none can be."""
+    """The remedy if a config field may be wrong, or if none can be (None)."""
     if field is None:
         return Remedy.EXPORT_AGAIN
     return Remedy.CORRECT_FIELD.format(field=field)
 
 
 def _scale_fault(scale: torch.Tensor, zero: bool) -> str | None:
-    """Why scales cannot be right, or None; `zero` says whether 0 can."""
+    """Why scales have invalid values, or None; `zero` allows the value 0."""
     if scale.numel() == 0:
         return None
     low, high = (float(value) for value in scale.aminmax())
     if (low > 0 or (zero and low == 0)) and high < math.inf:
         return None
-    return f"has values from {low} to {high}; expected finite and above 0"
+    return f"has values from {low} to {high}; expected finite values above 0"
 
 
 def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Layers that are not quantized, beside quantized ones.
+"""Checks of the unquantized layers of a quantized model.
 
-Their loaders take integers for what they are not, and some models' loaders leave out
-tensors that they do not know, those of a layer that the file has quantized.
+vLLM's loaders copy integer tensors into unquantized weights without a complaint, and
+some models' loaders skip tensors that they do not know, like those of a layer that the
+checkpoint's files have quantized.
 """
 
 import functools
@@ -24,25 +25,28 @@ else:
     _Base = object
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# In the first column of a weight until it is loaded. A number of 16-bit floats, small
-# in case that it stays in padding.
+# Marks the first column of a weight until it is loaded. Representable in 16-bit floats,
+# and small, because padding keeps it.
 _MARK = -(1 + 37 / 128) * 2**-10
 
 
 class WatchedMixin(_Base):
-    """First base of an unquantized method of vLLM's or vllm-ascend's."""
+    """Mixin before an unquantized method of vLLM or vllm-ascend, with load checks."""
 
     checkpoint: Checkpoint
     files: LayerFiles
     layer_name: str
 
     def watch(self, checkpoint: Checkpoint, layer_name: str, files: LayerFiles) -> Self:
-        """Begin to watch a layer.
+        """Set the layer to check.
 
         Args:
-            checkpoint: The model's.
-            layer_name: As vLLM calls it.
-            files: What the file has of it.
+            checkpoint: The model's checkpoint.
+            layer_name: The layer's name in vLLM.
+            files: The layer's tensors in the files.
+
+        Returns:
+            This method.
 
         """
         self.checkpoint = checkpoint
@@ -75,8 +79,9 @@ class WatchedMixin(_Base):
             self.checkpoint.before_loading()
             if loaded_weight.dtype not in _FLOATS:
                 raise broken_checkpoint(
-                    "A layer that the config does not quantize was given "
-                    f"{loaded_weight.dtype} of {list(loaded_weight.shape)}",
+                    "The checkpoint has a tensor of "
+                    f"{loaded_weight.dtype} {list(loaded_weight.shape)} for a layer "
+                    "that config.json does not quantize",
                     f"layer {self.layer_name}",
                     Remedy.CORRECT_FIELD.format(field="`targets` or `ignore`"),
                 )
@@ -85,13 +90,13 @@ class WatchedMixin(_Base):
         return load
 
     def _in_file(self, name: str) -> str:
-        """What the file has of a weight."""
+        """Name in the files of the tensor that a weight is loaded from."""
         return name
 
     def _is_in_file(self) -> bool:
-        """Whether the file has, or may have, what should have been loaded.
+        """Whether the files have, or may have, the tensors of this layer.
 
-        Some models have layers that no checkpoint fills, and that nothing calls.
+        Some models build layers that no checkpoint has tensors for and that are unused.
         """
         files = self.files
         alike = any(layer.is_quantized for layer in files.alike)
@@ -100,11 +105,12 @@ class WatchedMixin(_Base):
 
 @functools.cache
 def watched(method_class: Any, mixin: type[WatchedMixin] = WatchedMixin) -> Any:
-    """Make the class of an unquantized method that notices what the file has otherwise.
+    """Subclass an unquantized method so that it checks what is loaded.
 
     Args:
-        method_class: Its name is what tells vLLM's layers which loader to use.
-        mixin: What comes before it.
+        method_class: The method. The subclass keeps its name, because vLLM's layers
+            choose their weight loader by it.
+        mixin: The mixin placed before the method in the MRO.
 
     """
     module = {"__module__": method_class.__module__}
@@ -119,7 +125,7 @@ def _weights(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _has_mark(layer: Any, weight: torch.Tensor) -> bool:
-    """Whether one of the shards or experts of a weight was not loaded."""
+    """Whether a shard or an expert of a weight still has the mark of `_MARK`."""
     first = weight.data[..., 0]
     parts = list(first) if first.dim() > 1 else [first]
     sizes = getattr(layer, "output_partition_sizes", None)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What a config says of one layer, and of its parts."""
+"""Helpers to read and compare the schemes of layers and of their shards."""
 
 from enum import Enum
 from typing import Any
@@ -8,31 +8,39 @@ from typing import Any
 from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
-# How the integers were found, and in which order, does not change what they mean.
+# How the weights were calibrated, and in which order, does not affect how they are
+# used.
 _NOT_ESSENTIAL = {"observer", "observer_kwargs", "actorder"}
 
 
 def is_packed(scheme: dict[str, Any]) -> bool:
-    """Whether several weights share a word in the file."""
+    """Whether the format stores several weights in one int32 (`pack-quantized`)."""
     packed: bool = scheme["format"] == CompressionFormat.pack_quantized.value
     return packed
 
 
 def is_float(scheme: dict[str, Any]) -> bool:
-    """Whether weights are floating-point numbers."""
+    """Whether the quantized weights are floating-point numbers."""
     float_weights: bool = scheme["weights"].type != QuantizationType.INT
     return float_weights
 
 
 def text(value: Any) -> Any:
-    """The text of an enum's member, which pydantic has turned into it or not."""
+    """The value of an enum member; pydantic may have converted it already."""
     return value.value if isinstance(value, Enum) else value
 
 
 def difference(
     part: str, scheme: dict[str, Any] | None, other: dict[str, Any] | None
 ) -> str:
-    """What of a shard's scheme is not like the other's."""
+    """Describe how a shard's scheme differs from another's.
+
+    Args:
+        part: Name of the shard.
+        scheme: Its scheme; None if it is not quantized.
+        other: Scheme of the other shard.
+
+    """
     if scheme is None:
         return f"{part} not at all"
     if other is None:
@@ -47,7 +55,7 @@ def difference(
 
 
 def comparable_args(scheme: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a scheme has to be the same for shards of one layer."""
+    """The fields of a scheme that must be the same for all shards of a layer."""
     return scheme and {
         key: value.model_dump(exclude=_NOT_ESSENTIAL)
         if isinstance(value, QuantizationArgs)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Embeddings and output heads, by upstream's linear method."""
+"""Quantized embeddings and output heads, based on the linear method."""
 
 from typing import Any
 
@@ -18,15 +18,16 @@ from vllm_ascend_ct.quantization.compressed_tensors.refusals import tied_otherwi
 
 
 class AscendCTEmbeddingMethod(AscendCTLinearMethod):
-    """A weight-only embedding, which an output head may be tied to.
+    """A weight-only embedding that an output head may be tied to.
 
-    Upstream's is a Triton kernel, symmetric only, and cannot be an output head.
+    Upstream's embedding method uses a Triton kernel, supports symmetric weights only,
+    and does not support a tied output head.
     """
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         if not compat.METHODS_TIE_WEIGHTS:
-            # What a head then takes for its own weight, until this layer has one.
+            # A tied head takes over this parameter and finds the embedding through it.
             weight: Any = torch.nn.Parameter(torch.empty(0), requires_grad=False)
             weight.embedding = layer
             layer.register_parameter("weight", weight)
@@ -40,7 +41,7 @@ class AscendCTHeadMethod(AscendCTLinearMethod):
     """A quantized output head."""
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
-        # Some models' embeddings are torch's.
+        # Some models use `torch.nn.Embedding`, which has no method.
         method = getattr(embed_tokens, "quant_method", None)
         if not isinstance(method, AscendCTLinearMethod) or method._args != self._args:
             raise tied_otherwise(layer.prefix)
@@ -51,7 +52,7 @@ class AscendCTHeadMethod(AscendCTLinearMethod):
         if (embedding := _tied_embedding(layer)) is None:
             super().process_weights_after_loading(layer)
             return
-        # Refuses another scheme.
+        # Raises an error if the embedding has another scheme.
         self.tie_weights(layer, embedding)
         for name in layer._parameters.keys() - {"weight", "bias"}:
             delattr(layer, name)
@@ -66,10 +67,10 @@ class AscendCTHeadMethod(AscendCTLinearMethod):
 
 
 class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
-    """An output head that is quantized only if it is tied to what is."""
+    """An unquantized output head, which may be tied to a quantized embedding."""
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
-        # Some models' embeddings are torch's.
+        # Some models use `torch.nn.Embedding`, which has no method.
         method = getattr(embed_tokens, "quant_method", None)
         if isinstance(method, AscendCTEmbeddingMethod):
             tied: torch.nn.Module = embed_tokens
@@ -93,5 +94,8 @@ class AscendCTUnquantizedHeadMethod(UnquantizedEmbeddingMethod):
 
 
 def _tied_embedding(layer: Any) -> Any | None:
-    """The embedding that vLLM without `METHODS_TIE_WEIGHTS` tied a head to, or None."""
+    """The embedding that a head is tied to; None otherwise, and on newer vLLM.
+
+    Only for releases without `compat.METHODS_TIE_WEIGHTS`.
+    """
     return getattr(getattr(layer, "weight", None), "embedding", None)

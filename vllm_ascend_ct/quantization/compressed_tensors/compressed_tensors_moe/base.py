@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Parameters of upstream's methods for experts, filled for Ascend."""
+"""Base of the methods that create, check and repack the weights of experts."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,10 @@ else:
 
 
 class AscendCTMoEMixin(_Base):
-    """First base of a method: keeps upstream's `create_weights`, and no more of it.
+    """Mixin before an upstream method, of which it keeps only `create_weights`.
 
-    Upstream's constructors look for experts among those of platforms in tree. What runs
-    the layer is a method of `fused_moe/fused_moe_ascend_method.py`, which has this one.
+    Upstream's constructors would select kernels of in-tree platforms. The method that
+    runs the layer, from `fused_moe/fused_moe_ascend_method.py`, wraps this one.
     """
 
     experts_cls: Any
@@ -57,7 +57,7 @@ class AscendCTMoEMixin(_Base):
         self.num_bits = weight_quant.num_bits
         self.symmetric = weight_quant.symmetric
         self.strategy = weight_quant.strategy
-        # As upstream's methods have it: -1 for one scale per channel.
+        # Upstream's convention: -1 for per-channel scales.
         self.group_size = weight_quant.group_size or -1
         self.experts_cls = experts_cls
         self._record: ExpertsLoadRecord | None = None
@@ -89,23 +89,26 @@ class AscendCTMoEMixin(_Base):
             **{**extra_weight_attrs, "weight_loader": loader},
         )
         if self.moe.has_bias and not hasattr(layer, "w13_bias"):
-            # vLLM 0.30, whose loader then leaves them out without a word.
+            # vLLM 0.30 has none, and its loader then silently skips the biases.
             raise refused(
-                "Biases of experts, which this vLLM has no parameters for",
+                "Biases of experts, for which this vLLM release has no parameters",
                 str(layer.layer_name),
                 Remedy.QUANTIZE_AGAIN,
             )
         load_formats.mark_scales(layer)
 
     def lay_out_weights(self, layer: Any, **options: Any) -> AscendExperts:
-        """Check what was loaded, and lay it out.
+        """Check that a layer was loaded completely, and repack its weights.
 
         Args:
-            layer: What was loaded.
-            options: As of `AscendExperts`.
+            layer: The loaded layer.
+            options: Further arguments of `AscendExperts`.
+
+        Returns:
+            The repacked experts.
 
         Raises:
-            UnsupportedCheckpointError: Something is missing.
+            UnsupportedCheckpointError: A tensor is missing.
 
         """
         self._check_loaded(layer)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which method serves quantized experts, and with which kernels."""
+"""Choice of the method and the kernels for routed experts."""
 
 from typing import Any
 
@@ -58,16 +58,17 @@ _WORD = 32
 def get_moe_method(
     quant_config: Any, layer: Any, layer_name: str, tid2eid: Any
 ) -> FusedMoEMethodBase:
-    """Choose the method that serves routed experts.
+    """Choose the method of routed experts.
 
     Args:
         quant_config: The model's `AscendCTConfig`.
-        layer: The layer.
+        layer: The MoE layer.
         layer_name: Its name.
-        tid2eid: See `ascend_method`.
+        tid2eid: Table from token ids to experts, if the layer is routed by hash.
 
     Raises:
-        UnsupportedCheckpointError: None does, or the file has them otherwise.
+        UnsupportedCheckpointError: The scheme is not supported, or does not match the
+            experts' tensors in the files.
 
     """
     shards = [
@@ -128,10 +129,16 @@ def choose_experts(
     moe: FusedMoEConfig,
     layer_name: str | None,
 ) -> type[AscendExperts]:
-    """Choose what computes a layer.
+    """Choose the class that repacks and multiplies the experts of a layer.
+
+    Args:
+        weights: How the weights are quantized.
+        inputs: How the activations are quantized; None if they are not.
+        moe: The layer's config.
+        layer_name: Its name.
 
     Raises:
-        UnsupportedCheckpointError: Nothing does.
+        UnsupportedCheckpointError: No class supports the layer.
 
     """
     name = f"W{weights.num_bits}A{8 if inputs else 16}"
@@ -154,12 +161,12 @@ def choose_experts(
         is_split = moe.tp_size > 1
         remedy = Remedy.CHANGE_RANKS if is_split else Remedy.QUANTIZE_AGAIN
         if inputs is not None:
-            weight_reason = f"{reason}; with their weights alone: {weight_reason}"
+            weight_reason = f"{reason}; as weight-only: {weight_reason}"
         raise refused(f"{name} experts: {weight_reason}", layer_name, remedy)
     logger.info_once("Using AscendWNA16Experts for %s experts.", name)
     if inputs is not None:
         logger.info_once(
-            "%s experts are served as W%dA16, their activations unquantized: %s.",
+            "%s experts are served as W%dA16, with unquantized activations: %s.",
             name,
             weights.num_bits,
             reason,
@@ -170,10 +177,10 @@ def choose_experts(
 def _size_refusal(
     weights: QuantizationArgs, moe: FusedMoEConfig
 ) -> tuple[str, Remedy] | None:
-    """Why a rank's share of the weights is not whole, and what to do about it."""
+    """Why a rank's shard of the weights has an unsupported size, with the remedy."""
     bits, group_size = weights.num_bits, weights.group_size or -1
     shards = {
-        "K": (moe.hidden_dim, moe.hidden_dim),
+        "K of the first": (moe.hidden_dim, moe.hidden_dim),
         "K of the second": (
             moe.intermediate_size_per_partition * moe.tp_size,
             moe.intermediate_size_per_partition,
@@ -182,21 +189,22 @@ def _size_refusal(
     for name, (size, part) in shards.items():
         remedy = Remedy.CHANGE_RANKS if part != size else Remedy.QUANTIZE_AGAIN
         if part < _WORD:
-            reason = f"{name} product is {part} a rank; supported: from {_WORD}"
+            reason = f"{name} product is {part} per rank; supported: at least {_WORD}"
             return reason, remedy
         if group_size > 0 and part % group_size:
             return (
-                f"{name} product is {part} a rank, group_size={group_size}; "
+                f"{name} product is {part} per rank, group_size={group_size}; "
                 "supported: whole groups"
             ), remedy
         if part != size and part * bits % _WORD:
             return (
-                f"{name} product is {part} of {size} a rank, weights.num_bits={bits}; "
+                f"{name} product is {part} of {size} per rank, "
+                f"weights.num_bits={bits}; "
                 "supported: shards that begin on an int32 boundary"
             ), remedy
         if not weights.symmetric and part * bits % _WORD:
             return (
                 f"N={part}, weights.num_bits={bits}, symmetric=False; "
-                "supported: shards whose zero points fill whole words"
+                "supported: shards whose zero points fill whole int32 words"
             ), remedy
     return None

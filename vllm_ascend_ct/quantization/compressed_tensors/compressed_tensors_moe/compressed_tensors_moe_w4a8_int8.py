@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""int4 experts, one value in each int8 of the checkpoint."""
+"""int4 experts that the checkpoint stores with one value per int8."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from vllm_ascend_ct.weights import pack_quantized
 
 
 class AscendCTW4A8Int8MoEMethod(AscendCTMoEMixin, CompressedTensorsW4A8Int8MoEMethod):
-    """Upstream's parameters, with Ascend's experts.
+    """Parameters of int4 experts, created by upstream.
 
-    Weights are packed as they are loaded, so that a model never takes the memory of
-    int8.
+    Weights are packed while they are loaded, so that the model never takes the memory
+    of int8 weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -29,15 +29,22 @@ class AscendCTW4A8Int8MoEMethod(AscendCTMoEMixin, CompressedTensorsW4A8Int8MoEMe
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         for name in ("w13", "w2"):
-            # Upstream's place for what it packs.
+            # Upstream's parameter for its own packed weight.
             delattr(layer, f"{name}_weight_packed")
             weight = getattr(layer, f"{name}_weight")
             *shape, k = weight.shape
             weight.data = weight.data.new_empty((*shape, k // 8), dtype=torch.int32)
-            # bfloat16 upstream, which a float16 checkpoint's do not fit.
+            # Upstream creates bfloat16 scales, to which float16 scales would be
+            # rounded.
             scale = getattr(layer, f"{name}_weight_scale")
             scale.data = scale.data.float()
 
     def transform(self, kind: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Pack a weight."""
+        """Pack a tensor if it is a weight.
+
+        Args:
+            kind: Kind of the tensor, like "weight" or "weight_scale".
+            tensor: The tensor in the checkpoint; a weight is int8 `[N, K]`.
+
+        """
         return pack_quantized.pack_int4(tensor) if kind == "weight" else tensor

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""int8 experts, one value in each int8."""
+"""int8 experts in the `int-quantized` format."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.base 
 
 
 class AscendCTW8A8Int8MoEMethod(AscendCTMoEMixin, CompressedTensorsW8A8Int8MoEMethod):
-    """Upstream's parameters, with Ascend's experts."""
+    """Parameters of int8 experts, created by upstream."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

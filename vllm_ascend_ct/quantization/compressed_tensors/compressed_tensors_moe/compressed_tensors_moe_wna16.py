@@ -13,12 +13,12 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.base 
 
 
 class AscendCTWNA16MoEMethod(AscendCTMoEMixin, CompressedTensorsWNA16MoEMethod):
-    """Upstream's parameters, with Ascend's experts."""
+    """Parameters of packed experts, created by upstream."""
 
-    # Only vLLM 0.23's `create_weights` reads them.
+    # Only vLLM 0.23's `create_weights` reads these two.
     actorder = None
     wna16_backend = None
-    # Until 0.30 a choice of upstream's kernels.
+    # Up to 0.30 upstream sets it for its kernels.
     is_transposed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +34,17 @@ class AscendCTWNA16MoEMethod(AscendCTMoEMixin, CompressedTensorsWNA16MoEMethod):
         num_groups_w2: int | None = None,
         num_groups_w13: int | None = None,
     ) -> tuple[int, ...]:
-        """As upstream's, `[E, N, K]`, with room for a last word that is not full."""
+        """Shape of a parameter, as upstream's, but `[E, N, K]` and rounded up to words.
+
+        Args:
+            weight_name: Name of the parameter without "weight": "w13_scale" or similar.
+            num_experts: Number of experts on this rank.
+            hidden_size: Hidden size of the model.
+            intermediate_size_per_partition: Intermediate size on this rank.
+            num_groups_w2: Scales per row of the down projection.
+            num_groups_w13: Scales per row of the gate and up projections.
+
+        """
         prefix, _, kind = weight_name.partition("_")
         k, n = hidden_size, 2 * intermediate_size_per_partition
         groups = num_groups_w13
@@ -51,7 +61,7 @@ class AscendCTWNA16MoEMethod(AscendCTMoEMixin, CompressedTensorsWNA16MoEMethod):
         return math.ceil(values / self.packed_factor)
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        # Read with activation ordering only, which is refused.
+        # Only needed for activation ordering, which is refused.
         super().create_weights(layer, *args, intermediate_size_full=None, **kwargs)
         for name, parameter in list(layer.named_parameters(recurse=False)):
             parameter.is_transposed = False

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Checks of what a checkpoint gives for experts, tensor by tensor.
+"""Checks of experts' tensors while they are loaded.
 
-vLLM's loader copies what is smaller than its place into a corner of it, and does not
-notice an expert that is missing.
+vLLM's loader copies a tensor that is too small into a corner of its parameter, and does
+not notice a missing expert.
 """
 
 import functools
@@ -32,28 +32,47 @@ from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     QuantizedShape,
 )
 
-# The shards of each parameter, as vLLM calls gate, down and up.
+# The shards of each parameter. vLLM calls gate "w1", down "w2" and up "w3".
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def expert_rows(moe: FusedMoEConfig) -> dict[str, int]:
-    """Output features of one shard of an expert on disk, by prefix of a parameter."""
+    """Output features of one projection of an expert in the checkpoint.
+
+    Returns:
+        By prefix of the parameter, "w13" or "w2".
+
+    """
     intermediate = moe.intermediate_size_per_partition * moe.tp_size
     return {"w13": intermediate, "w2": moe.hidden_dim}
 
 
 def expert_columns(moe: FusedMoEConfig) -> dict[str, int]:
-    """Input features of an expert on disk, by prefix of a parameter."""
+    """Input features of one projection of an expert in the checkpoint.
+
+    Returns:
+        By prefix of the parameter, "w13" or "w2".
+
+    """
     rows = expert_rows(moe)
-    # What one product puts out the other takes in.
+    # The outputs of one product are the inputs of the other.
     return {"w13": rows["w2"], "w2": rows["w13"]}
 
 
 def expert_shapes(
     weights: QuantizationArgs, moe: FusedMoEConfig
 ) -> dict[str, QuantizedShape]:
-    """What the tensors of one expert look like on disk, by prefix of a parameter."""
+    """Expected tensors of one expert in the checkpoint.
+
+    Args:
+        weights: How the weights are quantized.
+        moe: The layer's config.
+
+    Returns:
+        By prefix of the parameter, "w13" or "w2".
+
+    """
     group_size = weights.group_size or 0
     return {
         name: QuantizedShape(
@@ -66,7 +85,7 @@ def expert_shapes(
 
 
 class ExpertsLoadRecord:
-    """What a layer's weight loader was given, and what has to come."""
+    """Checks and records the tensors that the weight loader of experts is given."""
 
     def __init__(
         self,
@@ -76,14 +95,14 @@ class ExpertsLoadRecord:
         files: LayerFiles,
         transform: Transform | None = None,
     ) -> None:
-        """Begin to record.
+        """Start with an empty record.
 
         Args:
-            layer: The layer.
-            shapes: Of the tensors of one shard, by the prefix of their parameters.
-            before: Called before a tensor is loaded.
-            files: What the file has of the layer.
-            transform: Changes a tensor, whose kind it is told, before it is loaded.
+            layer: The MoE layer.
+            shapes: Expected tensors of one expert, by prefix of their parameters.
+            before: Called before each tensor is loaded.
+            files: The experts' tensors in the files.
+            transform: Converts a tensor, given its kind, before it is loaded.
 
         """
         self.layer = layer
@@ -94,11 +113,11 @@ class ExpertsLoadRecord:
         self._transform = transform
         self.optional = OPTIONAL
         self._seen: dict[str, set[tuple[int, str]]] = {}
-        # While the layer is built; there may be no config when it is processed.
+        # Read while the layer is built: later there may be no current vLLM config.
         self.is_dummy = load_format() == "dummy"
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a layer's weight loader so that it checks and records."""
+        """Wrap a layer's weight loader so that it checks and records tensors."""
 
         @functools.wraps(weight_loader)
         def load(
@@ -140,15 +159,15 @@ class ExpertsLoadRecord:
         return load
 
     def check_complete(self) -> None:
-        """Refuse a layer of which tensors were missing, and start anew.
+        """Refuse a layer with missing tensors, and clear the record.
 
         Raises:
-            UnsupportedCheckpointError: Names the tensor.
+            UnsupportedCheckpointError: A tensor was not loaded; the error names it.
 
         """
         seen, self._seen = self._seen, {}
         if not seen and marked_scale(self.layer) is None:
-            # Filled by something else than the weight loaders.
+            # The load format fills parameters without their weight loaders.
             return
         experts = range(self.layer.local_num_experts)
         for name, param in self.layer.named_parameters(recurse=False):
@@ -188,7 +207,14 @@ class ExpertsLoadRecord:
         return str(names.get(shard, shard))
 
     def _missing(self, kind: str, shard: str, local: int) -> UnsupportedCheckpointError:
-        """Refuse an expert of this rank that was not given a tensor."""
+        """Make the error for a tensor that was not loaded.
+
+        Args:
+            kind: Kind of the tensor.
+            shard: "w1", "w2" or "w3".
+            local: Number of the expert on this rank.
+
+        """
         layer = self.layer
         number = next(
             expert
@@ -204,9 +230,9 @@ class ExpertsLoadRecord:
 
     def _other_loader(self, tensor: str, shard: str) -> UnsupportedCheckpointError:
         return UnsupportedCheckpointError(
-            f"vLLM's loader of this model loads experts in parts of its own ({shard})",
+            f"vLLM's loader for this model splits experts in an unknown way ({shard})",
             where=f"layer {self.layer.layer_name}, expert {tensor}",
-            supported="models whose loaders take gate, up and down projections of "
+            supported="models whose loaders load the gate, up and down projections of "
             "quantized experts",
             remedy=Remedy.OTHER_LOADER,
         )

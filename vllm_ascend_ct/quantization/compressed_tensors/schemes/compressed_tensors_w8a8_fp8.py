@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""FP8 weights with FP8 activations, dynamic per token."""
+"""FP8 weights with dynamic per-token FP8 activations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,17 +21,18 @@ from vllm_ascend_ct.weights.float_quantized import has_nan
 
 
 class AscendCTW8A8Fp8(CompressedTensorsW8A8Fp8):
-    """Upstream's scheme, but for dtypes and for one scale a tensor.
+    """Upstream's scheme with another handling of dtypes and per-tensor scales.
 
-    Upstream takes the model's dtype for the layer's, and where shards have a scale
-    each, it rounds their weights again to share the largest, by an operator of CUDA.
+    Upstream uses the model's dtype instead of the layer's. If the shards of a fused
+    layer have one scale each, it requantizes their weights to the largest scale with a
+    CUDA operator; this class keeps the scales as per-channel ones.
     """
 
     def __init__(self, weights: QuantizationArgs) -> None:
-        """Begin; not as upstream, which asks the model's config.
+        """Set up without upstream's constructor, which reads the model's config.
 
         Args:
-            weights: With a scale per channel or per tensor.
+            weights: How the weights are quantized, per channel or per tensor.
 
         """
         self.weight_quant = weights
@@ -43,7 +44,7 @@ class AscendCTW8A8Fp8(CompressedTensorsW8A8Fp8):
 
     @property
     def kernel(self) -> Any:
-        """As upstream's other schemes call it."""
+        """The kernel, under the name that upstream's other schemes use."""
         return self.fp8_linear
 
     def create_weights(
@@ -72,7 +73,7 @@ class AscendCTW8A8Fp8(CompressedTensorsW8A8Fp8):
     def process_weights_after_loading(self, layer: Any) -> None:
         weight, scale = layer.weight.data, layer.weight_scale.data
         if has_nan(weight):
-            raise ValueError("weight has values that are not numbers")
+            raise ValueError("weight contains NaN")
         if text(self.strategy) == "tensor":
             widths = torch.tensor(layer.logical_widths, device=scale.device)
             scale = scale.repeat_interleave(widths).unsqueeze(1)

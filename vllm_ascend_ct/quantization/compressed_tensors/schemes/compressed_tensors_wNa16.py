@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Packed weights, for releases of vLLM that have no scheme for theirs."""
+"""Packed weights for vLLM releases whose own schemes do not support them."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,20 +19,26 @@ _WORD = 32
 
 
 class AscendCTWNA16(CompressedTensorsWNA16):
-    """Upstream's before 0.26, which knows 4 and 8 bits, with the widths of later ones.
+    """Upstream's scheme of vLLM before 0.26, extended from 4 and 8 bits to 2 to 8 bits.
 
-    Like those it serves quantized activations too, by the kernel that it is given.
+    As in later releases, activations may be quantized: the linear method then replaces
+    the kernel.
     """
 
     def __init__(self, num_bits: int, symmetric: bool, **kwargs: Any) -> None:
-        # A width that it knows.
+        # Any width that upstream accepts; the real one is set below.
         super().__init__(num_bits=4, symmetric=symmetric, **kwargs)
         self.quant_type = packed_type(num_bits, symmetric)
         self.pack_factor = Fraction(_WORD, num_bits)
 
     @classmethod
     def is_needed(cls, args: dict[str, Any]) -> bool:
-        """Whether this vLLM has no scheme for a config group that is served."""
+        """Whether this vLLM release has no scheme for a supported config group.
+
+        Args:
+            args: The scheme from upstream's `get_scheme_dict`.
+
+        """
         return (
             compat.CompressedTensorsWNA8Int is None
             and is_packed(args)
@@ -56,8 +62,8 @@ class AscendCTWNA16(CompressedTensorsWNA16):
         bits = self.quant_type.size_bits
         if input_size_per_partition * bits % _WORD:
             raise ValueError(
-                f"K={input_size_per_partition}, weights.num_bits={bits}; supported in "
-                "releases of vLLM before 0.26: rows of whole words"
+                f"K={input_size_per_partition}, weights.num_bits={bits}; supported on "
+                "vLLM before 0.26: rows that fill whole int32 words"
             )
         super().create_weights(
             layer,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Packed weights with static int8 inputs and outputs."""
+"""Integer weights with static int8 inputs and outputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +21,11 @@ _SCALES = ("input_scale", "output_scale")
 
 
 class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
-    """Upstream's scheme, but for fused layers and for int8 files.
+    """Upstream's scheme with another handling of fused layers and int8 weights.
 
-    Upstream keeps one input and one output scale a layer, so that of a fused layer the
-    last shard's would be used for all; rounds to the grid in the activations' dtype;
-    and packs an int8 weight through one int32 a value.
+    Upstream has one input and one output scale per layer, so in a fused layer the
+    scales of the last shard would apply to all shards. It also quantizes in the
+    activations' dtype, and packs an int8 weight by way of one int32 per value.
     """
 
     def create_weights(
@@ -40,7 +40,7 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
         **kwargs: Any,
     ) -> None:
         if self.is_int_quantized:
-            # One value in each int8, which the kernel takes as it is.
+            # The kernel takes weights with one value per int8 as they are.
             signed = scalar_types.int4 if self.num_bits <= 4 else scalar_types.int8
             self.quant_type = signed
         super().create_weights(
@@ -60,7 +60,7 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         scales = {name: getattr(layer, name).data for name in _SCALES}
-        # An uncalibrated scale is 0, and upstream then does not quantize.
+        # An uncalibrated scale is 0, which means "not quantized", as it does upstream.
         self.has_input_act, self.has_output_act = (
             bool(scales[name].any()) for name in _SCALES
         )
@@ -70,7 +70,7 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
         self.kernel.process_weights_after_loading(layer)
         if self.has_input_act or self.has_output_act:
             announce(self, Form(QUANTIZE, "static", DIVIDED))
-        # All shards see one input; their outputs have a grid each.
+        # The shards share one input, but each has its own output scale.
         input_scale, output_scale = scales.values()
         set_parameter(layer, "input_scale", input_scale.max().reshape(1))
         if len(output_scale) > 1:
