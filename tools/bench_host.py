@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Tokens per second of the emulated platform, beside vLLM's own CPU platform.
+"""Compare tokens per second of the emulated platform with vLLM's own CPU platform.
 
     python -m tools.bench_host [ROW...] [--eager] [--rounds 5]
 
-A row is a scheme over a model of random weights, over 100M of them. Each row has two
-engines, in a process each, which measure in turns: on the same checkpoint where vLLM's
-CPU platform serves it, else vLLM's is on the unquantized model. Only ratios of one run
-mean anything, those of CPU time also while other processes want the same cores.
+A row is a scheme and a model with more than 100M random weights. It runs two engines,
+each in its own process, which measure in turns. Both serve the same checkpoint if
+vLLM's CPU platform supports it; otherwise vLLM's engine serves the unquantized model.
+Compare only ratios within one run; those of CPU time hold even if other processes
+compete for the cores.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PROMPT, GENERATED = 512, 32
-# Prompts at once, and tokens to generate for each.
+# Concurrent prompts, and tokens to generate for each.
 PHASES = {"prefill": (1, 1), "decode 1": (1, GENERATED), "decode 8": (8, GENERATED)}
 CHECKPOINTS = Path("build/bench-host")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint, and what has to serve it here."""
+    """A checkpoint, and the kernels that must serve it on the emulated platform."""
 
     model: str
     scheme: str
@@ -49,7 +50,7 @@ ROWS = {
 
 
 def configs() -> dict[str, Any]:
-    """The models: 121M and 113M parameters in what is quantized."""
+    """Configs of the models, with 121M and 113M parameters in quantized layers."""
     from transformers import Qwen2Config, Qwen3MoeConfig
 
     common: dict[str, Any] = {
@@ -84,7 +85,7 @@ def configs() -> dict[str, Any]:
 
 
 def make_checkpoints(row: Row) -> tuple[Path, Path]:
-    """Make a row's checkpoint and the unquantized model, once."""
+    """Make a row's checkpoint and the unquantized model, unless they exist."""
     from tools import tiny_moe
     from tools.make_checkpoint import make
 
@@ -98,14 +99,14 @@ def make_checkpoints(row: Row) -> tuple[Path, Path]:
 
 
 class Measurement(NamedTuple):
-    """What a token takes."""
+    """Time per token."""
 
     seconds: float
     cpu_seconds: float
 
 
 class Engine:
-    """vLLM in this process."""
+    """A vLLM engine in this process."""
 
     def __init__(self, checkpoint: Path, eager: bool) -> None:
         from vllm import LLM
@@ -123,7 +124,7 @@ class Engine:
             self.measure(phase)
 
     def serving(self) -> dict[str, str | list[str] | None]:
-        """The platform, the config and the kernels that the engine resolved to."""
+        """The platform, quantization config and kernels that the engine selected."""
         from vllm.platforms import current_platform
 
         config = self.llm.llm_engine.vllm_config.quant_config
@@ -135,9 +136,9 @@ class Engine:
         }
 
     def measure(self, phase: str) -> Measurement:
-        """Time a prompt until its first token, or from there to the last ones.
+        """Time prompts until their first token, or from there to their last token.
 
-        CPU time is that of both.
+        The CPU time covers both parts.
         """
         from vllm import SamplingParams
 
@@ -165,7 +166,7 @@ class Engine:
 
 
 def kernels_of(model: Any) -> list[str]:
-    """Names of what multiplies by a model's quantized weights."""
+    """Class names of the kernels and experts of a model's quantized layers."""
     found = set()
     for module in model.modules():
         kernel = getattr(getattr(module, "scheme", None), "kernel", None)
@@ -181,14 +182,14 @@ def kernels_of(model: Any) -> list[str]:
 def serve(
     connection: Connection, ours: bool, checkpoint: Path, eager: bool, threads: int
 ) -> None:
-    """Run an engine, in a process of its own, and answer what is asked of it.
+    """Run an engine in this process and answer requests for measurements.
 
     Args:
-        connection: Phases come in; measurements, or an error's text, go out.
-        ours: Whether on the emulated platform, or on vLLM's.
+        connection: Receives phases; sends measurements, or the text of an error.
+        ours: Whether to use the emulated platform, or vLLM's CPU platform.
         checkpoint: The model.
-        eager: Whether not to compile it.
-        threads: How many; 0 leaves it to vLLM.
+        eager: Whether to skip compilation.
+        threads: Number of threads; 0 for vLLM's default.
 
     """
     os.environ.pop("VLLM_PLUGINS", None)
@@ -215,7 +216,7 @@ def serve(
 
 @contextmanager
 def engine(*arguments: Any) -> Iterator[Connection]:
-    """Start `serve` in a process of its own, and stop it."""
+    """Start `serve` in its own process, and stop it on exit."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, *arguments))
@@ -229,10 +230,16 @@ def engine(*arguments: Any) -> Iterator[Connection]:
 
 
 def check(row: Row, ours: Any, stock: Any, quantized: bool) -> None:
-    """Make sure that each engine is what the table says.
+    """Check that both engines use the expected platform, config and kernels.
+
+    Args:
+        row: The row of the table.
+        ours: `Engine.serving` on the emulated platform.
+        stock: `Engine.serving` on vLLM's CPU platform.
+        quantized: Whether vLLM's engine serves the quantized checkpoint.
 
     Raises:
-        RuntimeError: It is not.
+        RuntimeError: An engine uses something else.
 
     """
     expected: Any = {
@@ -253,13 +260,13 @@ def check(row: Row, ours: Any, stock: Any, quantized: bool) -> None:
 def stock_engine(
     name: str, quantized: Path, base: Path, *arguments: Any
 ) -> Iterator[tuple[Connection, Any, bool]]:
-    """VLLM's CPU platform on a checkpoint, or if it cannot serve that on its base.
+    """Start an engine on vLLM's CPU platform, if need be on the unquantized model.
 
     Yields:
-        Its connection, what it resolved to, and whether it has the checkpoint.
+        Its connection, its `Engine.serving`, and whether it serves the checkpoint.
 
     Raises:
-        RuntimeError: It serves neither.
+        RuntimeError: It serves neither the checkpoint nor the unquantized model.
 
     """
     with engine(False, quantized, *arguments) as stock:
@@ -276,7 +283,7 @@ def stock_engine(
 
 
 def answer(connection: Connection) -> Any:
-    """What an engine says, or how it ended."""
+    """Receive an engine's answer, or describe how its process ended."""
     try:
         return connection.recv()
     except EOFError:
@@ -284,7 +291,7 @@ def answer(connection: Connection) -> Any:
 
 
 def measure_row(name: str, rounds: int, *arguments: Any) -> Iterator[str]:
-    """Measure both engines in turns; lines of the table, of medians."""
+    """Measure both engines in turns; yield lines of the table with medians."""
     row = ROWS[name]
     quantized, base = make_checkpoints(row)
     with (
@@ -335,7 +342,7 @@ def main() -> None:
 
 
 def load_average() -> str:
-    """Of the last minute and of the last 15."""
+    """Load average of the last minute and of the last 15 minutes."""
     minute, _, quarter = os.getloadavg()
     return f"{minute:.1f} and {quarter:.1f}"
 

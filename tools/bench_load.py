@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Time and memory of what happens to a layer's weight after loading.
+"""Measure time and memory of repacking a linear layer's weight after loading.
 
     python -m tools.bench_load [--k 4096 --n 11008] [--json]
 
-What a kernel does with a layer after loading, timed against a plain copy of the packed
-bytes in the same run; only ratios mean anything. Memory counts the tensors made on the
-way, as the dispatcher sees them: not what torch widens inside an operator.
+Times a kernel's processing of a layer, relative to copying the packed bytes in the same
+run; compare only ratios. Memory counts the tensors that the dispatcher sees, not
+temporary memory inside torch's operators.
 """
 
 import argparse
@@ -46,14 +46,16 @@ ROUNDS = 5
 
 @dataclass
 class Result:
-    """One route.
+    """Measurements of one way to process a weight.
 
     Attributes:
+        route: Name of that way.
         seconds: Median over the rounds.
-        copies: `seconds` over those of copying the packed bytes.
-        peak: Most bytes alive at once beyond the input's, over the packed bytes.
-        resident: Bytes that stay beyond the input's, over the packed bytes.
-        launches: Operators in one forward that a device would have to launch.
+        copies: `seconds` divided by the time to copy the packed bytes.
+        peak: Peak memory in addition to the input, divided by the packed bytes.
+        resident: Memory that stays in use in addition to the input, divided by the
+            packed bytes.
+        launches: Number of operators that a device would launch in one forward.
 
     """
 
@@ -72,7 +74,7 @@ def measure(
     run: Callable[[Any], object],
     forward: Callable[[Any], object] | None = None,
 ) -> Result:
-    """Run `run` on what `make` makes, and compare it with copying `packed_bytes`."""
+    """Run `run` on the result of `make`, and compare it with copying `packed_bytes`."""
     times, copy_times = [], []
     source = torch.zeros(packed_bytes, dtype=torch.int8)
     target = torch.zeros_like(source)
@@ -106,7 +108,7 @@ def measure(
 
 
 def _held(made: Any) -> Iterator[torch.Tensor]:
-    """Find the tensors of what was made: of a layer, a kernel and it, or experts."""
+    """Yield the tensors of an input: a layer, a kernel with its layer, or experts."""
     for part in made if isinstance(made, tuple) else (made,):
         if isinstance(part, torch.Tensor):
             yield part
@@ -117,7 +119,7 @@ def _held(made: Any) -> Iterator[torch.Tensor]:
 
 
 def parameters(**tensors: torch.Tensor) -> torch.nn.Module:
-    """Make a module with parameters, as upstream's schemes leave a layer."""
+    """Make a module with the parameters of a loaded layer."""
     layer = torch.nn.Module()
     for name, tensor in tensors.items():
         layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
@@ -125,12 +127,12 @@ def parameters(**tensors: torch.Tensor) -> torch.nn.Module:
 
 
 def packed_weight(bits: int, k: int, n: int) -> torch.Tensor:
-    """Make random words: each is a valid set of values."""
+    """Make a random packed weight; every word holds valid values."""
     return torch.randint(-(2**31), 2**31, (n, k * bits // 32), dtype=torch.int32)
 
 
 def forward_of(kernel: Any, k: int) -> Callable[[Any], object]:
-    """A forward of one token, without bias."""
+    """Make a function that runs one token through a layer, without bias."""
     x = torch.randn(1, k).bfloat16()
     return lambda layer: kernel.apply_weights(layer, x)
 
@@ -142,7 +144,7 @@ def mixed_precision(
     sizes: tuple[int, int],
     group_size: int = GROUP_SIZE,
 ) -> Result:
-    """Measure what a mixed-precision kernel does with a layer."""
+    """Measure how a mixed-precision kernel processes a layer."""
     k, n = sizes
     bits = weight_type.size_bits
     asymmetric = not weight_type.has_bias() and not weight_type.is_signed()
@@ -156,7 +158,7 @@ def mixed_precision(
     )
     kernel = kernel_class(config, "weight", "scale", "zero_point")
     groups = 1 if group_size == -1 else k // group_size
-    # On disk int4 lies in int8.
+    # The type int4 is stored with one value per int8.
     on_disk = 8 if weight_type == scalar_types.int4 else bits
 
     def make() -> torch.nn.Module:
@@ -175,7 +177,7 @@ def mixed_precision(
 
 
 def int8(k: int, n: int, static: bool, asymmetric: bool) -> Result:
-    """Measure what the int8 kernel does with a layer."""
+    """Measure how the int8 kernel processes a layer."""
     names = ["weight", "scale", "input_scale", "input_zero_point", "azp_adj"]
     config = Int8ScaledMMLinearLayerConfig(
         is_static_input_scheme=static,
@@ -199,7 +201,7 @@ def int8(k: int, n: int, static: bool, asymmetric: bool) -> Result:
 
 
 def unpack_transpose_pack(k: int, n: int) -> Result:
-    """Measure how else int4 weights are brought to the NPU."""
+    """Measure the usual way to repack int4 weights: unpack, transpose and pack."""
 
     def run(weight: torch.Tensor) -> torch.Tensor:
         values = unpack_from_int32(weight, 4, torch.Size((n, k)))
@@ -214,9 +216,9 @@ def unpack_transpose_pack(k: int, n: int) -> Result:
 
 
 def resolved(route: str, k: int, n: int, bits: int, block: tuple[int, int]) -> Result:
-    """Measure how a floating-point weight is loaded to one of 16 bits.
+    """Measure how a floating-point weight is resolved to 16 bits.
 
-    That one is there before, and the files' tensors are not kept.
+    The 16-bit weight is allocated before, and the checkpoint's tensors are not kept.
     """
 
     def make() -> Any:
@@ -234,7 +236,7 @@ def resolved(route: str, k: int, n: int, bits: int, block: tuple[int, int]) -> R
 
 
 def routes(k: int, n: int) -> list[Result]:
-    """Measure every scheme's load."""
+    """Measure every scheme."""
     a16, a8, sizes = AscendWNA16LinearKernel, AscendWNA8LinearKernel, (k, n)
     types = scalar_types
     return [

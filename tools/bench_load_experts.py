@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Time and memory of what happens to a layer's experts after loading.
+"""Measure time and memory of repacking a layer's experts after loading.
 
     python -m tools.bench_load_experts [--experts 16 --hidden 2048 --intermediate 768]
 
-Timed against a plain copy of the loaded bytes in the same run; only ratios mean
-anything. `peak` and `new` are the bytes alive beyond the loaded ones, at most and in
-the end, over the loaded ones; the third is `peak` over one expert. The rows "whole
-layer" do what vllm-ascend 0.23 does: all experts at once, int4 through one int32 a
-value.
+Times are relative to copying the loaded bytes in the same run; compare only ratios.
+`peak` and `new` are the memory in addition to the loaded tensors, at its maximum and at
+the end, divided by the loaded bytes; the third column is `peak` divided by the bytes of
+one expert. The rows "whole layer" repack like vllm-ascend 0.23: all experts at once,
+and int4 by way of one int32 per value.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Sizes:
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
-        """K and N by the prefix of the parameters."""
+        """`(K, N)` of the two products, by prefix of their parameters."""
         h, i = self.hidden, self.intermediate
         return {"w13": (h, 2 * i), "w2": (i, h)}
 
@@ -58,7 +58,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is loaded; bits 8 without `packed` is int8."""
+    """The scheme of the loaded weights; 8 bits without `packed` means int8."""
 
     name: str
     experts_cls: type[AscendExperts]
@@ -85,7 +85,7 @@ SCHEMES = (
 def config(sizes: Sizes) -> FusedMoEConfig:
     """Make upstream's config of a layer on one rank."""
     names = {field.name for field in fields(FusedMoEConfig)}
-    # Releases before 0.27 take that of the rank.
+    # vLLM before 0.27 takes the intermediate size of the rank.
     width = "intermediate_size"
     if width not in names:
         width = "intermediate_size_per_partition"
@@ -106,7 +106,7 @@ def config(sizes: Sizes) -> FusedMoEConfig:
 
 
 def loaded(sizes: Sizes, scheme: Scheme) -> AscendExperts:
-    """Make experts of a layer as upstream's loader leaves it."""
+    """Make the experts of a layer as it is after loading."""
     tensors = {}
     for name, (k, n) in sizes.products.items():
         groups = k // scheme.group_size if scheme.group_size else 1
@@ -126,14 +126,14 @@ def loaded(sizes: Sizes, scheme: Scheme) -> AscendExperts:
 
 
 def expert_by_expert(experts: AscendExperts) -> None:
-    """Lay out a layer as this package does."""
+    """Repack a layer as this package does."""
     experts.lay_out()
 
 
 def forward(sizes: Sizes) -> Callable[[AscendExperts], None]:
-    """Make a forward of one token, as upstream's modular kernel and its caller do."""
+    """Make a function that runs one token like upstream's modular kernel."""
     weights = torch.full((1, TOP_K), 1 / TOP_K)
-    # What the kernel passes and these experts do not read.
+    # Arguments that the kernel passes and these experts do not read.
     unused = ("output", "w2", "expert_map", "a1q_scale", "a2_scale", "workspace13")
     arguments: dict[str, Any] = {
         **dict.fromkeys((*unused, "workspace2", "expert_tokens_meta")),
@@ -158,7 +158,7 @@ def forward(sizes: Sizes) -> Callable[[AscendExperts], None]:
 
 
 def whole_layer(sizes: Sizes, kind: str) -> Callable[[Any], object]:
-    """Lay out all experts at once."""
+    """Make a function that repacks all experts at once."""
 
     def run(experts: AscendExperts) -> list[torch.Tensor]:
         layer = experts.layer
@@ -186,7 +186,7 @@ def whole_layer(sizes: Sizes, kind: str) -> Callable[[Any], object]:
 
 
 def routes(sizes: Sizes) -> Iterator[Result]:
-    """Measure every scheme's load."""
+    """Measure every scheme."""
     whole = {"w4a16-g128": "w4a16", "w8a8-channel": "w8a8", "w4a8-channel": "w4a8"}
     for scheme in SCHEMES:
         make = functools.partial(loaded, sizes, scheme)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which row of `ops/precedents.py` a recorded call belongs to."""
+"""Match recorded operator calls with the rows of `ops/precedents.py`."""
 
 from typing import Any
 
@@ -38,9 +38,16 @@ _KINDS = {
 
 
 def form_of(operator: str, args: list[Any], kwargs: dict[str, Any]) -> Form:
-    """Tell a call's form by its arguments, as `tools.record_npu_calls` keeps them."""
+    """Determine the form of a call.
+
+    Args:
+        operator: Name of the operator.
+        args: Its arguments, as `tools.record_npu_calls` records them.
+        kwargs: Its keyword arguments.
+
+    """
     schema = getattr(torch.ops.npu, operator).default._schema
-    # The dispatcher leaves out what is as by default.
+    # The dispatcher omits arguments that have their default values.
     named = {argument.name: argument.default_value for argument in schema.arguments}
     named |= dict(zip(named, args)) | kwargs
     if operator == DYNAMIC_QUANT and named["dst_type"] in _FP8:

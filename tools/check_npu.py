@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Run the operators on an NPU and emulated, and compare them.
+"""Run the operators on an NPU and emulated, and compare the results.
 
     python -m tools.check_npu [--calls FILE...] [--out build/check-npu.json]
 
-For the first to have a chip: send the report back. One call of each operator, and those
-that layers of every scheme make, which `tools.record_npu_calls` wrote, there or on
-another machine. `VLLM_ASCEND_CT_SOC` names the chip. Needs torch, torch_npu and this
-clone, not vLLM; calls of vllm-ascend's own operators need vllm-ascend. Where there is
-no NPU both sides are emulated, to check this script.
+If you have a chip, please send us the report. Runs one call of each operator, and the
+calls that layers of all schemes make, which `tools.record_npu_calls` has recorded on
+this or another machine. `VLLM_ASCEND_CT_SOC` names the chip. Needs torch, torch_npu and
+this clone, but not vLLM; calls of vllm-ascend's own operators need vllm-ascend. Without
+an NPU both sides are emulated, to test this script.
 """
 
 import argparse
@@ -34,9 +34,10 @@ from vllm_ascend_ct.ops.emulated.registry import is_nz
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 REPEATS = 20
-# Norm of the difference by that of the emulation's result: some roundings to the dtype.
+# Largest relative error (norm of the difference / norm of the emulation's result), by
+# dtype of the result: a few roundings.
 TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-5}
-# Values of int8 that quantization may round the other way, by 1.
+# Share of int8 values that quantization may round to the other neighbour.
 ROUNDED_OTHERWISE = 1e-2
 
 
@@ -66,7 +67,7 @@ def main() -> int:
     arguments.out.write_text(json.dumps(report, indent=2))
     print(table(report))
     print(f"Report: {arguments.out}")
-    # Those of one call an operator are not made by a layer that the chip serves.
+    # Only recorded calls count: a chip may lack operators of the others.
     return any(
         call["verdict"] != "equal"
         and (call["verdict"] != "not on this chip" or call["call"] not in CALLS)
@@ -75,7 +76,7 @@ def main() -> int:
 
 
 def npu_device() -> str:
-    """`npu`, or `cpu` where torch_npu or its device is missing."""
+    """`npu`, or `cpu` if torch_npu or its device is missing."""
     if find_spec("torch_npu") is None:
         return "cpu"
     import torch_npu
@@ -87,10 +88,10 @@ def npu_device() -> str:
 
 
 def load_vllm_ascend(device: str) -> None:
-    """Have vllm-ascend's own operators, and emulate them."""
+    """Import vllm-ascend's own operators; emulate them on the CPU."""
     if find_spec("vllm_ascend") is None:
         raise SystemExit(
-            "There are calls of vllm-ascend's own operators, and it is not installed."
+            "The calls include vllm-ascend's own operators, but it is not installed."
         )
     if device != "cpu":
         from vllm_ascend.utils import enable_custom_op
@@ -102,7 +103,7 @@ def load_vllm_ascend(device: str) -> None:
 
 
 def recorded(path: Path) -> dict[str, Call]:
-    """What `tools.record_npu_calls` wrote."""
+    """Read a file that `tools.record_npu_calls` wrote."""
 
     def is_nz_mark(value: Any) -> bool:
         return isinstance(value, dict) and value.keys() == {"nz"}
@@ -115,7 +116,7 @@ def recorded(path: Path) -> dict[str, Call]:
     if saved["soc"] != soc:
         raise SystemExit(
             f"{path} has the calls for {saved['soc']}, and this is {soc}: set "
-            "VLLM_ASCEND_CT_SOC, or write the file again with it."
+            "VLLM_ASCEND_CT_SOC, or record the calls again for this chip."
         )
     return {
         name: Call(operator, *tree_map(restore, arguments, is_leaf=is_nz_mark))
@@ -124,7 +125,7 @@ def recorded(path: Path) -> dict[str, Call]:
 
 
 def check(calls: Mapping[str, Call], device: str) -> dict[str, Any]:
-    """Run all calls; say what was found and where."""
+    """Run all calls; return a report with the results and the environment."""
     results = [
         {"call": name, **check_call(call, device)} for name, call in calls.items()
     ]
@@ -132,8 +133,8 @@ def check(calls: Mapping[str, Call], device: str) -> dict[str, Any]:
 
 
 def check_call(call: Call, device: str) -> dict[str, Any]:
-    """Run one call on both sides."""
-    # Before either side could change them.
+    """Run one call on the device and emulated, and compare the results."""
+    # Copy the arguments first, because either side may change them.
     args, kwargs = to_device((call.args, call.kwargs), device)
     try:
         expected, emulated_seconds = timed(
@@ -155,7 +156,7 @@ def check_call(call: Call, device: str) -> dict[str, Any]:
 
 
 def to_device(values: Any, device: str) -> Any:
-    """The same arguments there, in the memory format that they are marked with."""
+    """Copy arguments to a device, and cast tensors marked as FRACTAL_NZ to it."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         moved = tensor.to(device, copy=True)
@@ -165,7 +166,7 @@ def to_device(values: Any, device: str) -> Any:
 
 
 def to_nz(tensor: torch.Tensor) -> torch.Tensor:
-    """Cast to FRACTAL_NZ what is contiguous, or is so transposed."""
+    """Cast a contiguous tensor or a transposed view to FRACTAL_NZ."""
     if tensor.is_contiguous():
         cast: torch.Tensor = torch.ops.npu.npu_format_cast(tensor, FRACTAL_NZ)
         return cast
@@ -177,7 +178,7 @@ def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """The result, and the median time of some runs after the first."""
+    """The result, and the median time of several runs after the first."""
 
     def synchronize() -> None:
         if device != "cpu":
@@ -195,7 +196,7 @@ def timed(run: Callable[[], Any], device: str) -> tuple[Any, float]:
 
 
 def compare(expected: Any, result: Any) -> tuple[str, str]:
-    """Say `equal`, `different` or `other form`, and by how much."""
+    """Compare results: `equal`, `different` or `other form`, and the difference."""
     pairs = list(zip(tree_leaves(expected), tree_leaves(result)))
     forms = [(t.dtype, tuple(t.shape)) for t in tree_leaves(expected)]
     others = [(t.dtype, tuple(t.shape)) for t in tree_leaves(result)]
@@ -207,10 +208,10 @@ def compare(expected: Any, result: Any) -> tuple[str, str]:
 
 
 def difference(expected: torch.Tensor, result: torch.Tensor) -> tuple[bool, str]:
-    """Whether a result is within the tolerance of its dtype, and how far it is off."""
+    """Whether a result is within the tolerance of its dtype, and its error."""
     one, other = expected.double(), result.double()
-    # What an NPU leaves unwritten, rows behind the last expert's, the emulation fills
-    # with NaN or the lowest integer.
+    # Ignore values that the NPU leaves unwritten (rows after the last expert's). The
+    # emulation fills them with NaN or the smallest integer.
     if expected.is_floating_point():
         unwritten = expected.isnan()
     else:
@@ -235,7 +236,7 @@ def difference(expected: torch.Tensor, result: torch.Tensor) -> tuple[bool, str]
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the report as a table."""
     lines = [", ".join(f"{k} {v}" for k, v in report["machine"].items()), ""]
     lines += [
         "| call | verdict | difference | us | emulated us |",

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Compare what vLLM serves with a float32 reference, one row a scheme.
+"""Compare vLLM's log-probabilities with a float32 reference, one row per scheme.
 
     python -m tools.compare_logprobs [SCHEME...] [--model qwen3-moe]
 
 For each scheme: the reference's mean log-probability on held-out text, then the mean
-absolute difference to it of the emulated platform (eager, compiled, two ranks, two
-ranks with whole experts) and of vLLM's own CPU platform.
+absolute difference from it on the emulated platform (eager, compiled, two ranks, two
+ranks with expert parallelism) and on vLLM's own CPU platform.
 """
 
 import argparse
@@ -34,7 +34,7 @@ COLUMNS = {
 
 
 def two_ranks() -> str:
-    """Halves of this process's cores, for `VLLM_CPU_OMP_THREADS_BIND`."""
+    """This process's cores in two halves, for `VLLM_CPU_OMP_THREADS_BIND`."""
     cores = sorted(os.sched_getaffinity(0))
     middle = len(cores) // 2
     return "|".join(
@@ -43,7 +43,7 @@ def two_ranks() -> str:
 
 
 def run_column(column: str, checkpoints: list[Path]) -> dict[str, list[float] | str]:
-    """Serve the checkpoints one after the other in a process of their own."""
+    """Serve the checkpoints one after the other in a separate process."""
     plugins, arguments = COLUMNS[column]
     out = CHECKPOINTS / f"{column.replace(' ', '-')}.json"
     environment = {

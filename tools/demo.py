@@ -19,7 +19,7 @@ from tools.make_checkpoint import SCHEMES, make
 PROMPT = "The import statement"
 LOG = Path("build/demo.log")
 START_SECONDS = 600
-# What the server's log has to show before the answer counts.
+# Patterns that must be in the server's log for the answer to count.
 EVIDENCE = {
     "platform": r"Serving compressed-tensors models on EmulatedAscendCTPlatform.*",
     "emulation": r"Emulating the NPU operators.*",
@@ -35,10 +35,14 @@ def free_port() -> int:
 
 
 def wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
-    """Wait for the server to answer, and show what it logs meanwhile.
+    """Wait until the server answers, and show its log meanwhile.
+
+    Args:
+        server: The server's process.
+        url: Its address.
 
     Raises:
-        RuntimeError: It ended, or took too long.
+        RuntimeError: The server ended, or did not answer in time.
 
     """
     start = time.monotonic()
@@ -58,7 +62,7 @@ def wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a file that has any text in it."""
+    """The last non-empty line of a file."""
     lines = path.read_text(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "")
 
@@ -87,7 +91,7 @@ def serve_and_ask(checkpoint: Path) -> str:
     vllm = Path(sys.executable).with_name("vllm")
     command = [str(vllm), "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", "512"]
-    # To compile it takes longer than all that is asked here.
+    # Compiling takes longer than the few tokens generated here.
     command += ["--enforce-eager"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     environment["VLLM_PLUGINS"] = "ascend_ct"
@@ -115,7 +119,7 @@ def main() -> None:
         found = list(re.finditer(pattern, log))
         if not found:
             sys.exit(f"demo: the log shows no {name}: see {LOG}")
-        # Of kernels the last: one may be exchanged for another.
+        # The last match: one kernel may replace another.
         print(f"{name}: {found[-1].group()}")
     print(f"prompt: {PROMPT}\nanswer:{answer}")
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Read a compressed-tensors checkpoint back, with nothing but the format to go by."""
+"""Dequantize a compressed-tensors checkpoint, independently of the package's code."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale")
 
 
 def block_of(checkpoint: Path) -> Sequence[int] | None:
-    """The blocks that share a scale, of the first group of a config that has them."""
+    """Block sizes of the first group of a config that has block scales."""
     config = json.loads((checkpoint / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
     blocks = (group["weights"].get("block_structure") for group in groups)
@@ -21,14 +21,14 @@ def block_of(checkpoint: Path) -> Sequence[int] | None:
 
 
 def unpack_dense(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
-    """Read a stream of bits, lowest first: int32 `[R, W]` to int64 `[R, size]`."""
+    """Unpack a stream of bits, lowest first: int32 `[R, W]` to int64 `[R, size]`."""
     stream = (packed.long().unsqueeze(-1) >> torch.arange(32)) & 1
     values = stream.flatten(1)[:, : size * bits].unflatten(1, (size, bits))
     return (values << torch.arange(bits)).sum(-1) - (1 << (bits - 1))
 
 
 def is_float(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a layer's weight is of floating-point numbers."""
+    """Whether a layer has a floating-point weight."""
     stored = tensors.get("weight", tensors.get("weight_packed"))
     assert stored is not None
     return stored.dtype in (torch.float8_e4m3fn, torch.uint8)
@@ -49,7 +49,7 @@ def float_values(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def float_weight(
     tensors: Mapping[str, torch.Tensor], block: Sequence[int] | None
 ) -> torch.Tensor:
-    """Make a floating-point layer's weight, float64 `[N, K]`, of its tensors."""
+    """Dequantize a floating-point layer's weight to float64 `[N, K]`."""
     values, scale = float_values(tensors), tensors["weight_scale"]
     exponents = scale.dtype == torch.uint8
     factor = 2.0 ** (scale.double() - 127) if exponents else scale.float().double()
@@ -59,7 +59,7 @@ def float_weight(
     counts = [-(-size // length) for size, length in zip(values.shape, block or ())]
     is_blocks = counts == list(factor.shape)
     for axis, size in enumerate(values.shape):
-        # The last block may be cut off.
+        # The last block may be incomplete.
         length = block[axis] if block and is_blocks else size // factor.shape[axis]
         factor = factor.repeat_interleave(length, axis).narrow(axis, 0, size)
     return values * factor
@@ -68,12 +68,12 @@ def float_weight(
 def dequantize(
     tensors: Mapping[str, torch.Tensor], block: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Make a layer's weight, float64 `[N, K]`, of its tensors.
+    """Dequantize a layer's weight to float64 `[N, K]`.
 
     Args:
         tensors: `weight_packed` and `weight_shape`, or `weight`; `weight_scale`;
-            perhaps `weight_zero_point` or `weight_global_scale`.
-        block: Rows and columns that share a scale, if there are as many scales.
+            optionally `weight_zero_point` or `weight_global_scale`.
+        block: Number of rows and columns that share a scale, for block scales.
 
     """
     if is_float(tensors):
@@ -97,7 +97,7 @@ def dequantize(
 
 
 def dequantized_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's parameters in float32, as of a model that is not quantized."""
+    """The parameters of the unquantized model in float32."""
     state: dict[str, torch.Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         state.update(load_file(file))

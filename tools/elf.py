@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Stubs of shared libraries: functions by the names that others want to link to."""
+"""Compile stubs of shared libraries that define the symbols other libraries need."""
 
 import re
 import shutil
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def compiler(language: str) -> str:
-    """The compiler of "c" or "c++".
+    """Find the compiler for "c" or "c++".
 
     Raises:
-        SystemExit: There is none.
+        SystemExit: The compiler or nm is missing.
 
     """
     name = {"c": "gcc", "c++": "g++"}[language]
@@ -24,7 +24,14 @@ def compiler(language: str) -> str:
 
 
 def symbols(option: str, files: Iterable[Path], kind: str = "") -> set[str]:
-    """Names in the dynamic tables of libraries, with what `nm` is told to select."""
+    """Names in the dynamic symbol tables of libraries.
+
+    Args:
+        option: Option of `nm` that selects symbols.
+        files: The libraries.
+        kind: Symbol types to keep; all if empty.
+
+    """
     command = ["nm", "--dynamic", "--without-symbol-versions", option]
     output = subprocess.run(
         [*command, *map(str, files)], capture_output=True, text=True
@@ -34,7 +41,14 @@ def symbols(option: str, files: Iterable[Path], kind: str = "") -> set[str]:
 
 
 def missing_symbols(libraries: Sequence[Path], others: Iterable[Path]) -> list[str]:
-    """What libraries use and neither they, `others`, C, C++ nor Python define."""
+    """Symbols that libraries use and none of the known libraries define.
+
+    Args:
+        libraries: The libraries.
+        others: Libraries that define symbols, in addition to those of C, C++ and
+            Python.
+
+    """
     loaded = re.findall(r"/\S+\.so[.\d]*$", Path("/proc/self/maps").read_text(), re.M)
     known = [*others, *map(Path, set(loaded)), Path(sys.executable).resolve()]
     known += [_of_compiler(name) for name in _LANGUAGE]
@@ -52,11 +66,11 @@ def _of_compiler(library: str) -> Path:
 
 
 def stub_source(names: Sequence[str], body: str = "return 0;") -> str:
-    """C code of functions, by their names in symbol tables.
+    """C code of stub functions.
 
     Args:
-        names: Of the functions.
-        body: What each does; "{name}" in it is replaced.
+        names: Their names in symbol tables.
+        body: Their body; "{name}" in it is replaced.
 
     """
     return "".join(
@@ -67,7 +81,7 @@ def stub_source(names: Sequence[str], body: str = "return 0;") -> str:
 
 
 def compile_library(target: Path, code: str, *options: str) -> None:
-    """Compile C code into a shared library, and leave the code beside it."""
+    """Compile C code into a shared library, and keep the code next to it."""
     source = target.with_suffix(".c")
     source.write_text(code)
     command = [compiler("c"), "-w", "-shared", "-fPIC", "-o", str(target), str(source)]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Ask what becomes of every quantization config of a linear layer and of experts.
+"""Count the outcomes of every quantization config, for linear layers and experts.
 
     python -m tools.enumerate_configs
 
-Each config of bits x strategy x group size x symmetry x format x activations is given
-to this package's config class and to upstream's, with the same kernels to choose from.
-The outcome is a scheme with a kernel, a refusal, or something else: a defect.
+Passes each combination of bits x strategy x group size x symmetry x format x
+activations to this package's config class and to upstream's, with the same kernels to
+choose from. The outcome is a scheme with a kernel, or a refusal. Anything else is a
+defect.
 """
 
 import logging
@@ -63,7 +64,7 @@ def _config(
 
 
 def integer_configs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every combination, with a name."""
+    """Every combination of integer weights, with a name."""
     for bits, layout, symmetric, fmt, activations in product(
         BITS, LAYOUTS, (True, False), FORMATS, ACTIVATIONS
     ):
@@ -127,14 +128,14 @@ def float_configs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def resolved(method: Any) -> str | None:
-    """What to say of a layer whose weights are resolved to 16 bits, else None."""
+    """`RESOLVED` if a method resolves its weights to 16 bits, otherwise None."""
     from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
 
     return RESOLVED if isinstance(method, ResolvedMixin) else None
 
 
 def linear(config: Any, dtype: Any) -> str:
-    """Build a linear layer; say which scheme and kernel it got."""
+    """Build a linear layer; return the names of its scheme and kernel."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     layer = ReplicatedLinear(
@@ -147,7 +148,7 @@ def linear(config: Any, dtype: Any) -> str:
 
 
 def experts(config: Any, dtype: Any) -> str:
-    """Build experts; say which method and experts they got."""
+    """Build experts; return the names of their method and class."""
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
@@ -174,7 +175,15 @@ def outcome(
     dtype: Any,
     build: Callable[[Any, Any], str] = linear,
 ) -> str:
-    """Build a layer; say what it got or what was raised."""
+    """Build a layer; return what it got, "refused", or the name of another error.
+
+    Args:
+        config_class: The quantization config class.
+        config: `quantization_config` of a checkpoint.
+        dtype: dtype of the layer.
+        build: Builds a linear layer or experts.
+
+    """
     from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
     try:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Counting what a device would have to launch."""
+"""Count the operators that a device would launch."""
 
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Change metadata only, or only allocate.
+# Operators that only change metadata or allocate.
 _FREE = {"view", "_unsafe_view", "t", "transpose", "unsqueeze", "expand", "alias"}
 _FREE |= {"slice", "empty", "empty_like", "new_empty", "unflatten"}
 

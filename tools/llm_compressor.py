@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Make checkpoints with llm-compressor, in an environment of its own.
+"""Make checkpoints with llm-compressor, in a separate environment.
 
     tools/llm_compressor.sh OUT [RECIPE...]
 
-llm-compressor needs another compressed-tensors than vLLM.
+llm-compressor needs a different version of compressed-tensors from vLLM's.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def _rounded(
 
 
 def recipes() -> dict[str, list[Any]]:
-    """A recipe of modifiers for each kind of checkpoint."""
+    """Recipes of modifiers, by name of the checkpoint."""
     token, tensor = _int8("token", dynamic=True), _int8("tensor")
     smooth = {"smoothing_strength": 0.5}
     return {
@@ -135,7 +135,7 @@ def recipes() -> dict[str, list[Any]]:
 
 
 def base_of(recipe: str) -> Path:
-    """The model that a recipe is for, made if it is missing."""
+    """The model that a recipe quantizes; made if it is missing."""
     name, slash, _ = recipe.partition("/")
     base = Path("build") / name if slash else BASE
     if not slash:
@@ -155,7 +155,7 @@ def make(out: Path, base: Path, recipe: list[Any]) -> None:
         {"input_ids": rows, "attention_mask": [[1] * LENGTH] * SAMPLES}
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    # AWQ pins memory, which needs an accelerator to copy to.
+    # AWQ pins memory, which needs an accelerator.
     with patch.object(torch.Tensor, "pin_memory", torch.Tensor.contiguous):
         oneshot(
             model=model,

@@ -27,13 +27,13 @@ def held_out_tokens(checkpoint: Path) -> list[int]:
 
 
 def reference(checkpoint: Path) -> list[float]:
-    """What Hugging Face's model says in float32, with the weights dequantized.
+    """Log-probabilities by Hugging Face's model in float32, with dequantized weights.
 
-    Activations are rounded to the grid of integers that the config states, also where
-    they are served in 16 bits; to one of floats they are not.
+    Activations are rounded to the config's integer grid, even if they are served in 16
+    bits. They are not rounded to a floating-point grid.
 
     Returns:
-        Log-probability of each token but the first, given those before it.
+        Log-probability of each token except the first, given the tokens before it.
 
     """
     import torch
@@ -56,10 +56,10 @@ def reference(checkpoint: Path) -> list[float]:
     quantization["config_groups"] = {
         name: {**group, "weights": None}
         for name, group in quantization["config_groups"].items()
-        # Those of floating-point weights stay in 16 bits.
+        # Activations stay in 16 bits with floating-point weights.
         if (group["input_activations"] or {}).get("type", "float") != "float"
     }
-    # The cache is served unquantized.
+    # The KV cache is served unquantized.
     quantization["kv_cache_scheme"] = None
     apply_quantization_config(model, QuantizationConfig.model_validate(quantization))
     state = {
@@ -81,13 +81,13 @@ def reference(checkpoint: Path) -> list[float]:
 def served(
     checkpoint: Path, *, eager: bool = True, ranks: int = 1, experts: bool = False
 ) -> list[float]:
-    """What vLLM says, on the platform of this process.
+    """Log-probabilities by vLLM, on the platform of this process.
 
     Args:
         checkpoint: The model.
-        eager: Whether not to compile it.
-        ranks: To split it over.
-        experts: Whether ranks have whole experts.
+        eager: Whether to skip compilation.
+        ranks: Number of ranks (tensor parallelism).
+        experts: Whether to use expert parallelism.
 
     Returns:
         As `reference`.

@@ -4,8 +4,8 @@
 
     python -m tools.make_checkpoint OUT --scheme w4a16-g128
 
-Rounds a model to nearest with the compressed-tensors library. The model is trained
-once (`tools/tiny_model.py`) and kept in `--base`.
+Quantizes a model by rounding to nearest with the compressed-tensors library. The model
+is trained once (`tools/tiny_model.py`) and kept in `--base`.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def _floats(bits: int, strategy: str, **more: Any) -> QuantizationArgs:
 _MX = {"group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
 _NV = {"group_size": 16, "scale_dtype": torch.float8_e4m3fn}
 _FP8_CHANNEL, _FP8_TENSOR = _floats(8, "channel"), _floats(8, "tensor")
-# Blocks that neither sizes of layers nor the shares of ranks are multiples of.
+# A block size that divides neither the layers' sizes nor the ranks' shards.
 _FP8_BLOCK = _floats(8, "block", block_structure=[64, 48])
 _FP8_TOKEN = _floats(8, "token", dynamic=True)
 _FP8_GROUP = _floats(8, "group", group_size=128, dynamic=True)
@@ -179,13 +179,13 @@ def _set_qparams(
 
 
 def set_range(module: Any, name: str, low: torch.Tensor, high: torch.Tensor) -> None:
-    """Set static activation parameters of a module that `prepare` prepared.
+    """Set the static activation scale and zero point of a prepared module.
 
     Args:
-        module: The module.
+        module: A module that `prepare` returned.
         name: `input` or `output`.
         low: Smallest activation.
-        high: Largest.
+        high: Largest activation.
 
     """
     if any(hasattr(module, f"{name}_{kind}scale") for kind in ("", "global_")):
@@ -196,15 +196,15 @@ def set_range(module: Any, name: str, low: torch.Tensor, high: torch.Tensor) -> 
 def prepare(
     model: torch.nn.Module, recipe: dict[str, str], ignore: Sequence[str] = ()
 ) -> list[Any]:
-    """Attach quantization parameters to a model, those of the weights rounded off.
+    """Attach quantization parameters to a model, and calibrate those of the weights.
 
     Args:
-        model: What to quantize.
+        model: The model to quantize.
         recipe: Name of a scheme for each target: a class, a layer or `re:` pattern.
-        ignore: Layers to leave alone.
+        ignore: Layers not to quantize.
 
     Returns:
-        The modules whose static activation ranges are still to be set.
+        The modules whose static activation ranges must still be set.
 
     """
     groups = {}
@@ -239,7 +239,14 @@ def _set_weight_qparams(module: Any, args: QuantizationArgs) -> None:
 
 
 def calibrate(model: torch.nn.Module, modules: list[Any], tokens: torch.Tensor) -> None:
-    """Run `tokens`, `[B, T]`, through the model and set the range of activations."""
+    """Run tokens through the model and set the range of static activations.
+
+    Args:
+        model: The model.
+        modules: The modules that `prepare` returned.
+        tokens: `[B, T]`.
+
+    """
     ranges: dict[tuple[Any, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def observe(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -265,8 +272,8 @@ def compress(model: torch.nn.Module) -> ModelCompressor:
     """
     compressor = ModelCompressor.from_pretrained_model(model)
     for module in model.modules():
-        # All of them on each rank: compressed-tensors would have ranks exchange FP8
-        # tensors, which cannot be pickled.
+        # Each rank compresses all modules: compressed-tensors would exchange FP8
+        # tensors between ranks, which cannot be pickled.
         compress_module(module)
     if compressor.quantization_config is not None:
         status = QuantizationStatus.COMPRESSED
@@ -279,7 +286,7 @@ def compress(model: torch.nn.Module) -> ModelCompressor:
 
 
 def _pack_densely(module: Any, bits: int) -> None:
-    """Pack as compressed-tensors does since 0.18: no gaps at the end of a word."""
+    """Pack like compressed-tensors 0.18 and later: no gaps at the end of a word."""
     if 32 % bits == 0:
         return
     integers = unpack_from_int32(module.weight_packed, bits, module.weight_shape)
@@ -314,9 +321,9 @@ def make(
         out: Directory to write.
         recipe: As in `prepare`.
         base: Directory of the unquantized model.
-        ignore: Layers to leave alone.
-        dtype: Of what is not quantized.
-        tied: Whether the output head is the embedding.
+        ignore: Layers not to quantize.
+        dtype: dtype of unquantized parameters.
+        tied: Whether to tie the output head to the embedding.
 
     """
     tiny_model.make_once(base)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Break a checkpoint in every way that is told from its bytes, one kind at a time.
+"""Break a checkpoint in every way that can be detected, one kind at a time.
 
     python -m tools.malform CHECKPOINT OUT
 
-Writes a copy of the checkpoint for each kind in `KINDS`. CHECKPOINT is one of `RECIPE`;
-with --experts, one of `EXPERTS_RECIPE`, and the kinds are `EXPERT_KINDS`; with --floats
-one of `FLOAT_RECIPE`, and the kinds are `FLOAT_KINDS`.
+Writes a broken copy of the checkpoint for each kind in `KINDS`. CHECKPOINT must be made
+with `RECIPE`. With --experts, it must be made with `EXPERTS_RECIPE`, and the kinds are
+`EXPERT_KINDS`; with --floats, with `FLOAT_RECIPE`, and the kinds are `FLOAT_KINDS`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PACKED = "model.layers.0.self_attn.k_proj"
 STATIC = "model.layers.0.mlp.down_proj"
 INT4_IN_INT8 = "model.layers.1.self_attn.o_proj"
 THREE_BITS = "model.layers.1.mlp.gate_proj"
-# A tiny mixture of experts.
+# A tiny mixture-of-experts model.
 EXPERTS_RECIPE = {
     "re:.*layers.0.mlp.experts.*_proj": "w4a16-g32-asym",
     "re:.*layers.1.mlp.experts.*_proj": "w8a8-channel-dynamic",
@@ -40,7 +40,7 @@ EXPERTS_RECIPE = {
 PACKED_EXPERT = "model.layers.0.mlp.experts.5.up_proj"
 PACKED_DOWN = "model.layers.0.mlp.experts.7.down_proj"
 INT8_EXPERT = "model.layers.1.mlp.experts.0.gate_proj"
-# A tiny model of floating-point weights.
+# A tiny model with floating-point weights.
 FLOAT_RECIPE = {
     "re:.*layers.0.self_attn.*_proj": "fp8-tensor-static",
     "re:.*layers.0.mlp.*_proj": "fp8-block",
@@ -58,7 +58,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to break a checkpoint, and what a refusal has to name."""
+    """A way to break a checkpoint, and what the refusal must name."""
 
     names: str
     tensors: Callable[[Tensors], object] | None = None
@@ -69,7 +69,7 @@ class Kind:
 def changed(
     layer: str, name: str, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> Kind:
-    """Give a layer another tensor than it had."""
+    """Replace a tensor of a layer."""
 
     def tensors(tensors: Tensors) -> None:
         key = f"{layer}.{name}"
@@ -79,7 +79,7 @@ def changed(
 
 
 def missing(layer: str, *names: str) -> Kind:
-    """Take tensors from a layer."""
+    """Remove tensors of a layer."""
 
     def tensors(tensors: Tensors) -> None:
         for name in names:
@@ -89,7 +89,7 @@ def missing(layer: str, *names: str) -> Kind:
 
 
 def filled(layer: str, name: str, value: float) -> Kind:
-    """Give a layer's tensor one wrong value."""
+    """Set one invalid value in a tensor of a layer."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
@@ -107,7 +107,7 @@ def added(key: str, tensor: torch.Tensor) -> Kind:
 
 
 def group(number: int, part: str, names: str, **fields: Any) -> Kind:
-    """Lie about a group of the config."""
+    """Change fields of a group of the config."""
 
     def config(config: dict[str, Any]) -> None:
         config["config_groups"][f"group_{number}"][part].update(fields)
@@ -116,12 +116,12 @@ def group(number: int, part: str, names: str, **fields: Any) -> Kind:
 
 
 def top(names: str, **fields: Any) -> Kind:
-    """Lie in the config."""
+    """Change fields of the config."""
     return Kind(names, config=lambda config: config.update(fields))
 
 
 def header(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    """Lie in the header of the file."""
+    """Change the header of the file."""
 
     def rewrite(path: Path) -> None:
         data = path.read_bytes()
@@ -306,13 +306,13 @@ KINDS: dict[str, Kind] = {
 
 
 def _remove_expert(tensors: Tensors) -> None:
-    """Take one expert's projection."""
+    """Remove one projection of an expert."""
     for kind in ("packed", "scale", "zero_point", "shape"):
         tensors.pop(f"{PACKED_EXPERT}.weight_{kind}")
 
 
 def _as_bfloat16(tensors: Tensors) -> None:
-    """Leave one expert's projection unquantized."""
+    """Replace one projection of an expert by an unquantized one."""
     _remove_expert(tensors)
     weight = torch.zeros(256, 256, dtype=torch.bfloat16)
     tensors[f"{PACKED_EXPERT}.weight"] = weight
@@ -379,7 +379,7 @@ EXPERT_KINDS: dict[str, Kind] = {
 
 
 def byte(layer: str, name: str, value: int) -> Kind:
-    """Give a layer's tensor of bytes, or of small floats, one other byte."""
+    """Set one byte in a tensor of bytes or 8-bit floats."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
@@ -491,7 +491,7 @@ FLOAT_KINDS: dict[str, Kind] = {
 }
 
 
-# What inputs would be quantized by, which nobody reads beside floats.
+# Input scales, which are not read in layers with floating-point weights.
 IGNORED_KINDS: dict[str, Kind] = {
     "fp8-input-scale-missing": missing(FP8, "input_scale"),
     "fp8-input-scale-nan": filled(FP8, "input_scale", _NAN),

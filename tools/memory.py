@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""How much tensor memory a piece of code allocates."""
+"""Measure the tensor memory that a piece of code allocates."""
 
 import weakref
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts bytes of tensors made while it is active, and the most alive at once.
+    """Counts the bytes of tensors that are created while it is active.
 
     Args:
-        held: Tensors made before. What of them is let go inside is subtracted.
+        held: Tensors that were created before; freeing them is subtracted.
 
     Attributes:
-        current: Bytes made inside and still alive, less those let go of `held`.
-        peak: The highest `current`.
+        current: Bytes of new tensors that are alive, minus freed bytes of `held`.
+        peak: Maximum of `current`.
 
     """
 

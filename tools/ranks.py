@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What vLLM's parallel layers need to be built outside an engine."""
+"""Set up vLLM's parallel state, to build parallel layers without an engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,14 @@ from vllm.utils.network_utils import get_distributed_init_method
 
 @contextmanager
 def tensor_parallel(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """Join a group of ranks, in which upstream's parallel layers can be built."""
+    """Join a group of ranks in which vLLM's parallel layers can be built.
+
+    Args:
+        rank: Number of this rank.
+        world_size: Number of ranks.
+        port: TCP port on which the ranks meet.
+
+    """
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(
             world_size=world_size,

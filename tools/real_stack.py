@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The real torch_npu and vllm-ascend, on a machine without an NPU.
+"""Use the real torch_npu and vllm-ascend on a machine without an NPU.
 
     python -m tools.real_stack test [pytest arguments]
     python -m tools.real_stack run COMMAND...
 
-Downloads their wheels into `build/real-stack`, and compiles stubs of the libraries of
-CANN that torch_npu links to: functions that return 0. Importing, schemas, meta
-functions and all that is Python then work; operators run emulated.
+Downloads their wheels into `build/real-stack`, and compiles stubs of the CANN libraries
+that torch_npu links to, whose functions return 0. Imports, operator schemas, meta
+functions and all Python code then work; operators are emulated.
 
-Two stacks: `torch_npu` beside this environment's vLLM, and `vllm_ascend`, both of them
-on vLLM 0.23.0's Python files (its compiled ones need another torch).
+There are two stacks: `torch_npu` with this environment's vLLM, and `vllm_ascend`, which
+is torch_npu and vllm-ascend with the Python files of vLLM 0.23.0 (its compiled files
+need another torch).
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tools import elf, stacks
 
 STACKS = ("torch_npu", "vllm_ascend")
 
-# The libraries of CANN that torch_npu needs by name.
+# The CANN libraries that torch_npu links to.
 LIBRARIES = [
     *("libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph"),
     *("libacl_tdt_channel", "libruntime", "libprofapi", "libatb"),
@@ -34,7 +35,7 @@ LIBRARIES = [
 
 @cache
 def environment(stack: str) -> dict[str, str]:
-    """The variables with which a stack is imported; it is made if missing."""
+    """Environment variables to import a stack; installs the stack if it is missing."""
     paths = [stacks.install(name) for name in stacks.STACKS[stack]]
     stubs = make_stubs(paths[0])
     check = "import torch_npu; torch_npu.npu_format_cast"
@@ -50,12 +51,12 @@ def environment(stack: str) -> dict[str, str]:
     command = [sys.executable, "-c", check]
     result = subprocess.run(command, env=variables, capture_output=True, text=True)
     if result.returncode:
-        raise SystemExit(f"real_stack: torch_npu does not import:\n{result.stderr}")
+        raise SystemExit(f"real_stack: importing torch_npu failed:\n{result.stderr}")
     return variables
 
 
 def make_stubs(torch_npu: Path) -> Path:
-    """Compile what stands in for CANN's libraries."""
+    """Compile stubs of CANN's libraries."""
 
     def make(directory: Path) -> None:
         import torch
@@ -72,8 +73,8 @@ def make_stubs(torch_npu: Path) -> Path:
     return stacks.once(stacks.ROOT / "stubs", contents, make)
 
 
-# Of the usual tests what runs over each stack as well. Both have torch_npu; what does
-# not call its schemas runs over the vLLM that it is installed with.
+# Usual tests that also run on each stack. Both stacks have torch_npu, so tests that do
+# not depend on its schemas run only with the vLLM of the `vllm_ascend` stack.
 OTHER_TESTS = {
     "torch_npu": ("tests/ops",),
     "vllm_ascend": (
@@ -89,13 +90,13 @@ OTHER_TESTS = {
 }
 
 
-# vllm-ascend is installed for one chip, by default A2.
+# vllm-ascend is installed for one chip; the default is A2.
 OTHER_CHIPS = ("A5", "310P")
 CHIP_TESTS = "tests/real_stack/test_vllm_ascend_chips.py"
 
 
 def test(arguments: Sequence[str]) -> int:
-    """Run the tests of each stack, and some of the usual ones over it."""
+    """Run the tests of each stack, and some of the usual tests on it."""
     runs = []
     for stack in STACKS:
         runs.append((stack, "", ["-m", stack, "tests/real_stack"]))
@@ -107,7 +108,7 @@ def test(arguments: Sequence[str]) -> int:
         command = [sys.executable, "-m", "pytest", *options, *arguments]
         variables = environment(stack) | {"REAL_STACK_CHIP": chip}
         codes.append(subprocess.run(command, env=variables).returncode)
-    # A crash has a negative one.
+    # After a crash the code is negative.
     return int(any(codes))
 
 

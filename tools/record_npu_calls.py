@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Record what layers ask of the NPU operators, for `tools.check_npu` to repeat.
+"""Record the NPU operator calls of layers, for `tools.check_npu` to repeat.
 
     python -m tools.record_npu_calls [--out build/npu-calls.pt]
 
-Runs layers of every scheme and kind on the emulated platform, and writes each call that
-is not like another. `VLLM_ASCEND_CT_SOC` names the chip.
+Runs layers of every scheme and kind on the emulated platform, and writes one call of
+each form to a file. `VLLM_ASCEND_CT_SOC` names the chip.
 
     python -m tools.real_stack run python -m tools.record_npu_calls
 
-writes what vllm-ascend asks for such experts: of the same operators, and of its own.
+records the calls that vllm-ascend makes for such experts, also of its own operators.
 """
 
 import argparse
@@ -39,9 +39,9 @@ class CallRecorder(TorchDispatchMode):
     """Keeps one call of each form.
 
     Attributes:
-        calls: Operator, arguments and keyword arguments by a name that says what made
-            the call. A tensor in FRACTAL_NZ is `{"nz": tensor}`.
-        source: What makes calls now.
+        calls: Operator, arguments and keyword arguments, by a name that tells which
+            layer made the call. A tensor in FRACTAL_NZ is `{"nz": tensor}`.
+        source: Name of the layer that is running.
 
     """
 
@@ -74,18 +74,18 @@ def _form(tensor: torch.Tensor) -> str:
 
 
 def _copy(tensor: torch.Tensor) -> Any:
-    # A view keeps its strides, and not the rest of its memory.
+    # The copy of a view keeps its strides, but not the rest of its storage.
     copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     copied.copy_(tensor)
     return {"nz": copied} if is_nz(tensor) else copied
 
 
-# Builds and runs what a scheme says, of one dtype.
+# Builds and runs a layer, given a scheme and a dtype.
 Run = Callable[[str, torch.dtype], None]
 
 
 def layers() -> dict[str, Run]:
-    """Upstream's layers, where they can be built."""
+    """Functions that build and run upstream's layers, by kind of layer."""
     from tests.layers import quantized_experts as experts
     from tests.layers.quantized_layers import (
         activations,
@@ -98,7 +98,7 @@ def layers() -> dict[str, Run]:
 
     case = row_case(512, 96)
     sizes = experts.Sizes(4, hidden=256, intermediate=256, top_k=2)
-    # More than one group of 256.
+    # Wide enough for more than one group of 256.
     wider = experts.Sizes(4, hidden=512, intermediate=512, top_k=2)
 
     def run_linear(scheme: str, dtype: torch.dtype) -> None:
@@ -143,7 +143,7 @@ def layers() -> dict[str, Run]:
 
 
 def vllm_ascend_layers(vllm_config: Any) -> dict[str, Run]:
-    """vllm-ascend's experts, without its own operators and with them."""
+    """Functions that run vllm-ascend's experts, without and with its own operators."""
     from tests.layers.quantized_experts import routing
     from tests.layers.quantized_layers import activations
     from tests.real_stack import ascend_experts as experts
@@ -170,7 +170,7 @@ def record(
     schemes: Sequence[str],
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> dict[str, tuple[str, Any, Any]]:
-    """Run layers of some schemes."""
+    """Run layers of the given schemes and record their calls."""
     with CallRecorder() as recorder:
         for scheme, dtype, (kind, run) in product(schemes, dtypes, kinds.items()):
             torch.manual_seed(0)
@@ -178,7 +178,7 @@ def record(
             try:
                 run(scheme, dtype)
             except UnsupportedCheckpointError:
-                print(f"{current_soc().value} does not serve {recorder.source}")
+                print(f"{current_soc().value} does not support {recorder.source}")
     return recorder.calls
 
 

@@ -29,7 +29,7 @@ def _line(release: Release) -> str:
 
 
 def with_table(readme: str) -> str:
-    """Put the table into the README's text."""
+    """Replace the table in the README's text."""
     before, _, rest = readme.partition(START)
     table = HEADER + "".join(map(_line, TABLE))
     return before + START + table + END + rest.partition(END)[2]

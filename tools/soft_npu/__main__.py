@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""vllm-ascend's engine, unmodified, on a machine without an NPU.
+"""Run vllm-ascend's unmodified engine on a machine without an NPU.
 
     python -m tools.soft_npu run [options] -- vllm serve CHECKPOINT
     python -m tools.soft_npu run [options] -- python -m tools.soft_npu.serve OUT RUN
@@ -9,10 +9,10 @@
     python -m tools.soft_npu stand-ins
     python -m tools.soft_npu op-plugin DIRECTORY [--release R]
 
-`run` gives a command, and all that it starts, NPUs: torch_npu over a runtime in the
-host's memory, which computes on the CPU. What it needs is downloaded and compiled once.
-A release of vllm-ascend that is not known yet needs `--vllm`, the release that it is
-made for, and `VLLM_ASCEND_CT_ANY_RELEASE=1`.
+`run` gives a command and its child processes software NPUs: the real torch_npu with a
+runtime that uses the host's memory and computes on the CPU. Dependencies are downloaded
+and compiled once. For a release of vllm-ascend that is not known yet, `--vllm` names
+the vLLM release that it is made for, and `VLLM_ASCEND_CT_ANY_RELEASE` must be 1.
 """
 
 import argparse
@@ -33,31 +33,31 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     run = actions.add_parser("run", help="a command on software NPUs")
     make = actions.add_parser("set-up", help="download and compile only")
-    actions.add_parser("stand-ins", help="list what stands in for what")
+    actions.add_parser("stand-ins", help="list the stand-ins")
     operators = actions.add_parser("op-plugin", help="run op-plugin's own tests")
     operators.add_argument("directory", type=Path, help="its test/test_custom_ops")
     test = actions.add_parser("test", help="run tests/soft_npu; the rest is pytest's")
     default = Device()
     for action in (run, make, test, operators):
-        # Without one, `test` runs over all that are served.
+        # By default `test` runs on all supported releases.
         known = None if action is test else default.release
-        action.add_argument("--release", default=known, help="of vllm-ascend")
-        action.add_argument("--vllm", help="what a release that is not known needs")
+        action.add_argument("--release", default=known, help="vllm-ascend release")
+        action.add_argument("--vllm", help="vLLM of an unknown release")
     run.add_argument("--soc", choices=environment.SOCS, default=default.soc)
     run.add_argument("--devices", type=int, default=default.devices)
-    run.add_argument("--memory", default=default.memory, help="of each, as 8G")
+    run.add_argument("--memory", default=default.memory, help="of each device, like 8G")
     run.add_argument(
         "--fault",
         action="append",
         default=[],
         metavar="KIND[:NAME]@N",
-        help="allocate, operator or hang: the N-th, or with a + from there on, fails",
+        help="allocate, operator or hang: the N-th fails; with a +, all from there on",
     )
     run.add_argument(
         "--coverage",
         type=Path,
         metavar="REPORT",
-        help="write which functions of vllm-ascend and which operators ran",
+        help="report the functions of vllm-ascend and the operators that ran",
     )
     run.add_argument("--verbose", action="store_true", help="print the stand-ins")
     run.add_argument("command", nargs=argparse.REMAINDER)
@@ -80,7 +80,7 @@ def main() -> None:
 def _check_release(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace
 ) -> None:
-    """Make a release known, or refuse it."""
+    """Add a release that is not known yet; require `--vllm` for it."""
     release = getattr(arguments, "release", None)
     if release is None or release in stacks.STACKS:
         return

@@ -19,7 +19,7 @@ _STUB = 'return soft_npu_missing("{name}");'
 
 
 def libraries() -> Path:
-    """The directory of the runtime, under the names of CANN, and of the dispatch."""
+    """Compile the runtime, named like CANN's libraries, and the dispatch library."""
     torch, torch_npu = _packages()
     strip_cuda(torch)
 
@@ -48,14 +48,14 @@ def libraries() -> Path:
 
 
 def _stubs(directory: Path, names: Iterable[str]) -> list[Path]:
-    """Compile functions that say their name and fail."""
+    """Compile stub functions that print their name and fail."""
     source = directory / "stubs.c"
     source.write_text(_MISSING + elf.stub_source(sorted(names), _STUB))
     return compile_objects(directory, [source], [])
 
 
 def custom_operators(part: str) -> Path:
-    """vllm-ascend's own library, compiled of its source distribution.
+    """Compile vllm-ascend's own library from its source distribution.
 
     It has its operators' schemas and meta functions. The kernels of the chip are stubs.
 
@@ -63,7 +63,7 @@ def custom_operators(part: str) -> Path:
         part: One of `stacks.SOURCES`.
 
     Returns:
-        The directory that the library is in, as a package beside vllm-ascend's.
+        The directory of the library, which is a package next to vllm-ascend's.
 
     """
     torch, torch_npu = _packages()

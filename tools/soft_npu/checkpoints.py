@@ -15,18 +15,18 @@ from tools import make_checkpoint, stacks, tiny_model, tiny_moe
 from tools.logprobs import reference
 from tools.soft_npu import build, suite
 
-# Of a recipe's schemes: the first is attention's, the last that of the rest.
+# Layers that a recipe's schemes apply to: the first to attention, the last to the rest.
 _LAYERS = ("re:.*self_attn.*_proj.*", "re:.*.mlp.*(_proj|w[123])")
 
 
 def dense_configs() -> dict[str, PretrainedConfig]:
-    """Models with random weights beside those of `tools.tiny_moe`."""
+    """Configs of dense models with random weights."""
     sizes = tiny_moe.COMMON | {"intermediate_size": 512, "head_dim": 64}
     return {"llama": LlamaConfig(**sizes), "qwen3": Qwen3Config(**sizes)}
 
 
 def make(name: str) -> None:
-    """Make a checkpoint, and `reference.json` in it, once."""
+    """Make a checkpoint with its `reference.json`, unless it exists."""
     model, _, recipe = suite.contents(name).partition("/")
 
     def make_one(directory: Path) -> None:
@@ -39,7 +39,7 @@ def make(name: str) -> None:
 
 
 def _base(model: str) -> Path:
-    """The model to quantize, made once."""
+    """The unquantized model; made if it is missing."""
     if model == "dense":
         tiny_model.make_once(make_checkpoint.DEFAULT_BASE)
         return make_checkpoint.DEFAULT_BASE

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What of vllm-ascend ran on software NPUs, and which operators it called.
+"""Report which functions of vllm-ascend ran, and which operators they called.
 
     python -m tools.soft_npu run --coverage REPORT.md -- COMMAND
 
-Each process of the command writes what it ran and called when it ends. One that is
-killed says nothing, so the report counts the processes. Needs the package `coverage`.
+Each process of the command writes its data when it ends. A process that is killed
+writes nothing, so the report states the number of processes. Needs the package
+`coverage`.
 """
 
 import atexit
@@ -20,13 +21,13 @@ PACKAGE = "vllm_ascend"
 
 
 def check() -> None:
-    """Refuse to measure without the package that does it."""
+    """Exit with an error if the package `coverage` is missing."""
     if find_spec("coverage") is None:
         raise SystemExit("soft_npu: --coverage needs `pip install coverage`.")
 
 
 def start(directory: str) -> None:
-    """Measure this process from now on, and write when it ends."""
+    """Measure this process from now on; write the data to a directory at exit."""
     import coverage
 
     measured = coverage.Coverage(
@@ -50,10 +51,10 @@ def start(directory: str) -> None:
 
 
 def report(directory: Path, out: Path) -> None:
-    """Write what the processes ran, as Markdown.
+    """Write the report as Markdown.
 
     Args:
-        directory: Where they wrote it.
+        directory: Directory with the processes' data.
         out: The file to write.
 
     """
@@ -89,10 +90,11 @@ def report(directory: Path, out: Path) -> None:
 
 
 def functions(directory: Path) -> dict[str, tuple[list[str], int]]:
-    """What ran of each file that has functions.
+    """The functions that ran, for each file that has functions.
 
     Returns:
-        Path in the package -> names of the functions that ran, and how many it has.
+        By path in the package, the names of the functions that ran, and the number of
+        all functions.
 
     """
     import coverage
@@ -103,7 +105,7 @@ def functions(directory: Path) -> dict[str, tuple[list[str], int]]:
     measured.json_report(outfile=str(found), ignore_errors=True)
     ran = {}
     for path, of_file in json.loads(found.read_text())["files"].items():
-        # The empty name is the module's own lines.
+        # The empty name stands for the module's own lines.
         summaries = {name: x["summary"] for name, x in of_file["functions"].items()}
         summaries.pop("", None)
         names = [name for name, x in summaries.items() if x["covered_lines"]]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""torch's CPU half.
+"""Reduce an installed torch to its CPU part.
 
-The torch that package indexes have for Linux is built for CUDA, and pip does without
-what it requires. Its CUDA libraries, two thirds of its size, are replaced by stubs: no
-device is there, and nothing else asks for one.
+Package indexes have torch for Linux built for CUDA, and it is installed here without
+its dependencies. Its CUDA libraries, two thirds of its size, are replaced by stubs that
+report that there is no device.
 """
 
 import re
@@ -16,13 +16,14 @@ from tools import elf
 SOURCES = Path(__file__).parent / "src"
 _REMOVED = ("libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so")
 _STUBS = _REMOVED[0]
-# An error of CUDA's own interface; from C++ a pointer to zeros, whose last byte is 0.
+# Stubs of CUDA's own functions return the error cudaErrorNoDevice. Other stubs return a
+# pointer to zeros; read as a number, its last byte is 0.
 _NO_DEVICE = "return 100;"
 _ZEROS = "static char zeros[1 << 16] __attribute__((aligned(4096)));\n"
 
 
 def strip_cuda(torch: Path) -> None:
-    """Replace the CUDA libraries of an installed torch, once."""
+    """Replace the CUDA libraries of an installed torch by stubs, once."""
     libraries = torch / "lib"
     if not (libraries / _REMOVED[1]).exists():
         return
@@ -30,7 +31,7 @@ def strip_cuda(torch: Path) -> None:
         (libraries / name).unlink()
     kept = sorted(libraries.glob("*.so*"))
     names = elf.missing_symbols(kept, [])
-    # Type information is data, in torch_cuda.cpp.
+    # Type information is data and not a function; it is in torch_cuda.cpp.
     functions = [name for name in names if not re.match("_ZT[IV]", name)]
     own = [name for name in functions if re.match("(cu|nv)[A-Za-z]", name)]
     others = [name for name in functions if name not in own]

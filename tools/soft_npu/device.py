@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Put the software NPU under torch_npu, in a process that has imported it."""
+"""Install the software NPU below torch_npu, in a process that has imported it."""
 
 import os
 from functools import cache
@@ -8,7 +8,8 @@ from functools import cache
 import torch
 
 NAMESPACES = ("aten", "npu", "atb", "_C_ascend", "soft_npu")
-# What torch_npu does itself on the runtime: it allocates, describes and views.
+# Operators that torch_npu implements itself on the runtime: allocation, metadata,
+# views.
 KEPT = {
     "aten::empty_with_swapped_memory",
     "aten::resize_",
@@ -26,7 +27,7 @@ KEPT = {
     "npu::npu_change_data_ptr",
     "npu::copy_memory_",
 }
-# Matrices of products may be in FRACTAL_NZ.
+# Arguments of matmul operators that may be in FRACTAL_NZ.
 READ_NZ = [
     "aten::mm",
     "aten::addmm",
@@ -47,10 +48,11 @@ READ_NZ = [
     "_C_ascend::grouped_matmul_swiglu_quant_weight_nz_tensor_list",
     "_C_ascend::grouped_matmul_swiglu_quant_v2",
 ]
-# op-plugin takes the offset of a slice in int32, aclnn in int4
-# (WeightQuantBatchMatmulKernelNpuOpApi.cpp; aclnn_weight_quant_batch_matmul_v2.cpp).
+# For a slice of this weight, op-plugin passes the offset in units of int32, and aclnn
+# interprets it in units of int4 (WeightQuantBatchMatmulKernelNpuOpApi.cpp;
+# aclnn_weight_quant_batch_matmul_v2.cpp).
 PACKED_INT4 = ["npu::npu_weight_quant_batchmatmul weight"]
-# Their results are numbers, or have sizes that depend on values.
+# Operators that synchronize: their results are numbers, or have data-dependent sizes.
 SYNCHRONIZE = [
     "aten::_local_scalar_dense",
     "aten::is_nonzero",
@@ -68,7 +70,7 @@ SYNCHRONIZE = [
 
 @cache
 def install() -> None:
-    """Load the dispatch library, and take over what torch_npu registers."""
+    """Load the dispatch library, and replace the kernels that torch_npu registers."""
     from tools.soft_npu import ops, triton_kernels
     from vllm_ascend_ct.ops import emulated
 
@@ -81,7 +83,7 @@ def install() -> None:
 
 
 def install_custom() -> None:
-    """Take over vllm-ascend's own operators, whose library was just imported."""
+    """Replace the kernels of vllm-ascend's own operators after their import."""
     from tools.soft_npu import ops
 
     ops.install("_C_ascend")
@@ -89,7 +91,7 @@ def install_custom() -> None:
 
 
 def _mark_nz(tensor: torch.Tensor) -> None:
-    """Let the package's operators know that matrices came from FRACTAL_NZ."""
+    """Mark a tensor as FRACTAL_NZ for the package's emulated operators."""
     from vllm_ascend_ct.ops.emulated.registry import mark_nz
 
     mark_nz(tensor)

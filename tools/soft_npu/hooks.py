@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What happens when a process of the software NPU imports something.
+"""Import hooks of a process with software NPUs.
 
-`site/sitecustomize.py` calls `install` in each. Nothing else acts: what is imported is
-what is installed, but for the stand-ins that `stand_ins.py` lists.
+`site/sitecustomize.py` calls `install` in each process. Packages are imported as they
+are installed, except for the stand-ins that `stand_ins.py` lists.
 """
 
 import importlib.abc
@@ -38,7 +38,7 @@ AFTER: dict[str, Callable[[], None]] = {
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads a module as its own loader does, and then does something more."""
+    """Loads a module with its own loader, and then runs a function."""
 
     def __init__(self, loader: Any, after: Callable[[], None]) -> None:
         self.loader, self.after = loader, after
@@ -67,7 +67,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """The last to be asked for modules that nobody has."""
+    """Last finder, which provides stand-ins for modules that are not installed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: Any = None
@@ -84,7 +84,7 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Watch imports of this process, and what it runs if that is asked for."""
+    """Install the hooks in this process, and start coverage if requested."""
     sys.meta_path.insert(0, _Finder())
     sys.meta_path.append(_StandIns())
     if directory := os.environ.get(covered.VARIABLE):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""op-plugin's own tests of the operators that are emulated, on software NPUs.
+"""Run op-plugin's own tests of the emulated operators on software NPUs.
 
     python -m tools.soft_npu op-plugin DIRECTORY
 
-DIRECTORY is `test/test_custom_ops` of Ascend/op-plugin. Each test passes, is refused by
-an error that names what is not emulated, is skipped by itself, or is wrong. Needs the
-package `expecttest`, which torch's own test cases import.
+DIRECTORY is `test/test_custom_ops` of Ascend/op-plugin. Each test passes, is refused
+with an error that names what is not emulated, skips itself, or is wrong. Needs the
+package `expecttest`, which torch's test cases import.
 """
 
 import re
@@ -21,24 +21,24 @@ from tools import patch_tree
 from tools.soft_npu import environment
 from tools.soft_npu.environment import Device
 
-# How the emulation and the runtime say that they do not have something.
+# Errors by which the emulation and the runtime refuse something.
 REFUSED = re.compile(r"OperatorLimitError|NotImplementedError|soft_npu: ")
 SECONDS = 600
 
 
 def run(directory: Path, release: str) -> int:
-    """Run the files of operators that are emulated, and print what became of each test.
+    """Run the test files of emulated operators, and print the outcome of each test.
 
     Args:
-        directory: Of the tests.
-        release: Of vllm-ascend, whose torch_npu runs.
+        directory: Directory of the tests.
+        release: vllm-ascend release whose torch_npu to use.
 
     Returns:
         1 if a test is wrong.
 
     Raises:
-        SystemExit: The directory has no test of an operator that is emulated, or a
-            package is missing.
+        SystemExit: The directory has no tests of emulated operators, or a package is
+            missing.
 
     """
     if find_spec("expecttest") is None:
@@ -46,7 +46,7 @@ def run(directory: Path, release: str) -> int:
     total: Counter[str] = Counter()
     paths = files(directory)
     if not paths:
-        raise SystemExit(f"soft_npu: {directory} has no test of what is emulated.")
+        raise SystemExit(f"soft_npu: {directory} has no tests of emulated operators.")
     for path in paths:
         found = outcomes(path.resolve(), release)
         counts = Counter(kind for kind, _ in found.values())
@@ -60,7 +60,7 @@ def run(directory: Path, release: str) -> int:
 
 
 def files(directory: Path) -> list[Path]:
-    """The tests of operators that are emulated."""
+    """The test files of emulated operators."""
     from tools.soft_npu.ops.registry import KERNELS
     from vllm_ascend_ct.ops import emulated  # noqa: F401
     from vllm_ascend_ct.ops.emulated.registry import OPERATORS
@@ -72,7 +72,7 @@ def files(directory: Path) -> list[Path]:
 
 
 def outcomes(path: Path, release: str) -> dict[str, tuple[str, str]]:
-    """What became of a file's tests, and why."""
+    """The outcomes of a file's tests, with reasons."""
     with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
         report = Path(state) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -100,11 +100,11 @@ def _kind(kind: str, text: str) -> str:
 
 
 def describe(counts: Counter[str]) -> str:
-    """Counts for people."""
+    """Format counts."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def first_line(text: str) -> str:
-    """What a failure says first."""
+    """The first line of a failure's message."""
     said = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
     return (said or text.strip().splitlines() or [""])[0][:160]

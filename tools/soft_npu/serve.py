@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Serve checkpoints one after the other in this process, and say what served them.
+"""Serve checkpoints one after the other in this process, and report what served them.
 
     python -m tools.soft_npu run -- python -m tools.soft_npu.serve OUT.json RUN...
 
@@ -21,7 +21,7 @@ NEW_TOKENS = 12
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """What the process that has the model computes it with."""
+    """The classes with which a process computes its part of a model."""
     from vllm.platforms import current_platform
 
     from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
@@ -44,7 +44,7 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def operators(_: Any = None) -> dict[str, int]:
-    """How often this process has called each operator."""
+    """Number of calls of each operator in this process."""
     import torch
 
     if not hasattr(torch.ops.soft_npu, "report"):
@@ -57,9 +57,9 @@ def serve(checkpoint: str, **options: Any) -> dict[str, Any]:
     """Serve one checkpoint.
 
     Returns:
-        The config's class; what `describe` says of each rank, and how often it called
-        each operator; log-probabilities of a text that the model was not trained on;
-        greedy tokens of `PROMPTS`.
+        The config's class; the result of `describe` and the number of calls of each
+        operator, by rank; log-probabilities of a held-out text; and greedy tokens for
+        `PROMPTS`.
 
     """
     from vllm import LLM, SamplingParams
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+", type=json.loads, metavar="RUN")
     arguments = parser.parse_args()
-    # By its name: other processes are sent `describe`, and their `__main__` is another.
+    # Import by name: `describe` is pickled to processes with another `__main__`.
     from tools.soft_npu.serve import serve
 
     results = [serve(**run) for run in arguments.runs]

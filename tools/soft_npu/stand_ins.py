@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What stands in for something that this machine has not.
+"""Stand-ins for modules and functions that this machine lacks.
 
 `python -m tools.soft_npu stand-ins` prints the list.
 """
@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# Modules that are imported and hardly used.
+# Modules that are imported but hardly used.
 MODULES = {
     "acl": "CANN's Python interface, which vllm-ascend's sleep mode uses",
     "torchvision": "images; the build for this torch is for CUDA",
@@ -18,14 +18,14 @@ MODULES = {
 
 
 class AnyAttribute(type):
-    """A class whose attributes are their names."""
+    """A class whose attributes have their own names as values."""
 
     def __getattr__(cls, name: str) -> str:
         return name
 
 
 class Module(types.ModuleType):
-    """A module that has every name."""
+    """A module that has every attribute."""
 
     __path__: list[str] = []
 
@@ -38,12 +38,12 @@ class Module(types.ModuleType):
 def _after_torch() -> None:
     import torch
 
-    # A build without CUDA has it not.
+    # A build without CUDA does not have it.
     del torch._C._host_emptyCache
 
 
 def _after_triton() -> None:
-    # First, as it loads torch_npu, which needs what is imported next.
+    # First, because it loads torch_npu, which needs the next import.
     import torch  # noqa: F401
 
     from tools.soft_npu import triton_kernels
@@ -61,27 +61,27 @@ def _after_build_info() -> None:
     _build_info.__device_type__ = f"_{soc}" if soc[0].isdigit() else soc
 
 
-# What is replaced in a module when it has been imported, and why.
+# Functions that replace something in a module after its import.
 AFTER: dict[str, Callable[[], None]] = {
     "torch": _after_torch,
     "triton": _after_triton,
     "vllm_ascend._build_info": _after_build_info,
 }
 REPLACED = {
-    "torch._C._host_emptyCache": "removed, as from a build without CUDA, which this is",
+    "torch._C._host_emptyCache": "removed, as in a build without CUDA",
     "triton.runtime.driver.active": "names the chip's cores; there is no compiler",
-    "triton.runtime.interpreter.GridExecutor": "its own launches, by the dispatcher",
-    "triton.runtime.interpreter.InterpreterBuilder": "gathers, and rounds to bfloat16",
+    "triton.runtime.interpreter.GridExecutor": "launches through the dispatcher",
+    "triton.runtime.interpreter.InterpreterBuilder": "adds gather; rounds to bfloat16",
     "triton.language.extra.cann.extension": "three functions, for the interpreter",
     "vllm_ascend._build_info.__device_type__": "the chip that --soc names",
-    "vllm-*.dist-info": "names vLLM's build for no device, which an NPU host has",
+    "vllm-*.dist-info": "identifies vLLM as the build for no device, as on NPU hosts",
 }
 
 
 def describe() -> list[str]:
-    """One line for each, of all that is not what production has."""
+    """One line for each difference from a production host."""
     from tools.soft_npu.triton_kernels import FAST
 
-    kernels = dict.fromkeys(FAST, "the same numbers, without the interpreter")
+    kernels = dict.fromkeys(FAST, "the same results, without the interpreter")
     lines = {**MODULES, **REPLACED, **kernels}
     return [f"{name}: {reason}" for name, reason in lines.items()]

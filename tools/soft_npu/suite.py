@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Run the tests of the software NPU, with the checkpoints that they serve."""
+"""Run the tests on software NPUs, and make the checkpoints that they serve."""
 
 import os
 import subprocess
@@ -16,9 +16,9 @@ from tools.soft_npu.environment import Device
 from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"
-# What runs over each release.
+# Tests that run on every release.
 ENGINES, FUSION = (f"tests/soft_npu/test_{name}.py" for name in ("engine", "fusion"))
-# Those of the usual selection; others are named MODEL/RECIPE.
+# Checkpoints of the default selection; others are named MODEL/RECIPE.
 MODELS = {
     "dense-w4a16": "dense/w4a16-g128",
     "dense-w8a8": "dense/w8a8-channel-dynamic",
@@ -34,9 +34,9 @@ def checkpoint(name: str) -> Path:
 
 
 def prepare(names: Sequence[str] = tuple(MODELS)) -> None:
-    """Make models and checkpoints, and their float32 log-probabilities, once.
+    """Make models and checkpoints with their float32 log-probabilities, once.
 
-    In the plain environment: nothing of what is tested computes them.
+    Uses the plain environment, so that nothing under test computes the reference.
     """
     missing = [
         name for name in names if not stacks.is_made(checkpoint(name), contents(name))
@@ -52,14 +52,14 @@ def contents(name: str) -> str:
 
 
 def test(arguments: Sequence[str], release: str | None = None) -> int:
-    """Run tests/soft_npu; all that they need is made if missing.
+    """Run tests/soft_npu, and make what they need if it is missing.
 
-    An engine computes on one core, so as many parts run at once as there are cores.
+    An engine computes on one core, so one part per core runs at a time.
 
     Args:
-        arguments: Of pytest. Files replace what is run else.
-        release: Of vllm-ascend; None for all that are served, of which those that are
-            not the default run engines only.
+        arguments: Arguments of pytest. Files replace the default selection.
+        release: vllm-ascend release; None for all supported ones, of which all but the
+            default run only the tests of engines.
 
     """
     prepare()
@@ -75,19 +75,19 @@ def test(arguments: Sequence[str], release: str | None = None) -> int:
     ]
     with ThreadPoolExecutor(1 if has_files else os.cpu_count()) as pool:
         codes = list(pool.map(lambda run: _test(*run), runs))
-    # A crash has a negative one.
+    # After a crash the code is negative.
     return int(any(codes))
 
 
 def parts(release: str) -> list[list[str]]:
-    """The tests of a release, in parts that take about as long."""
+    """The tests of a release, in parts that take about the same time."""
     if release != Device.release:
         return [[ENGINES, FUSION]]
     return [[ENGINES], ["tests/soft_npu", f"--ignore={ENGINES}"]]
 
 
 def _test(release: str, arguments: Sequence[str], capture: bool) -> int:
-    """Run one pytest; if captured, print what it said in one piece."""
+    """Run pytest once; if captured, print its output in one piece at the end."""
     options = ["-m", "soft_npu and not long", *arguments]
     command = [sys.executable, "-m", "pytest", *options]
     print(f"soft_npu: vllm-ascend {release}:", *command[1:], flush=True)

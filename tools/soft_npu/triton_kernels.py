@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Triton kernels: triton-ascend's own interpreter runs them, on the NPU's memory.
+"""Run Triton kernels with triton-ascend's interpreter on the software NPU's memory.
 
-A launch is an operator of the software NPU, so that a graph holds it as any other.
+A launch is an operator of the software NPU, so that graphs can capture it.
 """
 
 import sys
@@ -17,7 +17,7 @@ _TENSOR = object()
 
 
 def install() -> None:
-    """Replace driver and launcher of the `triton` that was just imported."""
+    """Replace the driver and the launcher of the imported `triton`."""
     from triton.backends import backends
     from triton.runtime import interpreter
     from triton.runtime.driver import driver
@@ -26,7 +26,7 @@ def install() -> None:
     driver.set_active(_Driver())
     original = interpreter.GridExecutor
     compiler = backends["ascend"].compiler
-    # What its compiler takes, and an interpreter does not.
+    # Options of the compiler, which the interpreter does not accept.
     options = compiler.parse_options.__globals__["NPUOptions"].__dataclass_fields__
 
     class Executor(original):  # type: ignore[misc, valid-type]
@@ -52,7 +52,7 @@ def install() -> None:
 
 
 def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
-    """As upstream's interpreter has it; triton-ascend's has not."""
+    """`gather`, which upstream's interpreter has and triton-ascend's lacks."""
     import numpy as np
     from triton.runtime.interpreter import TensorHandle
 
@@ -60,7 +60,7 @@ def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
 
 
 def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
-    """Round to bfloat16 to nearest even, as a chip: triton's interpreter truncates."""
+    """Round to nearest even in casts to bfloat16; triton's interpreter truncates."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
@@ -81,7 +81,7 @@ def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def launch(tensors: list[torch.Tensor], number: int) -> None:
-    """Run a kernel on tensors of the CPU, which are where the NPU's are."""
+    """Run a kernel on CPU tensors that share the memory of the NPU tensors."""
     run, name, blanks = _launches[number]
     given = iter(tensors)
     named = {k: next(given) if x is _TENSOR else x for k, x in blanks.items()}
@@ -90,7 +90,7 @@ def launch(tensors: list[torch.Tensor], number: int) -> None:
 
 
 def _rope(o: dict[str, Any]) -> bool:
-    """vllm-ascend's `_triton_rope`: turn q and k in place."""
+    """vllm-ascend's `_triton_rope`: rotate q and k in place."""
     if o["rope_dim"] != o["pad_rope_dim"]:
         return False
     tokens, half = o["num_tokens"], o["rope_dim"] // 2
@@ -111,8 +111,8 @@ def _rope(o: dict[str, Any]) -> bool:
     return True
 
 
-# Kernels in Python: the same numbers in a hundredth of the interpreter's time. A
-# function returns whether it could do the call.
+# Replacements of kernels by torch code: the same results in a hundredth of the time. A
+# function returns whether it supports the call.
 FAST: dict[str, Callable[[dict[str, Any]], bool]] = {"_triton_rope": _rope}
 
 
@@ -128,7 +128,7 @@ class _Utils:
 
 
 class _Driver:
-    """Of triton-ascend's driver what kernels' callers ask for."""
+    """The part of triton-ascend's driver that callers of kernels use."""
 
     utils = _Utils()
 
@@ -149,7 +149,7 @@ class _Driver:
         return torch_npu.npu
 
     def get_benchmarker(self) -> Any:
-        # All configurations are as fast: the first is taken.
+        # All configurations take the same time, so the first one is chosen.
         return lambda function, quantiles, **_: [1.0] * len(quantiles)
 
 
@@ -174,21 +174,21 @@ def _tensor(data: Any, like: Any) -> Any:
 
 
 def extract_slice(ful: Any, offsets: Any, sizes: Any, strides: Any, **_: Any) -> Any:
-    """A part of a tensor, as triton-ascend's extension."""
+    """A slice of a tensor; see triton-ascend's extension."""
     return _tensor(ful.handle.data[_slices(offsets, sizes, strides)].copy(), ful)
 
 
 def insert_slice(
     ful: Any, sub: Any, offsets: Any, sizes: Any, strides: Any, **_: Any
 ) -> Any:
-    """A tensor with a part replaced, as triton-ascend's extension."""
+    """A tensor with a slice replaced; see triton-ascend's extension."""
     data = ful.handle.data.copy()
     data[_slices(offsets, sizes, strides)] = sub.handle.data
     return _tensor(data, ful)
 
 
 def get_element(src: Any, indice: Sequence[Any], **_: Any) -> Any:
-    """One element, as triton-ascend's extension."""
+    """One element of a tensor; see triton-ascend's extension."""
     import numpy as np
 
     element = src.handle.data[tuple(_number(i) for i in indice)]
@@ -196,7 +196,7 @@ def get_element(src: Any, indice: Sequence[Any], **_: Any) -> Any:
 
 
 def provide_extension() -> None:
-    """Provide `triton.language.extra.cann.extension`, which 3.2.0 has not."""
+    """Provide `triton.language.extra.cann.extension`, which 3.2.0 lacks."""
     names = ("triton.language.extra.cann", "triton.language.extra.cann.extension")
     for name in names:
         module = types.ModuleType(name)

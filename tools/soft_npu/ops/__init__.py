@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What an engine asks of an NPU beyond what the package emulates, on CPU."""
+"""CPU kernels of the operators that engines use and the package does not emulate."""
 
 from tools.soft_npu.ops import (  # noqa: F401
     attention,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Attention: in fp32, rounded once, which is not how the NPU rounds inside."""
+"""Attention operators, computed in fp32 and rounded once, unlike on the NPU."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +13,9 @@ from vllm_ascend_ct.ops.emulated.registry import describe, refuse
 _FIA = "npu_fused_infer_attention_score"
 _COMPRESSED_MASK = 2048
 _FAR = 2147483647
-# Who attends to whom: modes of `sparse_mode`.
+# Values of `sparse_mode`: which keys a query attends to.
 _DEFAULT, _ALL, _LEFT_UP, _RIGHT_DOWN, _BAND = range(5)
-# How axes of arguments lie, and of the result where it has another layout.
+# Axes of the arguments, and of the result if it has another layout.
 _LAYOUTS = {
     **{name: (name, name) for name in ("BSH", "BSND", "BNSD", "TND")},
     **{name: tuple(name.split("_")) for name in ("BNSD_BSND", "TND_NTD", "NTD_TND")},
@@ -30,17 +30,17 @@ def _attend(
     scale: float,
     hidden: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence.
+    """Attention of one sequence.
 
     Args:
         q: `[T, N, D]`.
         k: `[S, n, D]`; N is a multiple of n.
         v: `[S, n, D']`.
-        scale: Of the products.
-        hidden: bool `[T, S]`, true where a token does not see another.
+        scale: Factor of `q @ k`.
+        hidden: bool `[T, S]`, true for keys that are masked.
 
     Returns:
-        fp32 `[T, N, D']` and log-sum-exp `[T, N]`. A token that sees nothing gets 0.
+        fp32 `[T, N, D']` and log-sum-exp `[T, N]`; 0 if all keys are masked.
 
     """
     groups = q.shape[1] // k.shape[1]
@@ -59,7 +59,7 @@ def _hidden(
     tokens: tuple[int, int],
     window: tuple[int, int],
 ) -> torch.Tensor | None:
-    """What queries of one sequence do not see, `[T, S]`."""
+    """The mask of one sequence, `[T, S]`, true for masked keys."""
     rows, columns = tokens
     if mode in (_DEFAULT, _ALL):
         if mask is None:
@@ -76,7 +76,7 @@ def _hidden(
 
 
 def _check_compressed(mask: torch.Tensor | None) -> None:
-    """The NPU reads parts of this mask: it has to be the upper triangle."""
+    """Check that a compressed mask is the upper triangle: the NPU reads parts of it."""
     size = _COMPRESSED_MASK
     if mask is None or mask.shape[-2:] != (size, size) or mask.numel() != size**2:
         given = "None" if mask is None else describe(mask)
@@ -111,14 +111,14 @@ def _by_sequence(
 def _paged(
     cache: torch.Tensor, heads: int, block_size: int, blocks: torch.Tensor, length: int
 ) -> torch.Tensor:
-    """The first rows `[length, heads, D]` of blocks.
+    """Gather the rows `[length, heads, D]` of a sequence from a paged cache.
 
     Args:
         cache: `[blocks, block_size, heads * D]` or `[blocks, heads, block_size, D]`.
-        heads: Of keys.
-        block_size: Rows of a block.
-        blocks: Which belong to the sequence.
-        length: Of the sequence.
+        heads: Number of KV heads.
+        block_size: Rows per block.
+        blocks: Blocks of the sequence.
+        length: Length of the sequence.
 
     """
     count = -(-length // block_size)
@@ -140,7 +140,7 @@ def _paged(
 def _keys(
     cache: torch.Tensor | None, count: int, layout: str, heads: int, o: dict[str, Any]
 ) -> list[torch.Tensor | None]:
-    """Rows of the keys or values of each sequence; Nones if there is no tensor."""
+    """Rows of each sequence's keys or values; None for each if there is no tensor."""
     if cache is None:
         return [None] * count
     lengths, table = o["actual_seq_lengths_kv"], o["block_table"]
@@ -155,12 +155,12 @@ def _keys(
 
 
 def _join(parts: list[torch.Tensor], shape: torch.Size, layout: str) -> torch.Tensor:
-    """Put the results `[T, N, D]` of sequences together; what is beyond them is 0.
+    """Concatenate the results `[T, N, D]` of sequences, padded with 0.
 
     Args:
-        parts: Of the sequences.
-        shape: `[B, S]`, or `[T]` where sequences lie behind each other.
-        layout: Of the result.
+        parts: Results of the sequences.
+        shape: `[B, S]`, or `[T]` if sequences are concatenated.
+        layout: Layout of the result.
 
     """
     heads, width = parts[0].shape[1:]
@@ -214,23 +214,23 @@ _OPTIONS: dict[str, Any] = {
 def npu_fused_infer_attention_score(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend, each sequence to itself.
+    """Attention within each sequence.
 
-    Source: op-plugin `torch_npu-npu_fused_infer_attention_score.md`. Refused:
+    Source: op-plugin `torch_npu-npu_fused_infer_attention_score.md`. Not emulated:
     quantization, shared prefixes, padding on the left, shifts of scores.
 
     Args:
-        query: fp16 or bf16 in the layout.
-        key: In the layout, or blocks of a cache.
+        query: fp16 or bf16, in `input_layout`.
+        key: In `input_layout`, or blocks of a cache.
         value: As `key`.
-        options: torch_npu's.
+        options: Options of torch_npu's operator.
 
     Returns:
         The attention, and log-sum-exp fp32: `[T, N, 1]` or `[B, N, S, 1]`, or one 0
         without `softmax_lse_flag`.
 
     Raises:
-        OperatorLimitError: The call is outside what is emulated.
+        OperatorLimitError: The call is not emulated.
 
     """
     o = _OPTIONS | {k: x for k, x in options.items() if k in _OPTIONS}
@@ -253,7 +253,7 @@ def npu_fused_infer_attention_score(
         k = k if rope is None else torch.cat((k, rope), -1)
         window = o["pre_tokens"], o["next_tokens"]
         tokens = len(q), len(k)
-        # One query sees all but what follows it.
+        # A single query sees all keys.
         hidden = None
         if len(q) > 1 or o["query_rope"] is not None or o["sparse_mode"] == _BAND:
             hidden = _hidden(o["sparse_mode"], o["atten_mask"], tokens, window)
@@ -300,7 +300,7 @@ def _into(
 
 
 def _implement_out(function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
-    """Declare the variant of an operator that writes to tensors it is given."""
+    """Register the `out` variant of an operator."""
 
     @implements(f"npu::{function.__name__}.out")
     def with_out(
@@ -325,7 +325,7 @@ _implement_out(npu_fused_infer_attention_score_v2)
     "atb::_npu_paged_attention_get_workspace",
 )
 def get_workspace(*_: Any, **__: Any) -> torch.Tensor:
-    """A workspace, which nothing here needs."""
+    """An empty workspace; nothing here needs one."""
     return torch.zeros(32, dtype=torch.uint8)
 
 
@@ -343,7 +343,7 @@ def _npu_paged_attention(
     *,
     workspace: torch.Tensor | None = None,
 ) -> None:
-    """One query of each sequence.
+    """Decode attention: one query per sequence.
 
     Source: op-plugin `atb/PagedAttentionKernelNpuOpAtb.cpp`; ATB
     `PagedAttentionParam`.
@@ -354,9 +354,9 @@ def _npu_paged_attention(
         value_cache: As `key_cache`.
         num_kv_heads: n.
         num_heads: N.
-        scale_value: Of the products.
-        block_table: int32 `[B, blocks of a sequence]`.
-        context_lens: int32 `[B]`; a 0 is a padding.
+        scale_value: Factor of `q @ k`.
+        block_table: int32 `[B, blocks per sequence]`.
+        context_lens: int32 `[B]`; 0 for padding.
         out: `[B, N, D]`, written.
         workspace: Not read.
 
@@ -371,7 +371,7 @@ def _npu_paged_attention(
 def npu_attention_update(
     lse: list[torch.Tensor], local_out: list[torch.Tensor], update_type: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put attention to parts of the keys together.
+    """Merge attention over parts of the keys.
 
     Source: op-plugin `torch_npu-npu_attention_update.md`.
 
@@ -400,7 +400,7 @@ def npu_transpose_batchmatmul(
     perm_y: list[int] | None = None,
     batch_split_factor: int | None = 1,
 ) -> torch.Tensor:
-    """Multiply matrices of batches, with axes exchanged before and after.
+    """Batched matmul with permuted axes of the input and the result.
 
     Source: op-plugin `torch_npu-npu_transpose_batchmatmul.md`.
 
@@ -409,9 +409,9 @@ def npu_transpose_batchmatmul(
         weight: `[B, K, N]`.
         bias: Not emulated.
         scale: Not emulated.
-        perm_x1: Axes of `input` as `[B, M, K]`.
-        perm_x2: None, or as they are.
-        perm_y: Axes of the result.
+        perm_x1: Permutation of `input` to `[B, M, K]`.
+        perm_x2: None, or the identity.
+        perm_y: Permutation of the result.
         batch_split_factor: 1.
 
     """
@@ -421,7 +421,7 @@ def npu_transpose_batchmatmul(
     if perm_x2 not in (None, [], [0, 1, 2]):
         refuse(name, f"perm_x2={perm_x2}; supported: [0, 1, 2]")
     x = input.permute(perm_x1) if perm_x1 else input
-    # Without one the operator exchanges the first two.
+    # By default the operator swaps the first two axes.
     return (
         (x.float() @ weight.float())
         .to(input.dtype)

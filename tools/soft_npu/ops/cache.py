@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Writing to caches of keys and values, and reading them."""
+"""Operators that write to and read from KV caches."""
 
 import torch
 
@@ -13,7 +13,7 @@ from vllm_ascend_ct.ops.emulated.registry import describe, refuse
 def _scatter(
     name: str, cache: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Write rows `[T, ...]` to `[blocks, block_size, ...]`; a negative slot is none."""
+    """Write rows `[T, ...]` to `[blocks, block_size, ...]`; skip negative slots."""
     slots = slots.long()
     blocks, size = cache.shape[:2]
     if slots.numel() and int(slots.max()) >= blocks * size:
@@ -38,11 +38,11 @@ def _npu_reshape_and_cache(
     `ReshapeAndCacheParam`.
 
     Args:
-        key: Of tokens.
+        key: Keys of the tokens.
         value: As `key`.
-        key_cache: Written.
-        value_cache: Written.
-        slot_indices: int32 `[T]`; negative for tokens that are padding.
+        key_cache: Output.
+        value_cache: Output.
+        slot_indices: int32 `[T]`; negative for padding tokens.
 
     """
     name = "_npu_reshape_and_cache"
@@ -74,7 +74,7 @@ def npu_scatter_pa_kv_cache(
     Source: op-plugin `torch_npu-npu_scatter_pa_kv_cache.md`, first case.
 
     Args:
-        key: Of tokens.
+        key: Keys of the tokens.
         value: As `key`.
         key_cache: `[blocks, block_size, heads, D]`.
         value_cache: As `key_cache`.
@@ -98,7 +98,7 @@ def npu_scatter_pa_kv_cache(
 def npu_scatter_nd_update_(
     input: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor
 ) -> torch.Tensor:
-    """Write rows to places that `[T, 1]` names; negative ones are none.
+    """Write rows to the indices `[T, 1]`; skip negative indices.
 
     Source: op-plugin `ScatterNdUpdateKernelNpu.cpp`; ops-nn `index/scatter_nd_update`.
     """
@@ -122,7 +122,7 @@ def npu_paged_cache_load_out(
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring the rows of sequences together.
+    """Gather the rows of sequences from caches.
 
     Source: op-plugin `atb/PagedCacheLoadKernelNpuOpAtb.cpp`; ATB
     `PagedCacheLoadParam`.
@@ -130,11 +130,11 @@ def npu_paged_cache_load_out(
     Args:
         key_cache: `[blocks, block_size, heads, D]`.
         value_cache: As `key_cache`.
-        block_table: int32 `[B, blocks of a sequence]`.
-        context_lens: int32 `[B]`, rows of each sequence.
+        block_table: int32 `[B, blocks per sequence]`.
+        context_lens: int32 `[B]`, number of rows of each sequence.
         seq_starts: int32 `[B]`, the first row; None for 0.
         cumsum: False.
-        key: `[rows, heads, D]`, written.
+        key: Output, `[rows, heads, D]`.
         value: As `key`.
 
     """
@@ -169,9 +169,9 @@ def npu_kv_rmsnorm_rope_cache(
     cache_mode: str = "Norm",
     is_output_kv: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalize the latent part, turn the other, and write both to caches.
+    """Normalize the latent part, rotate the rotary part, and write both to caches.
 
-    The chip takes 512 and 64 only; the sizes of small models are let through.
+    The chip supports only sizes of 512 and 64; here small models may have other sizes.
     Source: op-plugin `torch_npu-npu_kv_rmsnorm_rope_cache.md`.
 
     Args:
@@ -179,7 +179,7 @@ def npu_kv_rmsnorm_rope_cache(
         gamma: `[R]`.
         cos: `[B, 1, S, P]`, each value twice.
         sin: As `cos`.
-        index: int64, a slot of each token; negative for none.
+        index: int64, slot of each token; negative to skip it.
         k_cache: `[blocks, block_size, 1, P]`, written.
         ckv_cache: `[blocks, block_size, 1, R]`, written.
         k_rope_scale: Not emulated.
@@ -187,12 +187,13 @@ def npu_kv_rmsnorm_rope_cache(
         k_rope_offset: Not emulated.
         c_kv_offset: Not emulated.
         v: Not emulated.
-        epsilon: Of the norm.
+        epsilon: Epsilon of the norm.
         cache_mode: "PA".
-        is_output_kv: Whether to return what was written as well.
+        is_output_kv: Whether to return the written rows as well.
 
     Returns:
-        The caches, and rotary and latent part of the tokens, or what is not written.
+        The caches, and the tokens' rotary and latent parts, which are unwritten without
+        `is_output_kv`.
 
     """
     name = "npu_kv_rmsnorm_rope_cache"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Experts on other ranks: operators that compute and communicate."""
+"""Operators that communicate with the ranks of experts."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from tools.soft_npu.ops.registry import implements, only_defaults
 from vllm_ascend_ct.ops.emulated.registry import describe, poison, refuse
 
-# int32 by which a row remembers whence it came: rank, token and choice are the first.
+# int32 values that describe the origin of a row: rank, token and choice come first.
 _ASSIST = 128
 _NO_SCALES, _DYNAMIC = 0, 2
 _UNUSED = ("group_tp", "comm_alg", "expert_shard_type", "tp_rank_id")
@@ -27,7 +27,7 @@ def _check(name: str, x: torch.Tensor, ids: torch.Tensor, o: dict[str, Any]) -> 
 
 
 def _active(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Ids with -1 for tokens that are padding, which lie behind the others."""
+    """Expert ids, with -1 for padding tokens, which come last."""
     if mask is None:
         return ids
     count = int(mask.sum())
@@ -41,7 +41,7 @@ def _active(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def _gather(group: str, rows: torch.Tensor, length: int) -> torch.Tensor:
-    """Rows of all ranks `[ranks, length, ...]`, behind a rank's own the value -1."""
+    """Gather rows of all ranks `[ranks, length, ...]`, padded with -1."""
     padded = rows.new_full((length, *rows.shape[1:]), -1)
     padded[: len(rows)] = rows
     gathered: torch.Tensor = torch.ops.soft_npu.all_gather(group, padded)
@@ -78,22 +78,24 @@ def npu_moe_distribute_dispatch_v2(
     Args:
         x: fp16 or bf16.
         expert_ids: int32 `[T, K]`.
-        group_ep: HCCL's name of the ranks.
-        ep_world_size: Their number.
-        ep_rank_id: This one's.
-        moe_expert_num: Experts of all ranks.
-        x_active_mask: bool `[T]`; None for all.
-        quant_mode: 0, or 2 for int8 with a scale for each row.
+        group_ep: HCCL's name of the group of ranks.
+        ep_world_size: Number of ranks.
+        ep_rank_id: Number of this rank.
+        moe_expert_num: Number of experts of all ranks.
+        x_active_mask: bool `[T]`; None if all tokens are active.
+        quant_mode: 0, or 2 for int8 with a scale per row.
         tp_world_size: 0 or 1.
-        global_bs: 0 if ranks have as many tokens, else their most times ranks.
-        expert_token_nums_type: 0 for cumulative numbers, 1 for numbers.
-        shared_expert_num: Without ranks for them without effect.
-        options: Not emulated, but for names of groups.
+        global_bs: 0 if all ranks have the same number of tokens; otherwise their
+            maximum times the number of ranks.
+        expert_token_nums_type: 0 for cumulative counts, 1 for counts.
+        shared_expert_num: Has no effect without ranks for shared experts.
+        options: Not emulated, except for names of groups.
 
     Returns:
-        Rows by local expert, then rank and token, and behind them what is not
-        written; their scales; whence each is; int64 numbers of each expert's rows;
-        int32 ends of what each rank sent to each expert; and two that are not read.
+        Rows by local expert, then rank and token, followed by unwritten rows; their
+        scales; the origin of each row; int64 counts of each expert's rows; int32
+        cumulative counts of the rows that each rank sent to each expert; and two
+        tensors that are not read.
 
     """
     name = "npu_moe_distribute_dispatch_v2"
@@ -155,27 +157,27 @@ def npu_moe_distribute_combine_v2(
     shared_expert_num: int = 1,
     **options: Any,
 ) -> torch.Tensor:
-    """Send rows back to their tokens, and add those of each up in fp32.
+    """Send rows back to their tokens, and sum the rows of each token in fp32.
 
     Source: op-plugin `torch_npu-npu_moe_distribute_combine_v2.md`.
 
     Args:
-        expand_x: Rows as of the dispatch.
-        expert_ids: As it was given.
-        assist_info_for_combine: As it returned.
-        ep_send_counts: As it returned.
+        expand_x: Rows in the order that the dispatch returned.
+        expert_ids: As passed to the dispatch.
+        assist_info_for_combine: As returned by the dispatch.
+        ep_send_counts: As returned by the dispatch.
         expert_scales: fp32 `[T, K]`, weights of the rows.
-        group_ep: As it was given.
-        ep_world_size: As it was given.
-        ep_rank_id: As it was given.
-        moe_expert_num: As it was given.
-        x_active_mask: As it was given; what is no token is not written.
+        group_ep: As passed to the dispatch.
+        ep_world_size: As passed to the dispatch.
+        ep_rank_id: As passed to the dispatch.
+        moe_expert_num: As passed to the dispatch.
+        x_active_mask: As passed to the dispatch; inactive tokens are not written.
         tp_world_size: 0 or 1.
         tp_send_counts: Not read.
         expand_scales: Not read.
-        global_bs: As it was given.
-        shared_expert_num: Without effect.
-        options: Not emulated, but for names of groups.
+        global_bs: As passed to the dispatch.
+        shared_expert_num: Has no effect.
+        options: Not emulated, except for names of groups.
 
     """
     name = "npu_moe_distribute_combine_v2"

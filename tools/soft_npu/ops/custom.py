@@ -16,7 +16,7 @@ def get_masked_input_and_mask(
     added_vocab_start_index: int,
     added_vocab_end_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of this rank's part of an embedding, 0 for others, which the mask names.
+    """Rows of this rank's shard of an embedding; 0, and masked, for other ids.
 
     Source: vllm-ascend `csrc/kernels/get_masked_input_and_mask_kernel.cpp`.
     """
@@ -30,7 +30,7 @@ def get_masked_input_and_mask(
 
 @implements("_C_ascend::weak_ref_tensor")
 def weak_ref_tensor(input: torch.Tensor) -> torch.Tensor:
-    """The same memory; here with a reference.
+    """A tensor over the same memory; here it keeps a reference to the memory.
 
     Source: vllm-ascend `csrc/torch_binding.cpp`.
     """

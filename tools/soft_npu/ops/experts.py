@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Experts: vllm-ascend's own operators, by those that the package emulates."""
+"""vllm-ascend's own operators for experts, based on those that the package emulates."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from vllm_ascend_ct.ops.emulated.registry import refuse
 def npu_moe_init_routing_custom(
     x: torch.Tensor, expert_idx: torch.Tensor, **options: Any
 ) -> Any:
-    """As `npu_moe_init_routing_v2`, also of rows that were quantized before.
+    """As `npu_moe_init_routing_v2`, but also for rows that are already quantized.
 
     Source: vllm-ascend `csrc/moe/moe_init_routing_custom`.
     """
@@ -46,7 +46,7 @@ def grouped_matmul_swiglu_quant_weight_nz(
     offset: torch.Tensor | None = None,
     swiglu_limit: float = 0.0,
 ) -> Any:
-    """As `npu_grouped_matmul_swiglu_quant_v2` of one tensor, and what is not written.
+    """As `npu_grouped_matmul_swiglu_quant_v2` of one tensor, with an unwritten output.
 
     Source: vllm-ascend `csrc/gmm/grouped_matmul_swiglu_quant`.
     """
@@ -84,13 +84,13 @@ def npu_moe_token_permute(
     num_out_tokens: int | None = None,
     padded_mode: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort `[T, H]` by the experts that `[T]` or `[T, top-k]` names.
+    """Sort tokens `[T, H]` by their experts `[T]` or `[T, top-k]`.
 
     Source: op-plugin `MoeTokenPermuteKernelNpuOpApi.cpp`; ops-transformer
     `moe/moe_token_permute`.
 
     Returns:
-        Rows `[T * top-k, H]`, and where each (token, choice) is, int32.
+        Rows `[T * top-k, H]`, and the row of each (token, choice), int32.
 
     """
     order = indices.flatten().argsort(stable=True)
@@ -108,18 +108,18 @@ def npu_moe_token_unpermute(
     padded_mode: bool = False,
     restore_shape: list[int] | None = None,
 ) -> torch.Tensor:
-    """Bring rows back to their tokens.
+    """Sum the rows of each token.
 
-    vllm-ascend names rows twice whose weight is 0: the package's emulation, which
-    requires that each is named once, is not used. Source: op-plugin
-    `MoeTokenUnpermuteKernelNpuOpApi.cpp`; ops-transformer `moe/moe_token_unpermute`.
+    Replaces the package's emulation, which refuses duplicate indices: vllm-ascend uses
+    them for rows of weight 0. Source: op-plugin `MoeTokenUnpermuteKernelNpuOpApi.cpp`;
+    ops-transformer `moe/moe_token_unpermute`.
 
     Args:
         permuted_tokens: `[R, H]`.
         sorted_indices: int32 `[T * top-k]`.
-        probs: `[T, top-k]`; None for one row a token.
+        probs: `[T, top-k]`; None for one unweighted row per token.
         padded_mode: False.
-        restore_shape: Read in padded mode only.
+        restore_shape: Only read in padded mode.
 
     """
     if padded_mode:
@@ -137,7 +137,7 @@ def npu_moe_token_unpermute(
 def histc(
     self: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0
 ) -> torch.Tensor:
-    """Count values in ranges of one width, also integers, which torch's CPU has not.
+    """Count values in bins of equal width, also of integers, unlike torch's CPU kernel.
 
     Source: op-plugin `HistcKernelNpuOpApi.cpp`; ops-math `histogram`.
     """

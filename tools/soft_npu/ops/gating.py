@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Choosing experts, and tokens."""
+"""Operators that route tokens to experts or sample tokens."""
 
 import torch
 
@@ -13,7 +13,7 @@ _SOFTMAX, _SIGMOID = 0, 1
 def _choose(
     scores: torch.Tensor, k: int, k_group: int, group_count: int, by_two: bool
 ) -> torch.Tensor:
-    """The k best of the best groups, the first of equal ones before the next."""
+    """The top-k of the best groups; of equal values the first comes first."""
     if group_count > 1:
         groups = scores.unflatten(-1, (group_count, -1))
         best = groups.topk(2, -1)[0].sum(-1) if by_two else groups.amax(-1)
@@ -38,27 +38,28 @@ def npu_moe_gating_top_k(
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights and numbers of the k best experts of each token, in fp32.
+    """Weights and ids of the top-k experts of each token, computed in fp32.
 
     Source: op-plugin `torch_npu-npu_moe_gating_top_k.md`; CANN 9 takes `renorm` for
     softmax as well.
 
     Args:
         x: `[T, E]`.
-        k: Experts of a token.
-        bias: `[E]`, added to choose only.
-        k_group: Groups to choose from.
-        group_count: Groups in all.
-        group_select_mode: 0 for groups by their best, 1 by the sum of their best two.
+        k: Number of experts per token.
+        bias: `[E]`, added for the choice only.
+        k_group: Number of groups to choose from.
+        group_count: Number of all groups.
+        group_select_mode: 0 to rank groups by their best expert, 1 by the sum of their
+            best two.
         renorm: 1 to divide weights by their sum.
-        norm_type: 0 for softmax, 1 for sigmoid, whose weights are divided always.
+        norm_type: 0 for softmax, 1 for sigmoid, whose weights are always divided.
         out_flag: Whether to return all scores.
-        routed_scaling_factor: Of the weights.
+        routed_scaling_factor: Factor of the weights.
         eps: Added to sums.
 
     Returns:
-        Weights `[T, k]` in the dtype of x, numbers int32 `[T, k]`, and scores fp32
-        `[T, E]` or what is not written.
+        Weights `[T, k]` in the dtype of x, ids int32 `[T, k]`, and scores fp32 `[T,
+        E]`, which are unwritten without `out_flag`.
 
     """
     name = "npu_moe_gating_top_k"
@@ -120,7 +121,7 @@ def moe_gating_top_k(
 def npu_moe_gating_top_k_softmax(
     x: torch.Tensor, finished: torch.Tensor | None = None, k: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights and numbers of the k best of softmax, and places of rows.
+    """Weights and ids of the top-k experts by softmax, and indices of rows.
 
     Source: op-plugin `torch_npu-npu_moe_gating_top_k_softmax.md`.
 
@@ -145,7 +146,7 @@ def npu_moe_gating_top_k_softmax(
 def npu_top_k_top_p(
     logits: torch.Tensor, p: torch.Tensor | None = None, k: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Set what is not among the k best, and then not in the most likely p, to -inf.
+    """Set logits outside of the top k, and then outside of the top p, to -inf.
 
     Source: op-plugin `torch_npu-npu_top_k_top_p.md`.
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Root mean square norms, and those fused with what is around them."""
+"""RMS norms, also fused with additions and quantization."""
 
 import torch
 
@@ -31,7 +31,7 @@ def _normalize(
 def npu_rms_norm(
     input: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalize `[..., *gamma.shape]` in fp32, rounded once; and rstd.
+    """Normalize `[..., *gamma.shape]` in fp32, rounded once; also returns rstd.
 
     Source: ops-nn `norm/rms_norm`.
     """
@@ -53,8 +53,8 @@ def npu_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add, then normalize; the product with gamma is rounded after the norm is.
 
-    Of the NPU's templates that which norms the rounded sum: one row a core, or a small
-    hidden size. Source: ops-nn `norm/add_rms_norm`.
+    Follows the NPU's templates that normalize the rounded sum: for one row per core, or
+    a small hidden size. Source: ops-nn `norm/add_rms_norm`.
 
     Returns:
         Norm, rstd, and sum.
@@ -115,7 +115,7 @@ def npu_add_rms_norm_quant(
     `norm/add_rms_norm_quant`.
 
     Returns:
-        int8 of the first scale, int8 that is not written, and the sum.
+        int8 of the first scale, an unwritten int8 tensor, and the sum.
 
     """
     name = "npu_add_rms_norm_quant"
@@ -157,15 +157,15 @@ def npu_add_rms_norm_dynamic_quant(
     output_mask: list[bool] | None = None,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Add, normalize and quantize each row by its largest value, all in fp32.
+    """Add, normalize and quantize dynamically per row, all in fp32.
 
     The sum is not rounded before it is normalized. Source: op-plugin
     `torch_npu-npu_add_rms_norm_dynamic_quant.md`; ops-nn
     `norm/add_rms_norm_dynamic_quant`.
 
     Returns:
-        int8 `[..., H]`, one that is not written, the sum, scale fp32 `[...]`, and one
-        that is not written.
+        int8 `[..., H]`, an unwritten one, the sum, the scale fp32 `[...]`, and an
+        unwritten one.
 
     """
     name = "npu_add_rms_norm_dynamic_quant"

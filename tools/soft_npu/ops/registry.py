@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""How an operator of the software NPU is declared.
+"""Registry of the software NPU's operators, in addition to the package's emulation.
 
-Beside those that the package emulates: what only an engine asks for. torch_npu has the
-schemas and meta functions, vllm-ascend's library those of its own.
+torch_npu and vllm-ascend's library provide the schemas and meta functions.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ _implemented: set[str] = set()
 
 
 def implements(*names: str) -> Callable[[Kernel], Kernel]:
-    """Declare the decorated function to be the CPU kernel of operators."""
+    """Register the decorated function as the CPU kernel of operators."""
 
     def decorate(kernel: Kernel) -> Kernel:
         for name in names:
@@ -31,7 +30,7 @@ def implements(*names: str) -> Callable[[Kernel], Kernel]:
 
 
 def install(*namespaces: str) -> None:
-    """Register the kernels of namespaces, but those that this release has not."""
+    """Register the kernels of namespaces, except for operators this release lacks."""
     defined = {
         (schema.name, schema.overload_name)
         for schema in torch._C._jit_get_all_schemas()
@@ -51,15 +50,15 @@ def install(*namespaces: str) -> None:
 
 
 def only_defaults(operator: str, options: dict[str, Any], **allowed: Any) -> None:
-    """Refuse options that ask for what is not emulated.
+    """Refuse options that are not emulated.
 
     Args:
-        operator: Its name.
-        options: By name, as they were given.
-        allowed: Values besides None, 0, False and "" that change nothing.
+        operator: Name of the operator.
+        options: Given values, by name.
+        allowed: Further allowed values, besides None, 0, False and "".
 
     Raises:
-        OperatorLimitError: One of them has another value.
+        OperatorLimitError: An option has another value.
 
     """
     for name, value in options.items():

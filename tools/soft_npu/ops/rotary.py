@@ -11,13 +11,13 @@ from vllm_ascend_ct.ops.emulated.registry import describe, refuse
 def _rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool
 ) -> torch.Tensor:
-    """Turn pairs in fp32, rounded once: of halves, or of neighbours.
+    """Rotate pairs in fp32, rounded once.
 
     Args:
-        x: `[T, heads, D]`; what is beyond twice the width of `cos` stays.
+        x: `[T, heads, D]`; values from R on are not rotated.
         cos: `[T, R / 2]`.
         sin: As `cos`.
-        halves: Whether a pair is `(i, i + R / 2)`, else `(2 i, 2 i + 1)`.
+        halves: Whether pairs are `(i, i + R / 2)`; otherwise `(2 i, 2 i + 1)`.
 
     """
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
@@ -42,7 +42,7 @@ def _npu_rotary_embedding(
     cos_sin_cache: torch.Tensor,
     is_neox_style: bool,
 ) -> None:
-    """Turn query and key in place, as vLLM's operator of that name.
+    """Rotate query and key in place, like vLLM's `rotary_embedding`.
 
     Source: op-plugin `atb/RopeKernelNpuOpAtb.cpp`; ATB `RopeParam`.
 
@@ -50,9 +50,9 @@ def _npu_rotary_embedding(
         positions: `[T]`.
         query: `[T, heads * head_size]` or `[T, heads, head_size]`.
         key: As `query`.
-        head_size: Of query and key.
+        head_size: Head size of query and key.
         cos_sin_cache: `[positions, R]`, cosines then sines.
-        is_neox_style: Whether pairs are of halves.
+        is_neox_style: Whether pairs are `(i, i + R / 2)`.
 
     """
     if positions.dim() != 1 or cos_sin_cache.dim() != 2:
@@ -79,7 +79,7 @@ def npu_mrope(
     rotary_mode: str | None = "half",
     cache_mode: str | None = "default",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn query and key by one position a token.
+    """Rotate query and key by one position per token.
 
     Source: op-plugin `torch_npu-npu_mrope.md`.
 
@@ -88,10 +88,10 @@ def npu_mrope(
         query: `[T, heads * head_size]`.
         key: As `query`.
         cos_sin_cache: `[positions, R]`.
-        head_size: Of query and key.
-        mrope_section: None or zeros: several positions a token are not emulated.
+        head_size: Head size of query and key.
+        mrope_section: None or zeros; several positions per token are not emulated.
         rotary_mode: "half" or "interleave".
-        cache_mode: Without sections without effect.
+        cache_mode: Has no effect without sections.
 
     """
     name = "npu_mrope"
@@ -110,7 +110,7 @@ def npu_mrope(
 def interleaved_to_halves(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Take pairs of neighbours apart into halves, and turn them, in fp32."""
+    """Reorder interleaved pairs to halves, and rotate them, in fp32."""
     even, odd = x[..., ::2].float(), x[..., 1::2].float()
     straight, turned = torch.cat((even, odd), -1), torch.cat((-odd, even), -1)
     return (straight * cos.float() + turned * sin.float()).to(x.dtype)
@@ -120,7 +120,7 @@ def interleaved_to_halves(
 def npu_interleave_rope(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Turn `[B, N, S, 64]`; the result's pairs are of halves.
+    """Rotate interleaved pairs of `[B, N, S, 64]`; the result has them as halves.
 
     Source: op-plugin `torch_npu-npu_interleave_rope.md`.
 
@@ -148,7 +148,7 @@ def npu_rotary_mul(
     rotary_mode: str = "half",
     rotate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Turn `x * r1 + rotate(x) * r2`, in fp32.
+    """Compute `x * r1 + rotate(x) * r2` in fp32.
 
     Source: op-plugin `torch_npu-npu_rotary_mul.md`.
 

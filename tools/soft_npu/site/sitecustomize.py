@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Makes a process one of the software NPU; `tools.soft_npu run` adds its folder."""
+"""Sets up software NPUs in a process; `tools.soft_npu run` adds this directory."""
 
 import os
 
