@@ -2,14 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 import os
 
-# Before anything imports vLLM: which platform this process runs on is settled then.
+# Set before anything imports vLLM, which then selects the platform of this process.
 os.environ["VLLM_PLUGINS"] = "ascend_ct"
-# `tools.real_stack` sets it, for vllm-ascend's platform, with emulated operators.
+# `tools.real_stack` sets it to use vllm-ascend's platform with emulated operators.
 os.environ["VLLM_ASCEND_CT_EMULATE"] = os.environ.get("REAL_STACK_EMULATE", "1")
 os.environ.pop("VLLM_ASCEND_CT_SOC", None)
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-# Several processes run tests.
+# Several processes run tests in parallel.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from tools import make_checkpoint, tiny_moe
 
 @pytest.fixture(scope="session", autouse=True)
 def platform() -> None:
-    """Without this, stock CPU kernels could make everything below pass."""
+    """Without this check, vLLM's own CPU kernels could make all tests pass."""
     if chip := os.environ.get("REAL_STACK_CHIP"):
         set_chip(chip)
     from vllm.platforms import current_platform
@@ -38,7 +38,7 @@ def platform() -> None:
     load_general_plugins()
     emulated.install()
     if base == "NPU":
-        # As vllm-ascend's platform does for an engine.
+        # vllm-ascend's platform does the same for an engine.
         from vllm.config import VllmConfig
         from vllm_ascend.ascend_config import init_ascend_config
 
@@ -47,7 +47,7 @@ def platform() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make the checkpoint of a recipe, once a session."""
+    """Make a checkpoint from a recipe, once per session."""
     directory = tmp_path_factory.mktemp("checkpoints")
     known: dict[str, Path] = {}
 
@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Make a model of `tools.tiny_moe`, once a session."""
+    """Make a model of `tools.tiny_moe`, once per session."""
     directory = tmp_path_factory.mktemp("moe-models")
 
     def make(name: str) -> Path:
@@ -76,7 +76,7 @@ def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def single_rank() -> Iterator[None]:
-    """Let upstream's parallel layers be built, for one rank."""
+    """Set up vLLM's parallel state with one rank, so that its layers can be built."""
     from vllm.utils.network_utils import get_open_port
 
     from tools.ranks import tensor_parallel
@@ -88,5 +88,5 @@ def single_rank() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-    # vLLM 0.23 does not reset it where a layer is refused.
+    # vLLM 0.23 does not reset it if a layer is refused.
     torch.set_default_dtype(torch.float32)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What a quantized linear layer computes, in float64.
+"""Float64 formulas of quantized linear layers.
 
-Written from the compressed-tensors format alone: integers, scales and zero points as
-they stand in the checkpoint, activations quantized as the config says.
+Written independently from the description of the compressed-tensors format: they use
+the checkpoint's integers, scales and zero points, and quantize activations as the
+config says.
 """
 
 from dataclasses import dataclass, replace
@@ -43,11 +44,11 @@ class FormulaLinear:
         return y
 
     def narrow(self, start: int, length: int) -> "FormulaLinear":
-        """The layer over part of its input, without the bias."""
+        """The layer restricted to a part of its inputs, without the bias."""
         return replace(self, weight=self.weight.narrow(1, start, length), bias=None)
 
     def without_ties(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero what lies so near the middle of two integers that either is right."""
+        """Zero inputs that are so near a middle of grid values that either is right."""
         if self.input_args is None:
             return x
         q, *_ = self._quantize(x.double())
@@ -59,7 +60,7 @@ class FormulaLinear:
         return self.input_args is not None and self.input_args.type == "float"
 
     def _step(self, q: torch.Tensor) -> torch.Tensor:
-        """How far the grid's values are apart: three bits behind the first, in E4M3."""
+        """Distance of adjacent grid values; in E4M3 there are three mantissa bits."""
         if not self._is_float:
             return torch.ones_like(q)
         return torch.exp2(q.abs().clamp(min=2**-6).log2().floor() - 3)
@@ -67,7 +68,7 @@ class FormulaLinear:
     def _quantize(
         self, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Put x into units of its grid, not yet rounded, with scale and zero point."""
+        """Divide x by its scale without rounding; return also scale and zero point."""
         assert self.input_args is not None
         if self.input_args.dynamic:
             low = x.amin(-1, keepdim=True).clamp(max=0)
@@ -89,7 +90,7 @@ class FormulaLinear:
 
 
 def formula_linear(module: Any, scheme: Any) -> FormulaLinear:
-    """Read a compressed `torch.nn.Linear`."""
+    """Make the formula of a compressed `torch.nn.Linear`."""
     tensors = dict(module.named_parameters())
     return FormulaLinear(
         dequantize(tensors, scheme.weights.block_structure),
@@ -102,5 +103,5 @@ def formula_linear(module: Any, scheme: Any) -> FormulaLinear:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the expected."""
+    """Norm of the difference divided by the norm of the expected result."""
     return float((actual.double() - expected).norm() / expected.norm())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Imports point down the layers, and importing the package costs nothing."""
+"""Imports only point down the layers, and importing the package is cheap."""
 
 import ast
 from pathlib import Path
@@ -10,11 +10,11 @@ import pytest
 from tests.plugin.fresh import run_ok
 
 PACKAGE = Path(__file__).parents[1] / "vllm_ascend_ct"
-# From the bottom up; a layer may import from itself and from those before it.
+# From the bottom up. A layer may import itself and the layers before it.
 LAYERS = ["errors", "envs", "releases", "compat", "ops", "weights", "ascend_base"]
 LAYERS += ["kernels", "fused_moe", "quantization", "register", "platforms"]
 LAYERS += ["compare_layouts"]
-# What a layer must not know at all.
+# Packages that a layer must not import.
 FORBIDDEN = {
     "ops": ("vllm", "compressed_tensors", "vllm_ascend"),
     "weights": ("vllm", "vllm_ascend"),
@@ -25,7 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, wherever in it."""
+    """Modules that a file imports anywhere."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -61,7 +61,7 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_kernel_functions_know_no_layers() -> None:
-    """What other quantization tools call needs torch alone; as does `ops/`."""
+    """Functions for other quantization tools need only torch; so does `ops/`."""
     for path in ("kernels/linear/functional.py", "fused_moe/functional.py"):
         modules = {m for m in imports(PACKAGE / path) if layer_of(m) != "ops"}
         roots = {module.split(".")[0] for module in modules}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Errors reach the user from other processes, too."""
+"""Errors reach the user from other processes too."""
 
 import copy
 import pickle
@@ -39,7 +39,7 @@ def test_copies(error: Exception) -> None:
 
 
 def test_from_a_pool_of_processes() -> None:
-    """A pool unpickles what a worker raised; Ray does likewise."""
+    """A process pool unpickles the errors of its workers; so does Ray."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         for error in ERRORS:
             raised = pool.submit(fail, error).exception()

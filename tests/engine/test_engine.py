@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Every scheme in the vLLM engine, against a float32 reference.
 
-Three checkpoints of eight schemes each: the model has two layers, and what upstream
-fuses has to share a scheme. A wrong scale, zero point or layout in any one of them
-moves the mean difference far over the tolerance.
+There are three checkpoints with eight schemes each: the model has two layers, and
+layers that upstream fuses must share a scheme. A wrong scale, zero point or layout in
+any of them moves the mean difference far above the tolerance.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ FAMILIES = {
     "w4a16": [s for s in SCHEMES if s.startswith("w4a16")],
     "w8a16": [s for s in SCHEMES if s.startswith("w8a16")],
     "w8a8": [s for s in SCHEMES if s.startswith("w8a8") and "packed" not in s][:8],
-    # 2 bits and the like in layers that matter least, or nothing is left of the model.
+    # Low widths only in layers that matter least; otherwise the model is ruined.
     "wna16": ["w5a16-g64", "w6a16-channel-asym", "w3a16-g64-asym", "w7a16-channel"]
     + ["w5a16-channel-asym", "w2a16-g64-asym", "w7a16-g64-asym", "w6a16-g64"],
     "w4a8": ["w4a8-channel", "w4a8-g256-packed", "w4a8-g128", "w4a8-g256"]
@@ -39,8 +39,8 @@ RECIPES = {
     family: dict(zip(TARGETS, schemes, strict=True))
     for family, schemes in FAMILIES.items()
 }
-# Mean absolute difference of log-probabilities: 16-bit arithmetic, and activations that
-# the reference does not quantize.
+# Mean absolute difference of log-probabilities, due to 16-bit arithmetic and to
+# activations that the reference does not quantize.
 TOLERANCES = {
     "w4a16": 0.015,
     "w8a16": 0.015,
@@ -109,7 +109,7 @@ def test_compiled(
     reference_of: Callable[[str], list[float]],
     family: str,
 ) -> None:
-    """As vLLM runs by default."""
+    """Compiled, vLLM's default."""
     logprobs = served(checkpoint(RECIPES[family]), eager=False)
     assert mean_difference(logprobs, reference_of(family)) < TOLERANCES[family]
 
@@ -125,7 +125,7 @@ def test_float16(checkpoint: MakeCheckpoint, scheme: str) -> None:
 def test_float8_on_a5(
     monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, checkpoint: MakeCheckpoint
 ) -> None:
-    """The head is resolved, and the rest is multiplied."""
+    """The output head is resolved; all other layers are multiplied in FP8."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
     path = checkpoint({"Linear": "fp8-channel-dynamic"}, ignore=())
     quantized = mocker.spy(torch.ops.npu, "npu_dynamic_quant")
@@ -153,7 +153,7 @@ def test_float8_on_a5_compiled(
     ids=["eager", "compiled"],
 )
 def test_embedding_and_output_head(checkpoint: MakeCheckpoint, eager: bool) -> None:
-    """A class target means the head as well, which is a Linear in the checkpoint."""
+    """A class target includes the output head, which is a Linear in the checkpoint."""
     recipe = {"Embedding": "w8a16-g64-asym", "Linear": "w4a16-g32"}
     path = checkpoint(recipe, ignore=())
     difference = mean_difference(served(path, eager=eager), reference(path))

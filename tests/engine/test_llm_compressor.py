@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What llm-compressor writes, served and compared with a float32 reference."""
+"""Checkpoints of llm-compressor, served and compared with a float32 reference."""
 
 import subprocess
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 
 from tools.logprobs import mean_difference, reference, served
 
-# 16-bit arithmetic; with quantized activations, also what of them rounds another way.
+# 16-bit arithmetic; and quantized activations that round to the other neighbour.
 TOLERANCES = {
     "w4a16-gptq": 0.015,
     "w4a16-awq-asym": 0.015,
@@ -19,7 +19,7 @@ TOLERANCES = {
     "w8a8-static": 0.04,
     "w8a8-asym": 0.04,
     "w8a8-static-asym": 0.04,
-    # Served with 16-bit activations, which the reference rounds.
+    # Served with 16-bit activations, but the reference quantizes them.
     "w4a8": 0.04,
     "w4a8-channel": 0.04,
     "mixed": 0.04,
@@ -31,7 +31,7 @@ TOLERANCES = {
     "mxfp4": 0.015,
     "nvfp4": 0.015,
     "nvfp4-a16": 0.015,
-    # Random weights, and tokens that go to other experts for a little noise.
+    # Weights are random, and a little noise routes tokens to other experts.
     "qwen3-moe/fp8-dynamic": 0.03,
     "qwen3-moe/nvfp4-a16": 0.03,
     "qwen3-moe/w4a16-gptq": 0.03,

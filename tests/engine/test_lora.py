@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Adapters beside quantized experts."""
+"""LoRA adapters on a model with quantized experts."""
 
 import gc
 import json
@@ -23,19 +23,19 @@ from vllm_ascend_ct.errors import PlatformError, Remedy
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, ALPHA = 8, 32
-# As without adapters: 16-bit arithmetic, and tokens that go to other experts for it.
+# As without adapters: 16-bit arithmetic, which routes some tokens to other experts.
 TOLERANCE = 0.03
 
 
 @pytest.fixture(scope="module")
 def experts(checkpoint: Callable[..., Path], moe_model: Callable[[str], Path]) -> Path:
-    """A model whose experts are quantized and whose attention is not."""
+    """A model with quantized experts and unquantized attention."""
     recipe = {r"re:.*mlp.experts.[0-9]+.\w+": "w4a16-g32"}
     return checkpoint(recipe, base=moe_model("qwen3-moe"), ignore=IGNORE)
 
 
 def make_adapter(directory: Path, path: Path, merged: Path) -> None:
-    """Write an adapter of attention, and the model that it makes of another."""
+    """Write an adapter for attention, and the model with the adapter merged into it."""
     shutil.copytree(path, merged)
     tensors = load_file(merged / "model.safetensors")
     adapter = {}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Mixtures of experts in the vLLM engine, against a float32 reference."""
+"""Mixture-of-experts models in the vLLM engine, compared with a float32 reference."""
 
 import json
 import os
@@ -33,7 +33,7 @@ RECIPES = {
         ATTENTION: "w8a8-channel-dynamic",
     },
     "mixtral": {experts(0): "w4a8-g256", experts(1): "w8a16-channel"},
-    # Their first layers are dense.
+    # The first layers of these models are dense.
     "deepseek-v2": {
         experts(1): "w4a16-g128",
         "re:.*shared_experts.*_proj": "w8a8-channel-dynamic",
@@ -46,7 +46,7 @@ FLOAT_RECIPES = {
         experts(1): "mxfp4",
         ATTENTION: "fp8-channel-dynamic",
     },
-    # Latent attention, and shared experts.
+    # These have latent attention and shared experts.
     "deepseek-v3": {"Linear": "nvfp4"},
 }
 OPERATORS = {
@@ -55,8 +55,8 @@ OPERATORS = {
     "deepseek-v2": {"npu_swiglu"},
     "deepseek-v3": {"npu_grouped_matmul_swiglu_quant_v2"},
 }
-# Mean absolute difference of log-probabilities: 16-bit arithmetic, activations of other
-# values rounded to int8, and tokens that go to other experts for either.
+# Mean absolute difference of log-probabilities, due to 16-bit arithmetic, quantized
+# activations, and tokens that either routes to other experts.
 TOLERANCE = 0.08
 WEIGHT_ONLY_TOLERANCE = 0.03
 
@@ -113,7 +113,7 @@ def test_unquantized_experts(make: MakeCheckpoint) -> None:
 @pytest.mark.parametrize(
     ("name", "recipe", "arguments"),
     [
-        # Compiled: torch's scheduler then is not to move the router before its gate.
+        # Compiled, so that torch's scheduler could move the router ahead of its gate.
         ("deepseek-v3", {"Linear": "w8a8-channel-dynamic"}, []),
         ("qwen3-moe", None, ["--eager", "--experts"]),
     ],

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Models are served alike with the staged patches and without."""
+"""The staged patches do not change the output of models."""
 
 import json
 import os
@@ -25,7 +25,7 @@ RECIPES = {
 def logprobs(
     out: Path, checkpoints: list[Path], tree: Path | None
 ) -> list[list[float]]:
-    """Of the held-out text, by a process with the vLLM of a tree."""
+    """Log-probabilities of the held-out text, with the vLLM of a source tree."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if tree is not None:
         environment["PYTHONPATH"] = str(tree)

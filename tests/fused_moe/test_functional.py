@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which operators experts call, and with what."""
+"""The operators that experts call, with their arguments."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def npu(mocker: MockerFixture) -> MockType:
-    """`torch.ops.npu`, recording; results have the right shapes."""
+    """`torch.ops.npu` that records calls; its results have the right shapes."""
 
     def product(rows: list[Any], weight: list[Any], **kwargs: Any) -> list[Any]:
         n = (kwargs.get("antiquant_scale") or kwargs["scale"])[0].shape[-1]
@@ -48,7 +48,7 @@ def called(npu: MockType) -> list[str]:
 
 
 def operands(weight: torch.dtype, scale: torch.dtype, groups: int = 0) -> Any:
-    """Of both products; int4 packed along N, as of int8 rows."""
+    """Operands of both products; int4 is packed along N, as for int8 rows."""
     packing = 8 if weight == torch.int32 else 1
 
     def of(k: int, n: int) -> Operands:
@@ -64,7 +64,7 @@ def operands(weight: torch.dtype, scale: torch.dtype, groups: int = 0) -> Any:
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("experts", [(0, E), (2, 4)], ids=["all", "some"])
 def test_sort_tokens(npu: MockType, quantize: bool, experts: tuple[int, int]) -> None:
-    """The range is always passed: without one the operator leaves rows unwritten."""
+    """The range is always passed: without it the operator leaves rows unwritten."""
     x = torch.zeros(T, H)
     topk_ids = torch.zeros(T, TOP_K, dtype=torch.int32)
     functional.sort_tokens(x, topk_ids, experts, E, quantize)
@@ -82,7 +82,7 @@ def test_sort_tokens(npu: MockType, quantize: bool, experts: tuple[int, int]) ->
 
 
 def grouped(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """What is not of the grouped product itself; that is asserted."""
+    """Results of the other operators; calls of the grouped matmul are asserted."""
     common = {
         "group_list": COUNTS,
         "group_list_type": 1,
@@ -218,7 +218,7 @@ def test_combine_where_some_are(npu: MockType, weighted: bool) -> None:
 
 
 def packed(values: torch.Tensor) -> torch.Tensor:
-    """int4 `[E, K, N]` packed along N."""
+    """Random int4 `[E, K, N]`, packed along N."""
     words = torch.zeros(*values.shape[:2], values.shape[2] // 8, dtype=torch.int32)
     for position in range(8):
         words |= (values[..., position::8].int() & 15) << (4 * position)
@@ -226,7 +226,7 @@ def packed(values: torch.Tensor) -> torch.Tensor:
 
 
 def test_weights_packed_along_outputs() -> None:
-    """Through the emulated operators: packing along N and along K is the same."""
+    """With emulated operators, packing along N and along K gives the same results."""
     k, n = H, 2 * INTERMEDIATE
     values = torch.randint(-8, 8, (E, k, n), dtype=torch.int8)
     along_k = packed(values.transpose(1, 2)).transpose(1, 2)

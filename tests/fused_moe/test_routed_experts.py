@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What vllm-ascend 0.30's runner calls, with what it passes; without vllm-ascend."""
+"""The methods that vllm-ascend 0.30's runner calls, tested without vllm-ascend."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,12 @@ from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
 
 SIZES = Sizes(experts=4, hidden=256, intermediate=256)
 COUNTS = torch.tensor([3, 0, 2, 4])
-# Rows behind the last group, which MC2 leaves unwritten.
+# Rows after the last group, which MC2 leaves unwritten.
 ROOM = 12
 
 
 def call(**changes: Any) -> Any:
-    """A `MoEMlpComputeInput`, of the fields that are read."""
+    """A `MoEMlpComputeInput` with the fields that are read."""
     fields = {
         "layer": SimpleNamespace(layer_name="model.layers.0.mlp.experts"),
         "hidden_states": torch.randn(ROOM, SIZES.hidden).bfloat16(),
@@ -51,7 +51,7 @@ def laid_out(request: pytest.FixtureRequest) -> AscendExperts:
 
 @pytest.fixture(autouse=True)
 def without_vllm_ascend(mocker: MockerFixture) -> None:
-    """Its enumeration of types, which the runner reads off a method."""
+    """Replace vllm-ascend's `QuantType`, which its runner reads from a method."""
     mocker.patch("vllm_ascend_ct.ascend_base.fused_moe.QuantTypeHolder")
 
 
@@ -96,7 +96,7 @@ def test_what_is_not_computed_is_refused(field: str, value: Any) -> None:
     "laid_out", ["w4a16-g128", "w8a8-channel", "w4a8-channel"], indirect=True
 )
 def test_rows_as_each_way_of_sending_brings_them(laid_out: AscendExperts) -> None:
-    """In 16 bits, with a scale that nobody wrote, and quantized before."""
+    """In 16 bits, in 16 bits with an unwritten scale, and already quantized."""
     method = method_of(laid_out)
     plain = call()
     rows = plain.hidden_states

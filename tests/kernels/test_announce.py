@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What the log says of a kernel's calls."""
+"""Log lines that name a kernel's operator calls."""
 
 import pytest
 import torch
@@ -48,6 +48,6 @@ def test_one_line_names_calls_and_what_is_unproven(
     info = mocker.spy(announce.logger, "info_once")
     load(row_case(512, 96), scheme, torch.bfloat16, bias=True)
     (line,) = info.call_args_list
-    # vllm-ascend holds int8 weights in FRACTAL_NZ.
+    # vllm-ascend stores int8 weights in FRACTAL_NZ.
     int8 = "nz" if ascend_base.prefers_nz() else "transposed, unproven on A2"
     assert line.args[0] % line.args[1:] == text.format(int8)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What the kernel classes hand to the operators, scheme by scheme.
+"""The operator calls of the kernel classes, for each scheme.
 
-Layers are upstream's, filled by upstream's loaders; the calls are recorded on their way
-to the emulated operators.
+The layers are upstream's, loaded with upstream's loaders. The calls are recorded before
+they reach the emulated operators.
 """
 
 from typing import Any
@@ -175,7 +175,7 @@ def test_calls(
         mocker.patch.object(torch.ops.npu, name, side_effect=record)
     layer(activations(M, K, dtype))
     if ascend_base.prefers_nz():
-        # vllm-ascend holds them in FRACTAL_NZ, which are contiguous.
+        # vllm-ascend stores them in FRACTAL_NZ, and then they are contiguous.
         nz = {"npu_quant_matmul": (torch.int8, (K, N), (N, 1))}
         expected = [
             (name, [nz.get(name, arg) if arg == INT8 else arg for arg in args], kw)

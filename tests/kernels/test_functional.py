@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which operators the kernels call, and with what."""
+"""The operators that the kernels call, with their arguments."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ M, K, N, G = 4, 128, 48, 4
 
 @pytest.fixture
 def npu(mocker: MockerFixture) -> MockType:
-    """`torch.ops.npu`, recording; results have the right shapes."""
+    """`torch.ops.npu` that records calls; its results have the right shapes."""
 
     def quant_results(count: int) -> Any:
         def results(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -143,7 +143,7 @@ def test_operators_see_matrices(
 
 
 def test_more_outputs_than_the_operator_takes_at_once() -> None:
-    """Through the emulated operator: the parts are those of the whole."""
+    """With the emulated operator, the parts equal the whole result."""
     x = torch.randn(3, K).bfloat16()
     weight = torch.randint(-128, 128, (N, K), dtype=torch.int8).t()
     scale = torch.rand(N, G).bfloat16().t()

@@ -22,7 +22,7 @@ EXPECTED = {
     "w3a16-g64": ["npu.npu_weight_quant_batchmatmul"],
     "w6a16-channel-asym": ["npu.npu_weight_quant_batchmatmul"],
     "w4a8-g128": ["npu.npu_weight_quant_batchmatmul"],
-    # A bias is not the operator's.
+    # The bias is added by a separate operator.
     "w4a8-channel": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul", "aten.add"],
     "w4a8-g256-packed": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul", "aten.add"],
     "w8a8-channel-packed": ["npu.npu_dynamic_quant", "npu.npu_quant_matmul"],
@@ -32,7 +32,7 @@ EXPECTED = {
         *FAKE_QUANT,
     ],
     "w8a8-channel-static-asym": ["npu.npu_quantize", "npu.npu_quant_matmul"],
-    # The offsets are per token, which no operator takes: int32 out, corrected in fp32.
+    # No operator takes per-token offsets: int32 output, corrected in fp32.
     "w8a8-channel-dynamic-asym": [
         "npu.npu_dynamic_quant_asymmetric",
         "npu.npu_quant_matmul",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What the kernels accept, before any weight is read."""
+"""What the kernels accept before weights are loaded."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     AscendInt8ScaledMMLinearKernel,
 )
 
-# Releases before 0.30 say whether activations are ordered.
+# vLLM before 0.30 has a field for activation ordering.
 FIELDS = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
 HAS_G_IDX: dict[str, Any] = {"has_g_idx": False} if "has_g_idx" in FIELDS else {}
 
@@ -58,7 +58,7 @@ def mp_config(
         mp_config(group_size=1024),
         mp_config(group_size=96, shape=(960, 8)),
         mp_config(scalar_types.uint8, -1, shape=(102, 8)),
-        # More outputs than the operator takes are computed some at a time.
+        # A larger N is computed in parts.
         mp_config(shape=(128, 65536)),
         *(mp_config(weight_type) for weight_type in WEIGHT_TYPES),
     ],
@@ -121,7 +121,7 @@ def test_asymmetric_dynamic_activations(
 
 
 def test_g_idx_is_refused() -> None:
-    """Releases before 0.30 pass checkpoints with activation ordering on."""
+    """Before 0.30, vLLM passes on activation ordering of checkpoints."""
     config = mp_config()
     config.has_g_idx = True
     accepted, reason = AscendWNA16LinearKernel.can_implement(config)

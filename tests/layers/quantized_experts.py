@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Upstream's experts over random compressed-tensors weights."""
+"""Upstream's experts with random compressed-tensors weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from tools.make_checkpoint import (
     set_range,
 )
 
-# Of tests that build experts, or that compute those of later releases.
+# For tests that build experts, or compute experts of later releases.
 factory_needed = pytest.mark.skipif(
     not hasattr(fused_moe, "FusedMoEFactory"),
     reason="this vLLM builds experts in another way",
@@ -34,10 +34,10 @@ factory_needed = pytest.mark.skipif(
 PREFIX = "model.layers.0.mlp.experts"
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# Against float64 that rounds weights, products and gate to 16 bits, as operators of 16
-# bits have to: what is left is the rounding of the sum.
+# Compared with a float64 formula that rounds weights, products and activation to 16
+# bits like 16-bit operators: only the rounding of the sum remains.
 WEIGHT_ONLY_TOLERANCE = 3e-3
-# Against plain float64: five roundings in a row more, of which those of gate and up
+# Compared with plain float64: five more roundings, of which those of gate and up
 # multiply.
 ROUNDINGS = {BF16: 6e-3, FP16: 8e-4}
 INT8_TOLERANCE = 1e-2
@@ -53,7 +53,7 @@ SERVED = [
 
 
 def is_weight_only(scheme: str) -> bool:
-    """Whether the activations stay in 16 bits."""
+    """Whether activations stay in 16 bits."""
     args = ALL_SCHEMES[scheme]
     if args.input_activations is None or scheme in FLOAT_SCHEMES:
         return True
@@ -75,7 +75,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class RoundedLinear(FormulaLinear):
-    """A weight-only layer in float64 that rounds where 16-bit operators do."""
+    """A weight-only layer in float64 that rounds like 16-bit operators."""
 
     dtype: torch.dtype = torch.bfloat16
 
@@ -91,7 +91,7 @@ class RoundedLinear(FormulaLinear):
 
 @dataclass
 class FormulaExperts:
-    """What experts compute, in float64."""
+    """Float64 formula of experts."""
 
     experts: list[dict[str, FormulaLinear]]
 
@@ -103,7 +103,7 @@ class FormulaExperts:
         activation: Any = swiglu,
         experts: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Sum what `experts`, or all, compute for each token."""
+        """Sum the outputs of `experts`, or of all, for each token."""
         total = torch.zeros(x.shape, dtype=torch.float64)
         for number in range(len(self.experts)) if experts is None else experts:
             tokens, choices = (ids == number).nonzero(as_tuple=True)
@@ -119,7 +119,7 @@ class FormulaExperts:
         return total
 
     def rounded(self, dtype: torch.dtype) -> "FormulaExperts":
-        """The same with each weight and each product rounded to `dtype`."""
+        """The same formula with each weight and product rounded to `dtype`."""
         return FormulaExperts(
             [
                 {name: RoundedLinear.of(f, dtype) for name, f in expert.items()}
@@ -150,7 +150,7 @@ def experts_of(
 def compressed_experts(
     sizes: Sizes, scheme: str, dtype: torch.dtype, bias: bool = False
 ) -> tuple[torch.nn.ModuleDict, Any, list[dict[str, FormulaLinear]]]:
-    """Make the checkpoint's experts with the compressed-tensors library.
+    """Quantize a checkpoint's experts with the compressed-tensors library.
 
     Returns:
         The modules, the quantization config, and formulas by expert and projection.
@@ -182,7 +182,7 @@ def tensors_of(modules: torch.nn.ModuleDict) -> Iterator[tuple[str, torch.Tensor
 
 
 def build(sizes: Sizes, config: Any, dtype: torch.dtype, **options: Any) -> Any:
-    """Build upstream's layer over a quantization config as it is in a checkpoint."""
+    """Build upstream's layer from a checkpoint's quantization config."""
     made = get_quantization_config("compressed-tensors").from_config(config)
     return build_with(sizes, made, dtype, **options)
 
@@ -214,12 +214,12 @@ def load(
     """Build and load upstream's layer.
 
     Args:
-        sizes: Of the layer.
+        sizes: Sizes of the layer.
         scheme: One of `SCHEMES`.
-        dtype: Of activations.
-        weight_only: Whether activations stay in 16 bits though the scheme quantizes
+        dtype: dtype of the activations.
+        weight_only: Whether activations stay in 16 bits although the scheme quantizes
             them.
-        options: Of upstream's factory.
+        options: Options of upstream's factory.
 
     Returns:
         The runner, ready to run, and the formula of its experts.
@@ -241,7 +241,7 @@ def load(
 def routing(
     sizes: Sizes, tokens: int, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fixed weights and choices; no token takes the second and the last expert."""
+    """Fixed weights and choices; no token goes to the second or the last expert."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, sizes.experts, generator=generator)
     scores[:, [1, -1]] = -1
@@ -250,7 +250,7 @@ def routing(
 
 
 def run(runner: Any, x: torch.Tensor, routed: Any) -> torch.Tensor:
-    """Run the experts behind the router."""
+    """Run the experts after the router."""
     with set_forward_context(None, get_current_vllm_config()):
         result: torch.Tensor = runner.routed_experts.forward_modular(x, *routed)
         return result

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Upstream's linear layers over random compressed-tensors weights."""
+"""Upstream's linear layers with random compressed-tensors weights."""
 
 import os
 from collections.abc import Callable
@@ -40,15 +40,15 @@ FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-# Relative error against float64; both dtypes round the weights and the result.
+# Relative error compared with float64; both dtypes round the weights and the result.
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
-# The operator rounds neither its offset nor does it keep 0 inside the range.
+# The operator neither rounds its offset nor keeps 0 within the range.
 DYNAMIC_ASYMMETRIC_TOLERANCE = 2e-2
 
 
-# Outputs next to the middle of two integers of their grid go either way.
+# Outputs close to the middle of two grid values may round either way.
 OUTPUT_GRID_TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 3e-3}
-# Quantized activations that no operator takes with such weights stay in 16 bits.
+# Quantized activations that no operator supports with these weights stay in 16 bits.
 WEIGHT_ONLY = (
     "w4a8-g128",
     "w4a8-g32",
@@ -58,12 +58,12 @@ WEIGHT_ONLY = (
 )
 
 
-# Of linear layers, what A5 multiplies as it is.
+# Schemes of linear layers that A5 multiplies in FP8.
 MULTIPLIED = ("fp8-channel-dynamic", "fp8-tensor-dynamic")
 
 
 def is_weight_only(scheme: str, k: int) -> bool:
-    """Whether the activations stay in 16 bits though the scheme quantizes them."""
+    """Whether activations stay in 16 bits although the scheme quantizes them."""
     if scheme in MULTIPLIED and os.environ.get("VLLM_ASCEND_CT_SOC") == "A5":
         return False
     if scheme in FLOAT_SCHEMES:
@@ -82,7 +82,7 @@ def tolerance(scheme: str, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of upstream's and the checkpoint layers that fill it."""
+    """One of upstream's layers, and the checkpoint's layers that fill it."""
 
     name: str
     k: int
@@ -129,14 +129,14 @@ def replicated_case(k: int, n: int) -> Case:
 
 
 def activations(tokens: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Make activations that are not centred, as behind a gated unit."""
+    """Make activations with a mean other than 0, as after a gated unit."""
     return (torch.randn(tokens, k) + 0.3).to(dtype)
 
 
 def compressed_modules(
     case: Case, scheme: str, dtype: torch.dtype, bias: bool
 ) -> torch.nn.ModuleDict:
-    """Make the checkpoint's layers with the compressed-tensors library."""
+    """Quantize the checkpoint's layers with the compressed-tensors library."""
     modules = torch.nn.ModuleDict(
         {name: torch.nn.Linear(case.k, n, bias) for name, n in case.shards.items()}
     ).to(dtype)
@@ -148,7 +148,7 @@ def compressed_modules(
 
 
 def load_tensors(case: Case, layer: Any, modules: torch.nn.ModuleDict) -> None:
-    """Give a layer the checkpoint's tensors, through its weight loaders."""
+    """Load the checkpoint's tensors into a layer through its weight loaders."""
     parameters = dict(layer.named_parameters())
     for shard_id, module in zip(case.shard_ids, modules.values()):
         for name, tensor in module.named_parameters():
@@ -192,7 +192,7 @@ def load(
 
 
 def config_of(target: str, scheme: str, **fields: Any) -> Any:
-    """Make the config that quantizes one target."""
+    """Make a config that quantizes one target."""
     group = ALL_SCHEMES[scheme].model_copy(update={"targets": [target]}).model_dump()
     pack = "a16" in scheme or scheme.endswith("packed")
     return get_quantization_config("compressed-tensors").from_config(
@@ -205,7 +205,7 @@ def config_of(target: str, scheme: str, **fields: Any) -> Any:
 
 
 def compressed_table(module: Any, scheme: str, dtype: torch.dtype) -> Any:
-    """Make a checkpoint's embedding or output head of a module."""
+    """Quantize an embedding or output head."""
     modules = torch.nn.ModuleDict({"layer": module}).to(dtype)
     for prepared in prepare(modules, {type(module).__name__: scheme}):
         set_range(prepared, "input", *OUTPUT_RANGE)
@@ -214,7 +214,7 @@ def compressed_table(module: Any, scheme: str, dtype: torch.dtype) -> Any:
 
 
 def load_table(layer: Any, module: Any) -> None:
-    """Give an embedding or an output head the checkpoint's tensors."""
+    """Load the checkpoint's tensors into an embedding or output head."""
     parameters = dict(layer.named_parameters())
     for name, tensor in module.named_parameters():
         parameters[name].weight_loader(parameters[name], tensor.data.clone())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The projection of which latent attention reads the weight."""
+"""The projection whose weight latent attention reads."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +44,7 @@ K, N = 512, 96
 
 def projection(**kwargs: Any) -> ColumnParallelLinear:
     layer = ColumnParallelLinear(K, N, **kwargs)
-    # As vLLM's attention layer has it, or its weight goes to a CPU library.
+    # As in vLLM's attention layer; otherwise the weight goes to a CPU library.
     layer._cpu_skip_gemm_dispatch = True
     return layer
 
@@ -61,7 +61,7 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 def test_weight_is_the_formula(scheme: str, dtype: torch.dtype) -> None:
     layer, (formula,) = load(CASE, scheme, dtype, bias=False)
     assert type(layer.quant_method) is AscendCTDequantizedLinearMethod
-    # Both of vLLM's and vllm-ascend's latent attention look for this.
+    # The latent attention of vLLM and that of vllm-ascend look for this.
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
     weight = get_and_maybe_dequant_weights(layer, out_dtype=dtype)
     assert layer.weight.dtype == dtype and [*layer._parameters] == ["bias", "weight"]
@@ -120,6 +120,6 @@ def test_other_layers_stay_quantized() -> None:
 
 
 def test_a_weight_that_an_operator_reads_is_refused() -> None:
-    """Of DeepSeek-V4, by vLLM's attention and by vllm-ascend's."""
+    """A layer of DeepSeek-V4, whose attention passes the weight to an operator."""
     with pytest.raises(UnsupportedCheckpointError, match="passes to an operator"):
         build("w4a16-g32", "model.layers.0.attn.wo_a")

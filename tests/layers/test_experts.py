@@ -68,7 +68,7 @@ REFUSED = {
 
 
 def sizes_of(scheme: str) -> list[str]:
-    """Sizes whose inputs are whole groups; all of them for some schemes."""
+    """Sizes with whole groups; for some schemes all sizes."""
     group_size = SCHEMES[scheme].weights.group_size or 1
     names = [
         name
@@ -81,7 +81,7 @@ def sizes_of(scheme: str) -> list[str]:
 
 
 def weights_of(scheme: str) -> type:
-    """What creates the parameters."""
+    """The method that creates the parameters."""
     args = SCHEMES[scheme]
     if args.input_activations is None or args.format == "pack-quantized":
         return AscendCTWNA16MoEMethod
@@ -250,7 +250,7 @@ def test_clamped_swiglu(scheme: str) -> None:
 )
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_biases_and_interleaved_gates(scheme: str, dtype: torch.dtype) -> None:
-    """As gpt-oss has them; int8 activations would need a bias of another kind."""
+    """As in gpt-oss. int8 activations would need a different kind of bias."""
     sizes = SIZES["8-experts"]
     runner, formula = load(
         sizes, scheme, dtype, weight_only=True, has_bias=True, activation="swigluoai"
@@ -259,7 +259,7 @@ def test_biases_and_interleaved_gates(scheme: str, dtype: torch.dtype) -> None:
     x, routed = inputs(formula, 64, sizes, dtype), routing(sizes, 64)
 
     def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        # Rows of gate and up alternate in what is loaded as gate, then up.
+        # Rows of gate and up alternate in the checkpoint's tensor; separate them.
         rows = torch.cat((gate, up), dim=-1)
         gate, up = rows[..., ::2].clamp(max=7), rows[..., 1::2].clamp(-7, 7)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -307,7 +307,7 @@ def test_launches(scheme: str, dtype: torch.dtype) -> None:
 
 
 def test_symmetric_experts_share_offsets() -> None:
-    """Their operator asks for some: all layers have the same zeros."""
+    """The operator requires offsets: all layers share the same zeros."""
     sizes = SIZES["8-experts"]
     zeros = []
     for scheme in ("w4a16-g32", "w8a16-channel", "w8a16-channel"):
@@ -320,7 +320,7 @@ def test_symmetric_experts_share_offsets() -> None:
 
 
 def test_biases_that_this_vllm_would_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM 0.30, which has no parameters for them, and skips them when it loads."""
+    """In vLLM 0.30 they have no parameters, and its loader silently skips them."""
     create_weights = CompressedTensorsWNA16MoEMethod.create_weights
 
     def without_biases(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Every scheme's experts over two ranks: split, or whole ones on each."""
+"""Every scheme's experts on two ranks, with tensor and with expert parallelism."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,7 +35,7 @@ from vllm_ascend_ct.errors import UnsupportedCheckpointError
 WORLD_SIZE = 2
 SIZES = Sizes(8, hidden=256, intermediate=512, top_k=3)
 DTYPE = torch.bfloat16
-# Weights of the router are rounded as well where some experts are elsewhere.
+# The router's weights are rounded too if some experts are on other ranks.
 TOLERANCE = ROUNDINGS[DTYPE] * 1.1
 EP_LAUNCHES = {"w8a8-channel-dynamic": 6, "w4a16-g32": 6, "w4a8-g256": 6}
 
@@ -47,7 +47,7 @@ def set_parallel(experts: bool, placement: str = "linear") -> None:
 
 
 def split(formula: FormulaExperts, rank: int) -> FormulaExperts:
-    """A rank's share of each expert."""
+    """A rank's shard of each expert."""
     share = SIZES.intermediate // WORLD_SIZE
     start = rank * share
 
@@ -72,9 +72,9 @@ def split(formula: FormulaExperts, rank: int) -> FormulaExperts:
 
 
 def is_split(scheme: str) -> bool:
-    """Whether a rank's share is whole groups."""
+    """Whether a rank's shard has whole groups."""
     if scheme in FLOAT_SCHEMES:
-        # Split when they are resolved.
+        # Resolved weights can always be split.
         return True
     group_size = ALL_SCHEMES[scheme].weights.group_size or 1
     return SIZES.intermediate // WORLD_SIZE % group_size == 0
@@ -110,7 +110,7 @@ def _check_whole(rank: int, scheme: str, placement: str, **options: Any) -> floa
     routed = routing(SIZES, 20)
     here = local_experts(rank, placement)
     error = relative_error(run(runner, x, routed), formula(x, *routed, experts=here))
-    # No token for this rank, whose rows then are all unwritten memory.
+    # No token is routed to this rank, so all of its rows are unwritten memory.
     elsewhere = torch.tensor(local_experts(1 - rank, placement)[: SIZES.top_k])
     weights, ids = routed[0], elsewhere.expand(20, -1).int().contiguous()
     assert run(runner, x, (weights, ids)).eq(0).all()
@@ -122,7 +122,7 @@ def _check_whole(rank: int, scheme: str, placement: str, **options: Any) -> floa
 
 
 def _check_resolved(rank: int, scheme: str, placement: str) -> float:
-    """Only what is loaded: vLLM's CPU experts cannot be some of them."""
+    """Checks only loaded weights: vLLM's CPU experts need all experts on one rank."""
     set_parallel(experts=True, placement=placement)
     processing = "process_weights_after_loading"
     with patch.object(UnquantizedFusedMoEMethod, processing):
@@ -139,7 +139,7 @@ def _check_resolved(rank: int, scheme: str, placement: str) -> float:
 
 
 def _run(rank: int, port: int) -> None:
-    # Spawned processes have not seen the fixtures.
+    # Spawned processes do not run fixtures.
     load_general_plugins()
     torch.set_num_threads(1)
     errors: dict[tuple[str, str], float] = {}
@@ -177,6 +177,6 @@ def _check_refusals() -> None:
 
 @pytest.mark.long
 def test_output_is_the_formula_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The name of the shared memory that CPU ranks reduce through.
+    # Name of the shared memory that CPU ranks reduce through.
     monkeypatch.setenv("VLLM_DIST_IDENT", "test_experts_parallel")
     torch.multiprocessing.spawn(_run, args=(get_open_port(),), nprocs=WORLD_SIZE)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""FP8 layers that A5 multiplies as they are, against float64."""
+"""FP8 layers that A5 multiplies in FP8, compared with float64."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ CASES = {
     "qkv": qkv_case(256, heads=4, kv_heads=2),
     "gate-up": gate_up_case(384, 320),
     "row": row_case(640, 192),
-    # No multiples of anything.
+    # Sizes that are not multiples of anything.
     "odd": replicated_case(301, 37),
 }
 
@@ -73,7 +73,7 @@ def test_output_is_the_formula(
 
 
 def test_activations_are_quantized() -> None:
-    """The formula tells FP8 inputs from 16 bits: by ten times the tolerance."""
+    """FP8 inputs differ from 16-bit inputs by ten times the tolerance."""
     layer, (formula,) = load(CASES["row"], MULTIPLIED[0], torch.float16, False)
     x = activations(20, CASES["row"].k, torch.float16)
     formula.input_args = None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The layouts that `VLLM_ASCEND_CT_LAYOUT` names, against float64."""
+"""The layouts of `VLLM_ASCEND_CT_LAYOUT`, compared with float64."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ WEIGHT_ONLY = "npu.npu_weight_quant_batchmatmul"
 def error_of(
     scheme: str, dtype: torch.dtype, formula_class: type[FormulaLinear] | None = None
 ) -> tuple[float, list[str], torch.nn.Module]:
-    """A layer's error against float64, what it launched, and the layer."""
+    """A layer's error compared with float64, its launches, and the layer."""
     layer, (formula,) = load(CASE, scheme, dtype, bias=True)
     if formula_class is not None:
         formula = formula_class(**vars(formula))
@@ -67,7 +67,7 @@ def test_inputs_that_are_no_whole_groups_keep_one_scale(
 
 
 class Reciprocal(FormulaLinear):
-    """Quantizes by the reciprocal that the model's dtype holds."""
+    """Formula that quantizes with the reciprocal rounded to the model's dtype."""
 
     dtype = BF16
 
@@ -88,7 +88,7 @@ class ReciprocalFloat16(Reciprocal):
 def test_static_by_reciprocals(
     scheme: str, formula: type[Reciprocal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly what it says; from the config's own grid some integers are off by 1."""
+    """Matches its own formula exactly; on the config's grid, some integers differ."""
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
     dtype = formula.dtype
     error, launches, layer = error_of(scheme, dtype, formula)
@@ -105,7 +105,7 @@ def test_static_by_reciprocals(
 def test_quantized_and_multiplied_by_one_operator(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the tolerance of chips that quantize in fp32, which the other way misses."""
+    """Within the tolerance of chips that quantize in fp32, unlike the default."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-dynamic=dequant")
     error, launches, layer = error_of(scheme, FP16)
@@ -119,7 +119,7 @@ def test_quantized_and_multiplied_by_one_operator(
 
 
 def test_what_one_operator_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs that are no multiple of 16 go the other way."""
+    """If N is not a multiple of 16, the default layout is used."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-dynamic=dequant")
     layer, _ = load(row_case(512, 100), "w8a8-channel-dynamic", FP16, bias=False)

@@ -49,7 +49,7 @@ CASES = {
 }
 BATCHES = (1, 5, 64)
 ROWS = 20
-# 310P multiplies by a float16 reciprocal, so some integers are their neighbours.
+# The 310P multiplies by a float16 reciprocal, so some integers are off by 1.
 QUANTIZED_IN_FLOAT16 = 5e-3
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -75,7 +75,7 @@ def expected_classes(scheme: str, k: int) -> tuple[type, type]:
 
 
 def cases_of(scheme: str) -> list[str]:
-    """The layers whose inputs are whole groups."""
+    """The layers with whole groups of inputs."""
     layout = SCHEMES[scheme].weights
     group_size = layout.group_size or 1
     return [name for name, case in CASES.items() if case.k % group_size == 0]
@@ -93,10 +93,10 @@ def test_output_is_the_formula(
     upstream, kernel = expected_classes(scheme, CASES[case].k)
     assert type(layer.scheme) is upstream
     assert type(layer.scheme.kernel) is kernel
-    # The one weight that is held, under the name that others read.
+    # The only weight of the layer, under the name that other code reads.
     assert layer.weight.dim() == 2 and not hasattr(layer, "weight_packed")
     for batch in BATCHES:
-        # Over so many rows that the error is not one row's luck.
+        # Many rows, so that the error does not depend on a single row.
         x = activations(max(ROWS, batch), CASES[case].k, dtype)
         x = formulas[0].without_ties(x)
         outputs = [layer(part) for part in x.split(batch)]
@@ -109,7 +109,7 @@ def test_output_is_the_formula(
 
 @pytest.mark.parametrize("scheme", ["w4a16-g64", "w4a8-g128"])
 def test_outputs_that_words_do_not_hold(scheme: str) -> None:
-    """Eight to an int32: else int4 is packed along inputs."""
+    """N is not a multiple of 8, so int4 is packed along K."""
     for n, packed_along in ((96, 1), (100, 0)):
         layer, (formula,) = load(
             replicated_case(512, n), scheme, torch.bfloat16, bias=False
@@ -121,7 +121,7 @@ def test_outputs_that_words_do_not_hold(scheme: str) -> None:
 
 
 def is_served(scheme: str, dtype: torch.dtype, soc: str) -> bool:
-    """310P serves float16 models, of int8 per channel; other chips serve all."""
+    """The 310P supports float16 models with per-channel int8; other chips, all."""
     layout = SCHEMES[scheme].weights
     int8 = layout.num_bits > 4 and not layout.group_size
     symmetric = not scheme.endswith("dynamic-asym")
@@ -134,7 +134,7 @@ def is_served(scheme: str, dtype: torch.dtype, soc: str) -> bool:
 def test_other_chips(
     scheme: str, dtype: torch.dtype, soc: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scheme is computed rightly or refused, and no operator's limit is passed."""
+    """A scheme is computed correctly or refused; no operator's limit is exceeded."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
     check_on_chip(scheme, dtype, soc)
 

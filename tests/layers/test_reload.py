@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Weights loaded into a model that serves, as vLLM does it layer by layer."""
+"""Reloading weights into a model that is serving, layer by layer as vLLM does."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +44,7 @@ def new_tensors(scheme: str) -> Any:
     return modules
 
 
-# vllm-ascend computes what is not quantized with operators that only a device has.
+# vllm-ascend runs unquantized layers with operators that need a device.
 on_upstream = pytest.mark.skipif(
     runs_on_vllm_ascend(), reason="needs a device: see tests/soft_npu"
 )
@@ -86,7 +86,7 @@ def test_output_is_that_of_the_new_weights(
 
 
 def test_head_tied_to_an_embedding() -> None:
-    """It follows; vLLM 0.23 keeps a module of its own for it."""
+    """The head follows; in vLLM 0.23 it has a module of its own."""
     models = []
 
     def tie(embedding: Any) -> None:

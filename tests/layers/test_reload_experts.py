@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Experts' weights loaded into a model that serves."""
+"""Reloading the weights of experts in a model that is serving."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 
 
 def loaded(config: Any, tensors: torch.nn.ModuleDict) -> tuple[Any, torch.nn.Module]:
-    """Build and load experts; the runner, and the model that a reload knows."""
+    """Build and load experts; returns the runner, and the model for a reload."""
     runner = build(SIZES, config, BF16)
     model = torch.nn.Sequential(runner)
     record_metadata_for_reloading(model)
@@ -73,7 +73,7 @@ def test_experts_are_those_of_the_new_weights(scheme: str) -> None:
 def test_resolved_experts_have_the_new_weights(
     scheme: str, mocker: MockerFixture
 ) -> None:
-    """But for what vLLM's CPU experts do with them, which a reload does not do."""
+    """A reload does not repeat the processing of vLLM's CPU experts."""
     mocker.patch.object(UnquantizedFusedMoEMethod, "process_weights_after_loading")
     (first, config, _), (second, _, _) = (
         compressed_experts(SIZES, scheme, BF16) for _ in range(2)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Floating-point schemes through upstream's layers and loaders, against float64."""
+"""Floating-point schemes with upstream's layers and loaders, compared with float64."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_output_is_the_formula(
 ) -> None:
     layer, formulas = load(CASES[case], scheme, dtype, bias)
     method = layer.quant_method
-    # Unquantized to whoever asks, and served by vLLM as such.
+    # Other code sees an unquantized layer, and vLLM serves it as one.
     assert isinstance(method, ResolvedMixin)
     assert isinstance(method, UnquantizedLinearMethod)
     assert type(method).__name__ in WEIGHT_LOADER_V2_SUPPORTED
@@ -77,7 +77,7 @@ def test_experts_are_the_formula(scheme: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
 def test_vocabulary_is_the_formula(scheme: str) -> None:
-    """Of no multiple of 64, to which vLLM pads."""
+    """The size is not a multiple of 64, so vLLM pads it."""
     layer, formula = load_embedding(1008, 256, scheme, torch.bfloat16)
     ids = torch.tensor([[0, 1, 5], [1007, 5, 77]])
     rounded = formula.weight[ids].float().bfloat16()
@@ -99,7 +99,7 @@ def test_head_tied_to_what_is_quantized_otherwise_is_refused() -> None:
 
 
 def test_remedy_fits_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that float16 does not hold: 310P has no bfloat16."""
+    """Values that overflow float16; the 310P has no bfloat16."""
     config = config_of("re:.*", "fp8-channel-a16")
     for soc, remedy in (("A2", "--dtype bfloat16"), ("310P", "Calibrate")):
         monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)

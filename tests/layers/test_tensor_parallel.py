@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Every scheme over two ranks, through upstream's layers and loaders."""
+"""Every scheme on two ranks, with upstream's layers and loaders."""
 
 import math
 import os
@@ -32,12 +32,12 @@ from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 WORLD_SIZE = 2
 COLUMN_CASES = (qkv_case(256, heads=4, kv_heads=2), gate_up_case(256, 320))
-# The second leaves a rank with one group of 128.
+# The second size leaves one group of 128 per rank.
 ROW_CASES = (row_case(512, 192), row_case(256, 192))
 
 
-# A tolerance covers two roundings, of the weights and of the result; what ranks
-# exchange is rounded a third time.
+# The tolerance covers two roundings, of the weights and of the result. What ranks
+# exchange is rounded once more.
 REDUCED = math.sqrt(3 / 2)
 
 
@@ -58,7 +58,7 @@ def _undivided_error(rank: int, case: Case, scheme: str, dtype: torch.dtype) -> 
 def _row_inputs(
     case: Case, formula: FormulaLinear, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Each rank's input and, in float64, its product."""
+    """Each rank's input, and its product in float64."""
     share = case.k // WORLD_SIZE
     parts = [formula.narrow(start, share) for start in range(0, case.k, share)]
     inputs = [part.without_ties(activations(5, share, dtype)) for part in parts]
@@ -83,7 +83,7 @@ def _is_served(scheme: str, check: Any, k: int) -> bool:
     if check in (_column_error, _undivided_error):
         share = k
     elif scheme in FLOAT_SCHEMES:
-        # Split when they are resolved.
+        # Resolved weights can always be split.
         return True
     elif ALL_SCHEMES[scheme].output_activations is not None:
         return False
@@ -92,7 +92,7 @@ def _is_served(scheme: str, check: Any, k: int) -> bool:
     return share % (ALL_SCHEMES[scheme].weights.group_size or 1) == 0
 
 
-# What is checked, over which layers, with how much of the tolerance.
+# What is checked, for which layers, with how much of the tolerance.
 CHECKS = (
     (_column_error, COLUMN_CASES, 1),
     (_undivided_error, (*COLUMN_CASES, ROW_CASES[0]), 1),
@@ -102,7 +102,7 @@ CHECKS = (
 
 
 def _run(rank: int, port: int) -> None:
-    # Spawned processes have not seen the fixtures.
+    # Spawned processes do not run fixtures.
     load_general_plugins()
     torch.set_num_threads(1)
     with tensor_parallel(rank, WORLD_SIZE, port):
@@ -116,7 +116,7 @@ def _run(rank: int, port: int) -> None:
 
 
 def failures(rank: int, schemes: Iterable[str]) -> list[tuple[Any, ...]]:
-    """Check all layers of a rank, and say which are too far from the formula."""
+    """Check all layers on a rank; return those that are too far from the formula."""
     found = []
     for scheme, dtype in product(schemes, (torch.bfloat16, torch.float16)):
         for check, cases, roundings in CHECKS:
@@ -144,7 +144,7 @@ def check_vocabulary(rank: int) -> None:
 
 
 REFUSED = {
-    # scheme -> K of a layer whose input is split, and why
+    # scheme -> K of a layer whose input is split, and the reason
     "w4a16-g128": (384, "is not divisible by group_size=128"),
     "w8a8o8-channel-int": (512, "each rank would quantize its partial sum"),
     "w3a16-channel": (272, "shards that begin on an int32 boundary"),
@@ -155,21 +155,21 @@ def _check_refusals() -> None:
     for scheme, (k, reason) in REFUSED.items():
         with pytest.raises(UnsupportedCheckpointError, match=reason):
             load(row_case(k, 192), scheme, torch.bfloat16, bias=False)
-    # 20 zero points of 5 bits a shard.
+    # 20 zero points of 5 bits per shard.
     with pytest.raises(UnsupportedCheckpointError, match="zero points fill whole"):
         load(gate_up_case(256, 2 * 20), "w5a16-g64-asym", torch.bfloat16, bias=False)
 
 
 @pytest.mark.long
 def test_output_is_the_formula_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The name of the shared memory that CPU ranks reduce through.
+    # Name of the shared memory that CPU ranks reduce through.
     monkeypatch.setenv("VLLM_DIST_IDENT", "test_tensor_parallel")
     torch.multiprocessing.spawn(_run, args=(get_open_port(),), nprocs=WORLD_SIZE)
 
 
 @pytest.mark.usefixtures("single_rank")
 def test_narrowed_formulas_add_up() -> None:
-    """The reference itself, for a scheme whose activations are left alone."""
+    """Tests the reference itself, for a scheme with unquantized activations."""
     _, (formula,) = load(ROW_CASES[0], "w4a16-g32", torch.bfloat16, bias=False)
     x = activations(5, 512, torch.bfloat16)
     halves = formula.narrow(0, 256)(x[:, :256]) + formula.narrow(256, 256)(x[:, 256:])

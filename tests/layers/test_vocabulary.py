@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Quantized embeddings and output heads, through upstream's layers and loaders."""
+"""Quantized embeddings and output heads, with upstream's layers and loaders."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding imp
 )
 
 BF16 = torch.bfloat16
-# No multiple of 64, to which vLLM pads.
+# Not a multiple of 64, so vLLM pads it.
 VOCABULARY = 1008
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -55,7 +55,7 @@ def test_embedding_is_the_formula(scheme: str, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 66000])
 def test_head_is_the_formula(scheme: str, vocabulary: int) -> None:
-    """With more outputs than an operator takes at once, too."""
+    """Also with more outputs than the operator supports."""
     layer, formula = load_head(vocabulary, 256, scheme, BF16)
     assert type(layer.quant_method) is AscendCTHeadMethod
     x = formula.without_ties(activations(7, 256, BF16))
@@ -85,7 +85,7 @@ def method_of_head(config: Any, prefix: str = "lm_head") -> type:
 def test_class_target_means_a_head_that_the_checkpoint_has(
     tmp_path: Path, prefix: str
 ) -> None:
-    """In the checkpoint it is a Linear, in vLLM no LinearBase."""
+    """In the checkpoint it is a Linear; in vLLM it is not a LinearBase."""
     ignore = ["lm_head"]
     config = config_of("Linear", "w4a16-g32", ignore=ignore)
     assert method_of_head(config, prefix) is AscendCTUnquantizedHeadMethod
@@ -120,7 +120,7 @@ def test_head_tied_to_a_quantized_embedding(target: str) -> None:
     assert (head is embedding) is compat.METHODS_TIE_WEIGHTS
     if head is not embedding:
         head.quant_method.process_weights_after_loading(head)
-        # Nothing of its own, which would not be used.
+        # It has no weight of its own, which would be unused.
         assert [p.numel() for p in head.parameters()] == [0]
     x = activations(7, 256, BF16)
     y = head.quant_method.apply(head, x)[:, :VOCABULARY]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Small random models of vLLM's architectures, any of whose layers can be quantized.
+"""Small random models of vLLM's architectures in which any layer can be quantized.
 
-A checkpoint is made of tensors, not of modules: its file and its config need not agree.
+Checkpoints are made from tensors and not from modules, so that the files and the config
+may disagree.
 """
 
 import json
@@ -99,7 +100,7 @@ def _qwen2_5_vl() -> Any:
 
 
 def _gpt_oss() -> Any:
-    """With a module for each projection of an expert, as llm-compressor makes them."""
+    """With one module per projection of an expert, as llm-compressor creates them."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     model: Any = transformers.GptOssForCausalLM(
         transformers.GptOssConfig(**_TEXT, **experts)
@@ -132,7 +133,7 @@ _MODELS: dict[str, Callable[[], Any]] = {
 
 
 def renamed(name: str) -> str:
-    """A name of a model with a tower as transformers has written it since 4.52."""
+    """A name in a model with a vision tower, as in transformers since 4.52."""
     if name.startswith(("vision_tower", "multi_modal_projector", "visual")):
         return f"model.{name}"
     for old in ("language_model.model.", "model."):
@@ -149,7 +150,7 @@ def _with_vision_model(name: str) -> str:
 
 @cache
 def unquantized(name: str) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors and the config of a model, none of it quantized."""
+    """The tensors and the config of an unquantized model."""
     torch.manual_seed(0)
     with TemporaryDirectory() as directory:
         path = Path(directory)
@@ -162,7 +163,7 @@ def unquantized(name: str) -> tuple[Tensors, dict[str, Any]]:
         tensors = load_file(path / "model.safetensors")
         config = json.loads((path / "config.json").read_text())
     if name == "paligemma":
-        # Its head is the embedding; and names as in published checkpoints.
+        # The head is tied to the embedding, and names are as in published checkpoints.
         tensors.pop("language_model.lm_head.weight", None)
         tensors = {_with_vision_model(key): value for key, value in tensors.items()}
     if name.endswith("-mtp"):
@@ -171,7 +172,7 @@ def unquantized(name: str) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _add_mtp(tensors: Tensors, config: dict[str, Any]) -> None:
-    """Add a layer of DeepSeek's that predicts a token more."""
+    """Add DeepSeek's layer for multi-token prediction."""
     number, hidden = config["num_hidden_layers"], config["hidden_size"]
     last = f"model.layers.{number - 1}."
     new = f"model.layers.{number}."
@@ -199,7 +200,7 @@ def _compressed(model: str, layer: str, scheme: str) -> Tensors:
 
 
 def linears(model: str) -> list[str]:
-    """Layers of a model that can be quantized, embeddings and heads among them."""
+    """Layers of a model that can be quantized, including embeddings and heads."""
     return [
         name.removesuffix(".weight")
         for name, tensor in unquantized(model)[0].items()
@@ -224,13 +225,14 @@ def make(
     """Write a checkpoint.
 
     Args:
-        out: Directory to make.
-        model: One of `_MODELS`, or of `tools.tiny_moe`, with "-mtp" for a layer more.
-        quantized: Layers that are, in the file.
-        targets: That the config says are, all of `scheme`.
-        ignore: That the config says are not.
+        out: Directory to create.
+        model: One of `_MODELS` or of `tools.tiny_moe`; with "-mtp", it has a layer for
+            multi-token prediction.
+        quantized: Layers that are quantized in the file.
+        targets: `targets` of the config's only group, which has `scheme`.
+        ignore: `ignore` of the config.
         scheme: One of `SCHEMES`.
-        rename: What the file calls a tensor.
+        rename: Maps names of tensors to their names in the file.
 
     """
     tensors, config = unquantized(model)
@@ -262,7 +264,7 @@ def _tokenizer() -> Any:
 
 
 def load(path: Path, **arguments: Any) -> torch.nn.Module:
-    """Load a model as a worker does, without the worker."""
+    """Load a model like a worker, but without one."""
     vllm_config = config_of(path, **arguments)
     return load_with(vllm_config, vllm_config.model_config)
 
@@ -273,7 +275,7 @@ def config_of(path: Path, **arguments: Any) -> VllmConfig:
 
 
 def load_with(vllm_config: VllmConfig, model_config: Any) -> torch.nn.Module:
-    """Load a model, or a draft model beside it."""
+    """Load a model, or a draft model in addition to it."""
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
         model = initialize_model(vllm_config, model_config=model_config)
         loader = get_model_loader(vllm_config.load_config)
@@ -283,7 +285,7 @@ def load_with(vllm_config: VllmConfig, model_config: Any) -> torch.nn.Module:
 
 
 def load_draft(path: Path) -> torch.nn.Module:
-    """Load a model that predicts tokens beside the main one, which is loaded first."""
+    """Load a draft model for multi-token prediction, after its main model."""
     speculation = {"method": "mtp", "num_speculative_tokens": 1}
     vllm_config = config_of(path, speculative_config=speculation)
     load_with(vllm_config, vllm_config.model_config)
@@ -292,7 +294,7 @@ def load_draft(path: Path) -> torch.nn.Module:
 
 
 def load_model(path: Path) -> None:
-    """Load a checkpoint as a worker does, without the worker."""
+    """Load a checkpoint like a worker, but without one."""
     arguments = EngineArgs(str(path), enforce_eager=True, max_model_len=128)
     vllm_config = arguments.create_engine_config()
     model_config = vllm_config.model_config

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Layers that the file has quantized and the config has not, and the other way round.
+"""Layers that are quantized in the files but not by the config, and vice versa.
 
-Each position, in models of each kind: refused by a tensor's name in the file, before
-anything is loaded, or served right.
+Tests each position in each kind of model: it is refused by a tensor's name in the file
+before anything is loaded, or served correctly.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
-# What the checkpoints here usually have quantized, and what they ignore.
+# Layers that these checkpoints usually have quantized, and those they ignore.
 QUANTIZED = r"(_proj|_mqa|fc[12]|out_proj|qkv|attn\.proj|Wo|Wi|Wqkv)$"
 NEVER = ["lm_head", r"gate$", "eh_proj", "shared_head", "embed", "merger", "projector"]
 IGNORE = [f"re:.*{pattern}.*" for pattern in NEVER if pattern != "gate$"]
@@ -41,18 +41,17 @@ HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
 @dataclass(frozen=True)
 class Case:
-    """Layers of a model, and what becomes of them.
+    """Layers of a model, and the expected outcome.
 
     Attributes:
-        model: Its name.
-        layers: A pattern.
-        plain: Whether they are served if they are not quantized but should be.
-        quantized: Whether they are served if they are but should not be.
-        target: What the config calls them, if `Linear` does not mean them.
-        draft: Whether they are of a model that predicts more tokens.
-        bare: Whether vLLM's loader reaches them before anything that is ours, and
-            names a tensor itself.
-        rename: What the file calls a tensor.
+        model: Name of the model.
+        layers: Pattern that matches the layers.
+        plain: Whether they are served if only the config says they are quantized.
+        quantized: Whether they are served if they are quantized only in the files.
+        target: Target that matches them, if `Linear` does not.
+        draft: Whether they belong to a draft model for multi-token prediction.
+        bare: Whether vLLM's loader fails before this package's checks, naming a tensor.
+        rename: Maps names of tensors to their names in the files.
 
     """
 
@@ -68,7 +67,7 @@ class Case:
 
 DEEPSEEK, MOE = "deepseek-v3-mtp", "qwen3-moe"
 CASES: dict[str, Case] = {
-    # Dense.
+    # Dense models.
     **{f"dense-{p}": Case("qwen3", rf"\.0\..*\b{p}_proj$") for p in "qkvo"},
     **{
         f"dense-{p}": Case("qwen3", rf"\.1\..*\b{p}_proj$")
@@ -78,13 +77,13 @@ CASES: dict[str, Case] = {
     "dense-block": Case("qwen3", r"\.0\..*_proj$"),
     "dense-embedding": Case("qwen3", "embed_tokens$", target="re:.*embed_tokens"),
     "dense-head": Case("qwen3", "lm_head$", target="re:.*lm_head"),
-    # A class means the head too, but only if the file has it quantized.
+    # A class target includes the head only if it is quantized in the files.
     "dense-head-by-class": Case("qwen3", "lm_head$", plain=True),
-    # Mixtures of experts, with vLLM's own way to load and with a model's.
+    # Mixture-of-experts models, loaded in vLLM's way or in the model's own way.
     **{f"moe-{p}": Case(MOE, rf"\.0\..*\b{p}_proj$") for p in "qkvo"},
     "moe-router": Case(MOE, r"\.0\.mlp\.gate$"),
     "moe-routers": Case(MOE, r"mlp\.gate$"),
-    # vLLM asks for the scheme of the first expert only.
+    # vLLM requests the scheme of the first expert only.
     "moe-expert": Case(MOE, r"\.0\.mlp\.experts\.3\.", quantized=True),
     "moe-projection-of-an-expert": Case(
         MOE, r"\.0\.mlp\.experts\.3\.up_proj$", quantized=True
@@ -100,12 +99,12 @@ CASES: dict[str, Case] = {
     },
     "deepseek-kv-a": Case(DEEPSEEK, r"\.1\..*kv_a_proj_with_mqa$"),
     "deepseek-kv-b": Case(DEEPSEEK, r"\.1\..*kv_b_proj$"),
-    # Its model builds routers without asking.
+    # The model builds its routers without a quantization config.
     "deepseek-router": Case(DEEPSEEK, r"\.1\.mlp\.gate$", plain=True),
     "deepseek-expert": Case(DEEPSEEK, r"\.1\.mlp\.experts\.3\.", quantized=True),
     "deepseek-experts": Case(DEEPSEEK, r"\.1\.mlp\.experts\."),
     "deepseek-shared-expert": Case(DEEPSEEK, r"\.1\.mlp\.shared_experts\."),
-    # The main model does not load the layer that predicts more; a draft model does.
+    # The main model skips the layer for multi-token prediction; a draft model loads it.
     "mtp-of-main": Case(DEEPSEEK, r"layers\.2\..*_proj$", plain=True, quantized=True),
     "mtp-attention": Case(DEEPSEEK, r"\.2\..*\bo_proj$", draft=True),
     "mtp-router": Case(DEEPSEEK, r"\.2\.mlp\.gate$", draft=True, plain=True),
@@ -116,7 +115,7 @@ CASES: dict[str, Case] = {
     "mtp-head": Case(
         DEEPSEEK, r"shared_head\.head$", draft=True, target="re:.*layers.2.head"
     ),
-    # Models with a tower, by older and by newer names in the file.
+    # Models with a vision tower, with older and newer names in the files.
     **{
         f"{name}-{position}": Case(model, layers, rename=rename)
         for name, rename in {"vlm": str, "vlm-renamed": models.renamed}.items()
@@ -134,7 +133,7 @@ CASES: dict[str, Case] = {
             ("qwen2_5_vl", "qwen-tower", r"visual.*(_proj|qkv|attn\.proj)$"),
         )
     },
-    # A loader that skips what it does not know.
+    # A loader that skips unknown names.
     **{
         f"skipping-{name}": Case("modernbert", rf"\.0\..*{name}$")
         for name in ("Wqkv", r"attn\.Wo", "Wi", r"mlp\.Wo")
@@ -165,7 +164,7 @@ def load(path: Path, case: Case) -> Any:
 
 
 def check_refused(path: Path, case: Case, layers: list[str]) -> None:
-    """Refused by a tensor's name; and served if one does what the error says."""
+    """The model is refused by a tensor's name, and served with the remedy applied."""
     with pytest.raises(KeyError if case.bare else UnsupportedCheckpointError) as error:
         load(path, case)
     text = str(error.value)
@@ -188,7 +187,7 @@ def check_refused(path: Path, case: Case, layers: list[str]) -> None:
 
 
 def corrected(path: Path, text: str) -> bool:
-    """Change a config as an error says; whether it says so."""
+    """Change a config as an error says; returns whether the error says so."""
     config = json.loads((path / "config.json").read_text())
     quantization = config["quantization_config"]
     targets = quantization["config_groups"]["group_0"]["targets"]
@@ -201,7 +200,7 @@ def corrected(path: Path, text: str) -> bool:
         targets += given
     else:
         others = (Remedy.EXPORT_ALIKE, Remedy.LEAVE_UNQUANTIZED)
-        # Of an embedding, which cannot be served with int8 activations.
+        # For an embedding, which does not support int8 activations.
         others += (Remedy.QUANTIZE_AGAIN,)
         assert any(remedy in text for remedy in others), text
         return False
@@ -220,7 +219,7 @@ def check_right(path: Path, case: Case, layers: list[str]) -> None:
         module: Any = modules.get(layer.replace(".2.", ".2.mtp_block."))
         module = modules.get(layer, module)
         if module is None:
-            # Of the layer that the main model does not have.
+            # For a layer that the main model does not have.
             assert not case.draft and ".2." in layer
             continue
         weight = expected[f"{layer}.weight"].double()
@@ -292,7 +291,7 @@ def test_quantized_in_the_file(tmp_path: Path, name: str, scheme: str) -> None:
 
 
 def ignoring(layer: str) -> str:
-    """A pattern for what vLLM calls a layer."""
+    """A pattern that matches vLLM's name of a layer."""
     name = layer.replace("shared_head.head", "head")
     first = re.search(r"\d", name)
     last = name[first.start() :] if first else name.rpartition(".")[2]
@@ -310,7 +309,7 @@ def matches(pattern: str, layers: list[str]) -> bool:
 def test_what_agrees_is_served_right(
     tmp_path: Path, name: str, rename: Callable[[str], str], scheme: str
 ) -> None:
-    """With and without what vLLM merges, renames, splits or leaves to a draft model."""
+    """Also with layers that vLLM fuses, renames, splits or leaves to a draft model."""
     has_tower = name in ("paligemma", "qwen2_5_vl")
     if rename is not str and not has_tower:
         pytest.skip("has no other names")

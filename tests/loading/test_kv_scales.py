@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Checkpoints with scales of a KV cache, which stays unquantized."""
+"""Checkpoints with KV cache scales; the KV cache stays unquantized."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from vllm_ascend_ct.quantization.compressed_tensors import compressed_tensors
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 HEADS = {"tensor": [1], "attn_head": [2, 1, 1]}
-# As LLM Compressor names them, and as others do.
+# Names of LLM Compressor and of other tools.
 NAMES = {
     "attention": ("self_attn.k_scale", "self_attn.v_scale"),
     "projections": ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def with_scales(path: Path, names: tuple[str, ...], strategy: str, where: str) -> None:
-    """Add scales to a checkpoint, and the scheme that they follow."""
+    """Add KV cache scales to a checkpoint, with their scheme."""
     file = path / "model.safetensors"
     tensors = load_file(file)
     for number in (0, 1):

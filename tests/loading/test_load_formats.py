@@ -52,7 +52,7 @@ def dummy_loaded(build: Any) -> Any:
     load_config = LoadConfig(load_format="dummy")
     with set_current_vllm_config(VllmConfig(load_config=load_config)):
         layer = build()
-        # What memory is left with.
+        # Values in uninitialized memory.
         for parameter in layer.parameters():
             if not parameter.is_floating_point():
                 parameter.data.fill_(-77)
@@ -91,7 +91,7 @@ def test_dummy_weights_of_experts(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a8-channel"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe", "modernbert"])
 def test_dummy_model(tmp_path: Path, name: str, scheme: str) -> None:
-    """Without a file that would have to agree with the config."""
+    """There are no files that the config would have to agree with."""
     path = models.make(tmp_path / "checkpoint", name, [], scheme=scheme)
     (path / "model.safetensors").unlink()
     models.load(path, load_format="dummy")
@@ -110,7 +110,7 @@ def test_saving_is_refused(
 
 
 def test_state_of_a_block_is_not_refused(dense: Path) -> None:
-    """Offloading to the CPU asks for it in each forward."""
+    """Offloading to the CPU calls it in each forward."""
     loaded: Any = models.load(dense)
     assert "mlp.down_proj.weight" in loaded.model.layers[1].state_dict()
 
@@ -131,7 +131,7 @@ class FillsByItself(FillsNothing):
             default_weight_loader(parameter, torch.ones_like(parameter))
 
 
-# Of vllm-ascend, which is not installed here.
+# Load formats of vllm-ascend, which is not installed here.
 for name in ("netloader", "rfork"):
     register_model_loader(name)(FillsNothing)
 
@@ -163,7 +163,7 @@ def test_a_loader_that_fills_nothing(
 
 
 def test_a_loader_that_knows_no_such_names(tmp_path: Path) -> None:
-    """That of gpt-oss takes experts in parts of its own, or leaves tensors out."""
+    """gpt-oss's loader splits experts in its own way, or skips tensors."""
     experts = models.matching([r"experts\.\d"], models.linears("gpt_oss"))
     path = models.make(
         tmp_path / "checkpoint", "gpt_oss", experts, [r"re:.*experts.*_proj$"]
@@ -172,7 +172,7 @@ def test_a_loader_that_knows_no_such_names(tmp_path: Path) -> None:
         UnsupportedCheckpointError, match=r"layer model\.layers\.0\.mlp\.experts"
     ) as error:
         models.load(path)
-    # vllm-ascend has no experts with biases: refused before anything is loaded.
+    # vllm-ascend supports no experts with biases: refused before loading.
     no_biases = current_platform.device_type == "npu"
     remedy = Remedy.QUANTIZE_AGAIN if no_biases else Remedy.OTHER_LOADER
     assert remedy in str(error.value)
@@ -186,7 +186,7 @@ def test_a_loader_that_fills_by_itself(
 
 
 def without_headers(path: Path) -> None:
-    """Keep a checkpoint's tensors in a file that has no headers."""
+    """Move a checkpoint's tensors to a file without headers."""
     file = path / "model.safetensors"
     torch.save(load_file(file), path / "pytorch_model.bin")
     file.unlink()
@@ -232,7 +232,7 @@ def test_headers_that_cannot_be_read_are_said(
 
 
 def test_headers_are_not_kept(dense: Path) -> None:
-    """Neither in what other processes are sent, nor when the model is loaded."""
+    """They are neither pickled to other processes nor kept after loading."""
     vllm_config = models.config_of(dense)
     config: Any = vllm_config.quant_config
     assert len(pickle.dumps(config)) < 10_000

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Checkpoints that are not what they say are refused, through vLLM's own loader."""
+"""Broken checkpoints are refused, with vLLM's own loader."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_the_checkpoint_itself_is_loaded(valid: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_refused(valid: Path, tmp_path: Path, name: str) -> None:
     kind = KINDS[name]
-    # What cannot be read at all is safetensors' to refuse, or vLLM's.
+    # If a file cannot be read at all, safetensors or vLLM raise the error.
     errors = UnsupportedCheckpointError if kind.file is None else Exception
     check_refused(valid, kind, tmp_path / "broken", errors)
 
@@ -194,7 +194,7 @@ def test_no_mutation_is_served_wrong(
     tmp_path_factory: pytest.TempPathFactory,
     mutation: tuple[str, Callable[[torch.Tensor], torch.Tensor]],
 ) -> None:
-    """Refused by name, or the same numbers in the same shape."""
+    """Either refused by name, or the same values in the same shape."""
     name, mutate = mutation
     before = load_file(valid / "model.safetensors")[name]
     after = mutate(before).contiguous()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which layers may stay without tensors, or come in other shards."""
+"""Layers that may lack tensors, or are loaded in other shards."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def test_nothing_given() -> None:
 
 @pytest.mark.parametrize("load_format", ["dummy", "of_a_plugin"])
 def test_filled_otherwise(load_format: str) -> None:
-    """Some loaders fill parameters without their weight loaders."""
+    """Some load formats fill parameters without their weight loaders."""
     layer = gate_up(load_format)
     layer.weight.data.fill_(1)
     layer.weight_scale.data.fill_(1)
@@ -77,7 +77,7 @@ def test_fused_on_disk() -> None:
 
 
 def test_each_load_is_checked() -> None:
-    """As vLLM loads other weights into a running engine."""
+    """A running engine loads other weights in this way."""
     layer = gate_up()
     load(layer, 32, 0)
     load(layer, 32, 1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What an error says to do about it is what helps."""
+"""Following the remedy of an error helps."""
 
 import dataclasses
 import re
@@ -30,8 +30,8 @@ BF16 = torch.bfloat16
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
-# Kinds of broken checkpoints by what is to be done. What a wrong config says, and a
-# wrong file does not, is the config's; what is in no file of that config, the file's.
+# Kinds of broken checkpoints by remedy. If a wrong config can explain the error, the
+# remedy is about the config; if no config can, it is about the files.
 BROKEN: dict[Remedy, str] = {
     Remedy.DOWNLOAD_AGAIN: """
         packed-missing packed-missing-of-one-shard scale-missing
@@ -83,7 +83,7 @@ BROKEN_EXPERTS: dict[Remedy, str] = {
     Remedy.ADD_TO_TARGETS: "config-projections-differ",
     Remedy.REMOVE_FROM_IGNORE: "config-expert-ignored",
 }
-# Refused before a layer is known, by field.
+# Refused by field, before any layer is built.
 OF_CONFIG = {"config-without-groups", "config-format-unknown"}
 
 
@@ -94,7 +94,7 @@ def by_kind(broken: dict[Remedy, str]) -> list[tuple[str, Remedy]]:
 
 
 def said(error: BaseException) -> Remedy:
-    """The remedy that an error ends with."""
+    """The remedy at the end of an error."""
     text = str(error)
     for remedy in Remedy:
         parts = map(re.escape, re.split(r"\{\w+\}", remedy))
@@ -152,7 +152,7 @@ def build(scheme: str, k: int, n: int = 96) -> Any:
 
 
 def build_rank(scheme: str, k: int, part: int, n: int = 96, rank_n: int = 96) -> None:
-    """Create what one rank has of a layer."""
+    """Create one rank's part of a layer."""
     config = config_of("re:.*", scheme)
     layer = build(scheme, k, n)
     layer.scheme = config.get_scheme(layer, "layer")
@@ -176,7 +176,7 @@ def build_merged() -> None:
 
 
 def choose_experts(ranks: int, group_size: int) -> None:
-    """Choose what computes experts that are split among ranks."""
+    """Choose the class for experts that are split among ranks."""
     sizes = quantized_experts.Sizes(experts=4, hidden=256, intermediate=256, top_k=2)
     _, config, _ = quantized_experts.compressed_experts(sizes, "w4a16-g32", BF16)
     moe = quantized_experts.build(sizes, config, BF16).routed_experts.moe_config

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What resolved weights take is known before they are loaded."""
+"""The memory that resolved weights take is checked before loading."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def floats(checkpoint: Callable[..., Path]) -> Path:
 
 
 def quantized_sizes(path: Path) -> tuple[int, int]:
-    """Bytes of the weights in the file, and how many they are."""
+    """Bytes of the weights in the file, and their number of values."""
     data = (path / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     stored = values = 0
@@ -76,7 +76,7 @@ def test_what_a5_multiplies_is_not_counted(
     monkeypatch: pytest.MonkeyPatch,
     mocker: MockerFixture,
 ) -> None:
-    """Experts are resolved, and linear layers are not."""
+    """Only experts are resolved; linear layers are not."""
     monkeypatch.setattr(soc, "_default", soc.Soc.A5)
     warning = mocker.patch.object(resolving.logger, "warning_once")
     counted = mocker.spy(resolving, "_bytes")
@@ -111,7 +111,7 @@ def test_weights_may_be_offloaded(options: dict[str, Any], offloads: bool) -> No
 def test_a_second_model_from_the_files_is_not_counted(
     floats: Path, mocker: MockerFixture
 ) -> None:
-    """A draft model: the first has taken its memory by then."""
+    """A draft model: by then, the main model has taken its memory."""
     headers = CheckpointHeaders.read(str(floats), None)
     checkpoint = mocker.Mock(headers=headers, is_resolved=False, is_second=True)
     mocker.patch.object(compat, "free_memory", return_value=0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""One valid call of each emulated operator, which tests then vary."""
+"""A valid call of each emulated operator, for tests to vary."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Call:
 
 
 def changed(call: Call, args: dict[int, Any] | None = None, **kwargs: Any) -> Call:
-    """Give a call other arguments, by their position or name."""
+    """Replace arguments of a call, by position or name."""
     for position, value in (args or {}).items():
         call.args[position] = value
     call.kwargs.update(kwargs)
@@ -46,7 +46,7 @@ def int8(*shape: int) -> torch.Tensor:
 
 
 def packed_int4(*shape: int) -> torch.Tensor:
-    """Random int32 words: every one is eight valid int4 values."""
+    """Random int32 words, each of which holds eight valid int4 values."""
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
 
 
@@ -61,7 +61,7 @@ def scales(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def weight_quant_call(
     dtype: torch.dtype = torch.bfloat16, bits: int = 4, group: int = GROUP
 ) -> Call:
-    """Transposed weight with group-wise scale and offset."""
+    """A transposed weight with per-group scales and offsets."""
     weight = packed_int4(N, K // 8) if bits == 4 else int8(N, K)
     groups = K // group if group else 1
     offset = torch.randint(-8, 8, (N, groups)).to(dtype)
@@ -86,7 +86,7 @@ def quant_matmul_call(
 
 
 def fp8(*shape: int) -> torch.Tensor:
-    """Every value of E4M3 but those that are no numbers."""
+    """Every E4M3 value except NaN."""
     codes = torch.randint(0, 0x7F, shape, dtype=torch.uint8)
     return (codes | torch.randint(0, 2, shape, dtype=torch.uint8) << 7).view(FP8)
 
@@ -108,7 +108,7 @@ def quant_matmul_dequant_call() -> Call:
 
 
 def quant_grouped_matmul_dequant_call(spare: int = 1) -> Call:
-    """As `grouped_call`."""
+    """Like `grouped_call`."""
     rows = torch.randn(sum(GROUPED_ROWS) + spare, K).half()
     ends = torch.tensor(GROUPED_ROWS).cumsum(0)
     weight = torch.ops.npu.npu_format_cast(int8(EXPERTS, N, K), FRACTAL_NZ)
@@ -122,7 +122,7 @@ def quant_grouped_matmul_dequant_call(spare: int = 1) -> Call:
 def a8w4_call(
     out_dtype: torch.dtype = torch.bfloat16, group: int = 256, k: int = 512
 ) -> Call:
-    """int8 by int4, with the assist term that makes it the plain product."""
+    """A W4A8 call whose assist term makes it the exact product."""
     weight = packed_int4(k, N // 8)
     scale = (torch.rand(k // group if group else 1, N) * 1e-2).bfloat16().float()
     packed = torch.ops.npu.npu_trans_quant_param(scale.flatten())
@@ -160,7 +160,7 @@ def init_routing_call(quant_mode: int = 1, **options: Any) -> Call:
 
 
 def choices() -> torch.Tensor:
-    """Experts of each token; none of them takes the last expert."""
+    """Experts of each token; no token chooses the last expert."""
     rows = [torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(TOKENS)]
     return torch.stack(rows).int()
 
@@ -172,7 +172,7 @@ def unpermute_call(dtype: torch.dtype = torch.bfloat16) -> Call:
 
 
 def finalize_call(dtype: torch.dtype = torch.bfloat16) -> Call:
-    """As `unpermute_call`, with every third row missing."""
+    """Like `unpermute_call`, with every third row missing."""
     order = torch.randperm(TOKENS * TOP_K, dtype=torch.int32)
     order[::3] = -1
     rows = torch.randn(TOKENS * TOP_K, 1, K).to(dtype)
@@ -195,7 +195,7 @@ def grouped_call(
     k: int = 512,
     spare: int = 1,
 ) -> Call:
-    """All experts but one have rows, and `spare` rows are no expert's."""
+    """All experts but one have rows; `spare` rows belong to no expert."""
     m = sum(GROUPED_ROWS) + spare
     packed = weight_dtype == torch.int32
     shape = (EXPERTS, k, N // 8) if packed else (EXPERTS, k, N)
@@ -232,10 +232,10 @@ def grouped_call(
 def swiglu_quant_call(
     weight_dtype: torch.dtype, group: int = 0, spare: int = 1
 ) -> Call:
-    """As `grouped_call`."""
+    """Like `grouped_call`."""
     like = grouped_call(torch.int8, weight_dtype, torch.float16, group, spare=spare)
     scale = like.kwargs["scale"][0]
-    # The default of torch_npu 2.10 is one that the operator refuses.
+    # The operator rejects the default of torch_npu 2.10.
     options: dict[str, Any] = {"group_list_type": 1, "dequant_dtype": torch.float32}
     if weight_dtype == torch.int32:
         options["weight_assist_matrix"] = like.kwargs["bias"]
@@ -288,7 +288,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "npu_moe_finalize_routing": finalize_call,
     "npu_swiglu": lambda: Call("npu_swiglu", [x()]),
 }
-# Of what the other chips lack.
+# Operators that the other chips lack.
 CALLS_A5: dict[str, Callable[[], Call]] = {
     "npu_dynamic_quant, FP8": lambda: Call(
         "npu_dynamic_quant", [x()], {"dst_type": FP8}

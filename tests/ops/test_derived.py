@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What the emulation keeps of weights: how much, and for how long."""
+"""What the emulation caches of weights: how much, and for how long."""
 
 from collections.abc import Iterator
 
@@ -46,7 +46,7 @@ def test_what_has_no_room_is_computed_at_each_call(
             assert torch.equal(call.run(), result)
             assert derived.nbytes <= 2 * KEPT
     assert len(derived) == 2
-    # A weight that dies makes room for the next.
+    # Freeing a weight makes room for the next.
     del calls[0]
     assert torch.equal(calls[1].run(), expected[2])
     assert len(derived) == 2

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""FP8 (E4M3) on A5, against float64 and every value that the format has."""
+"""FP8 (E4M3) on A5, compared with float64, for every value of the format."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.emulated import float_matmul
 
 REAL = find_spec("torch_npu") is not None
-# One rounding.
+# Tolerance of one rounding.
 TOLERANCES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
@@ -40,7 +40,7 @@ def on_a5(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def e4m3(code: int) -> float:
-    """A value by the format's definition: 4 bits of exponent, 3 of mantissa."""
+    """Decode by the format's definition: 4 exponent bits, 3 mantissa bits."""
     exponent, mantissa = code >> 3 & 15, code & 7
     size = mantissa * 2**-9 if not exponent else (8 + mantissa) * 2.0 ** (exponent - 10)
     return -size if code & 128 else size
@@ -55,7 +55,7 @@ def decoded(q: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(values: torch.Tensor) -> torch.Tensor:
-    """Round float64 to E4M3, in the middle to an even mantissa."""
+    """Round float64 to E4M3, ties to the even mantissa."""
     sizes = values.abs().clamp(max=448)
     above = torch.searchsorted(VALUES, sizes).clamp(1, len(VALUES) - 1)
     below = above - 1
@@ -77,7 +77,7 @@ def test_dynamic_quant(dtype: torch.dtype) -> None:
     q, scale = quantize(x)
     amax = x.double().abs().amax(-1)
     torch.testing.assert_close(scale.double(), amax / 448, rtol=2**-22, atol=0)
-    # Divided in fp32, as the operator does.
+    # Divide in fp32, like the operator.
     exact = nearest((x.float() / scale.unsqueeze(-1)).double())
     assert torch.equal(decoded(q), exact)
     assert (decoded(q).abs().amax(-1) == 448).all()
@@ -85,7 +85,7 @@ def test_dynamic_quant(dtype: torch.dtype) -> None:
 
 
 def test_dynamic_quant_rounds_half_to_even() -> None:
-    # amax 448: the quotients are the values themselves.
+    # With amax 448, the quotients are the values themselves.
     middles = (VALUES[1:] + VALUES[:-1]) / 2
     row = torch.cat((middles, -middles, torch.tensor([448.0]).double())).half()
     assert torch.equal(row[:-1].double(), torch.cat((middles, -middles)))
@@ -96,7 +96,7 @@ def test_dynamic_quant_rounds_half_to_even() -> None:
 
 
 def test_dynamic_quant_saturates() -> None:
-    """Where a subnormal scale is rounded down, the largest quotient is above 448."""
+    """If a subnormal scale is rounded down, the largest quotient exceeds 448."""
     x = (torch.arange(1, 257) * 2.0**-133).bfloat16().unsqueeze(1)
     q, scale = quantize(x)
     assert (x.float() / scale.unsqueeze(1) > 448).any()
@@ -191,7 +191,7 @@ def test_refused(message: str) -> None:
 @pytest.mark.skipif(REAL, reason="tests/real_stack asks torch_npu's meta functions")
 @pytest.mark.parametrize("name", CALLS_A5)
 def test_opcheck(name: str) -> None:
-    """Fake tensors agree with the kernel; opcheck's others do not compute FP8."""
+    """Fake tensors agree with the kernel; opcheck's other tests do not support FP8."""
     call = CALLS_A5[name]()
     operator = getattr(torch.ops.npu, call.operator).default
     checks = ("test_faketensor", "test_autograd_registration")

@@ -24,7 +24,7 @@ TOLERANCES = {BF16: 3e-3, FP16: 5e-4}
 
 
 def weights(call: Call) -> torch.Tensor:
-    """Dequantized, float64 `[E, K, N]`."""
+    """Dequantized weights, float64 `[E, K, N]`."""
     weight = call.args[1][0]
     integers = unpack_int4(weight) if weight.dtype == INT4 else weight
     kwargs = call.kwargs
@@ -68,7 +68,7 @@ def test_rows_are_multiplied_by_their_expert(
     (result,) = call.run()
     rows = sum(GROUPED_ROWS)
     assert relative_error(result[:rows], expected(call)) < TOLERANCES[dtype]
-    # No expert's, and not to be taken for anything.
+    # Rows of no expert are poisoned.
     assert result.dtype == dtype and result[rows:].isnan().all()
 
 
@@ -213,7 +213,7 @@ def test_gated_rows_are_quantized(
     q, scales = call.run()
     rows = len(gated)
     amax = gated.abs().amax(1)
-    # int4 products have fp16 sums in them.
+    # The int4 products sum in fp16.
     tolerance = 1e-5 if dtype == INT8 else 2e-3
     torch.testing.assert_close(
         scales[:rows].double(), amax / 127, rtol=tolerance, atol=0

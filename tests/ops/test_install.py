@@ -35,7 +35,7 @@ def test_every_operator_has_a_call_here() -> None:
 def test_opcheck(mocker: MockerFixture, name: str) -> None:
     """Schema, fake tensors and tracing with dynamic shapes agree with the kernel."""
     call = CALLS[name]()
-    # It runs on clones, whose memory is not marked.
+    # opcheck runs on clones, whose memory is not marked as FRACTAL_NZ.
     mocker.patch.object(grouped_matmul_swiglu_quant, "is_nz", return_value=True)
     torch.library.opcheck(
         getattr(torch.ops.npu, call.operator).default, tuple(call.args), call.kwargs
@@ -44,7 +44,7 @@ def test_opcheck(mocker: MockerFixture, name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_result_is_on_its_own(name: str) -> None:
-    """No operator here returns or writes its input."""
+    """No operator returns or writes its inputs."""
     call = CALLS[name]()
     flat = [arg if isinstance(arg, list) else [arg] for arg in call.args]
     inputs = [arg for args in flat for arg in args if isinstance(arg, torch.Tensor)]
@@ -66,7 +66,7 @@ def nothing_derived() -> Iterator[None]:
 @pytest.mark.usefixtures("nothing_derived")
 @pytest.mark.parametrize("name", CALLS)
 def test_what_is_faster_changes_no_number(name: str, mocker: MockerFixture) -> None:
-    """Else machines with other instructions would compute other integers."""
+    """Otherwise machines with other instructions would compute other integers."""
     call, found = CALLS[name](), []
     own = int_matmul.int_mm_is_fast(), packed_int8.packing_pays()
     for choices in itertools.product((False, own[0]), (False, own[1])):
@@ -102,7 +102,7 @@ assert "vllm" not in sys.modules
 
 @pytest.mark.skipif(REAL, reason="they exist")
 def test_operators_that_exist_keep_their_definition() -> None:
-    """As where torch_npu is present: only CPU kernels are added."""
+    """With torch_npu's definitions present, only CPU kernels are added."""
     script = """
 import torch
 library = torch.library.Library("npu", "DEF")

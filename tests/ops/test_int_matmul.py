@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Products of integers are exact by every way to compute them.
+"""Integer matmul is exact with every method.
 
-Which one an operator takes depends on the CPU, so each is forced here.
+Which method an operator uses depends on the CPU, so the tests force each of them.
 """
 
 import itertools
@@ -34,7 +34,7 @@ PATHS = {
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, mocker: MockerFixture) -> Iterator[str]:
-    """Force a way to multiply, if this CPU computes it right."""
+    """Force a method, if this CPU supports it."""
     if request.param == "int_mm" and not packed_int8.is_exact(
         torch._int_mm, packed_int8.EXTREMES
     ):
@@ -50,7 +50,7 @@ def path(request: pytest.FixtureRequest, mocker: MockerFixture) -> Iterator[str]
 
 
 def normal(n: int, k: int) -> torch.Tensor:
-    """int8 as weights of models are: hardly any neighbours overflow 16 bits."""
+    """int8 values like weights of models: hardly any neighbours overflow 16 bits."""
     values = torch.randn(n, k)
     scale = 127 / values.abs().amax(1, keepdim=True)
     return (values * scale).round().to(torch.int8)
@@ -71,11 +71,11 @@ FILLS: dict[str, Callable[[int, int], torch.Tensor]] = {
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """In float64, which holds every such integer."""
+    """Product in float64, which represents every such integer exactly."""
     return x.double() @ weight.double()
 
 
-# Of blocks of 1024 (float32) and 4096 (packed): whole ones, and less and more.
+# Multiples of the block sizes 1024 (float32) and 4096 (packed), less and more.
 @pytest.mark.parametrize("k", [1, 62, 1023, 1024, 1025, 3072, 4098, 9000])
 @pytest.mark.parametrize("m", [1, 2, 70])
 def test_exact(path: str, m: int, k: int) -> None:
@@ -115,7 +115,7 @@ def test_exact_at_the_largest_k(path: str, k: int) -> None:
 
 
 def test_exact_over_several_chunks(path: str, mocker: MockerFixture) -> None:
-    """Float32 widens some columns of a weight at a time."""
+    """The float32 method widens a block of columns at a time."""
     mocker.patch.object(float_matmul, "_VALUES", 1000)
     x, rows = int8(5, 300), normal(41, 300)
     for weight in (rows.t(), rows.t().contiguous()):
@@ -147,7 +147,7 @@ def test_int4_products_are_exact(path: str, m: int, k: int, group_size: int) -> 
 
 
 def test_weights_of_models_are_packed(mocker: MockerFixture) -> None:
-    """With a rest, and where a sum could pass 2**24, in blocks or not at all."""
+    """With a rest; and if a sum could exceed 2**24, in blocks or not at all."""
     mocker.patch.object(packed_int8, "saturates", return_value=True)
     weight = normal(64, 4096).t()
     packed = packed_int8.pack(weight)
@@ -162,7 +162,7 @@ def test_weights_of_models_are_packed(mocker: MockerFixture) -> None:
 
 
 def test_the_rest_keeps_neighbours_from_overflowing() -> None:
-    """By what oneDNN is given: 255 times two of one sign fits into 16 bits."""
+    """Within oneDNN's inputs: 255 times two weights of one sign fits into 16 bits."""
     every = torch.arange(-128, 128, dtype=torch.int16)
     pairs = torch.cartesian_prod(every, every)
     bounded, rest = packed_int8.split_pairs(pairs.unsqueeze(0))
@@ -183,7 +183,7 @@ def test_without_instructions_nothing_is_asked_of_onednn(mocker: MockerFixture) 
 
 @pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE"])
 def test_exact_with_fewer_instructions(isa: str) -> None:
-    """OneDNN may have fewer than torch says, whose kernels saturate."""
+    """Where oneDNN uses fewer instructions than torch reports, its kernels saturate."""
     script = """
 import torch
 from tests.ops.test_int_matmul import FILLS, reference

@@ -33,7 +33,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
 def integers(weight: torch.Tensor) -> torch.Tensor:
-    """`[K, N]` in float64, of a weight in any of the operator's layouts."""
+    """`[K, N]` in float64, from a weight in any of the operator's layouts."""
     if weight.dtype == torch.int8:
         return weight.double()
     if weight.is_contiguous():
@@ -89,7 +89,7 @@ def test_weight_quant_batchmatmul_shapes_of_one_group(shape: tuple[int, ...]) ->
 def test_weight_quant_batchmatmul_bias(dtype: torch.dtype) -> None:
     call = weight_quant_call(dtype)
     bias_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    # One that bf16 holds and one that it does not.
+    # A bias that bf16 represents exactly, and one that it does not.
     for bias in (torch.arange(N) * 8.0, torch.randn(N) * 100):
         call.kwargs["bias"] = bias.to(bias_dtype)
         expected = weight_quant_formula(call) + call.kwargs["bias"].double()
@@ -117,7 +117,7 @@ def test_derived_weights_follow_changes_and_die_with_their_source() -> None:
     assert not torch.equal(after, before)
     assert relative_error(after, weight_quant_formula(call)) < 3e-3
     assert len(derived) == 1
-    # As vLLM writes weights when it loads others into a running engine.
+    # vLLM writes weights in this way when it loads others into a running engine.
     call.args[1].data.bitwise_xor_(0x22222222)
     assert relative_error(call.run(), weight_quant_formula(call)) < 3e-3
     other = weight_quant_call()
@@ -164,7 +164,7 @@ def test_quant_matmul_pertoken(
             expected_bias = bias.double()
     scale = call.args[2].double() * call.kwargs["pertoken_scale"].double().unsqueeze(1)
     expected = product * scale + expected_bias
-    # One rounding to the result; those in fp32 do not show.
+    # One rounding to the result; roundings in fp32 are negligible.
     ulp = torch.finfo(dtype).eps
     torch.testing.assert_close(
         call.run().double(), expected, rtol=0.5 * ulp * 1.01, atol=1e-6
@@ -204,14 +204,14 @@ def test_quant_matmul_int8_is_the_default() -> None:
 @DTYPES
 @pytest.mark.parametrize("group", [0, 256])
 def test_quant_matmul_int8_by_int4(dtype: torch.dtype, group: int) -> None:
-    """The halves and the assist term add up to the plain product."""
+    """The two halves and the assist term add up to the exact product."""
     call = a8w4_call(dtype, group, k=1024)
     scale, _ = unpack_quant_param(call.args[2].reshape(-1, N))
     weight = unpack_int4(call.args[1]).double().view(len(scale), -1, N)
     weight = (weight * scale.double().unsqueeze(1)).view(-1, N)
     product = call.args[0].double() @ weight
     expected = product * call.kwargs["pertoken_scale"].double().reshape(-1, 1)
-    # fp16 sums of groups, then one rounding to the result.
+    # Groups are summed in fp16; one rounding to the result.
     assert relative_error(call.run(), expected) < TOLERANCES[dtype]
 
 

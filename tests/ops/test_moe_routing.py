@@ -22,7 +22,7 @@ from vllm_ascend_ct.errors import OperatorLimitError
 
 
 def sorted_choices(call: Call, start: int, end: int) -> list[int]:
-    """Flat (token, choice) of each row, experts ascending, tokens in order."""
+    """Flat (token, choice) of each row, by ascending expert, tokens in order."""
     experts = call.args[1].flatten().tolist()
     active = [flat for flat, expert in enumerate(experts) if start <= expert < end]
     return sorted(active, key=lambda flat: experts[flat])
@@ -38,7 +38,7 @@ def test_rows_are_sorted_by_expert(active: tuple[int, int], cumulative: bool) ->
     assert torch.equal(
         rows[: len(order)], call.args[0][[flat // TOP_K for flat in order]]
     )
-    # Not written, and not to be taken for anything.
+    # Unwritten rows are poisoned.
     assert rows[len(order) :].isnan().all()
     expected = [order.index(f) if f in order else -1 for f in range(TOKENS * TOP_K)]
     assert index.tolist() == expected
@@ -79,7 +79,7 @@ def test_rows_are_quantized(smooth: int | None) -> None:
     rows, _, _, row_scale = call.run()
     amax = values.abs().amax(1)
     torch.testing.assert_close(row_scale.double(), amax / 127)
-    # A tie, or the last bit of fp32, may go either way.
+    # Ties, or the last bit of fp32, may round either way.
     exact = torch.where(amax > 0, 127 / amax, 0).unsqueeze(1) * values
     assert (rows.double() - exact).abs().max() <= 0.5 + 1e-3
     assert rows.dtype == torch.int8 and rows.abs().max() == 127
@@ -102,13 +102,13 @@ def test_rows_come_back_weighted(dtype: torch.dtype) -> None:
 def test_missing_rows_come_back_as_zeros(dtype: torch.dtype) -> None:
     call = finalize_call(dtype)
     rows, weights, index = call.args[0].flatten(0, 1), call.args[4], call.args[5]
-    # An NPU does not write what is not any expert's.
+    # The NPU does not write rows that belong to no expert.
     unused = torch.ones(len(rows), dtype=torch.bool)
     unused[index[index >= 0].long()] = False
     rows[unused] = float("nan")
     values = torch.where(index.unsqueeze(1) >= 0, rows[index.long()].double(), 0)
     expected = (values.view(TOKENS, TOP_K, K) * weights.double().unsqueeze(-1)).sum(1)
-    # fp16 is rounded at each step.
+    # fp16 rounds in each step.
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(
         call.run().double(), expected, rtol=tolerance, atol=tolerance

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The operators of 310P that quantize activations and multiply them."""
+"""The 310P's operators that quantize activations and multiply."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ def test_product_is_the_formula() -> None:
     expected = q @ weight.t() * weight_scale * scale
     y = call.run()
     assert y.dtype == torch.float16
-    # One rounding to fp16; none of these x lies next to the middle of two integers.
+    # One rounding to fp16; no quantized x is close to a tie.
     torch.testing.assert_close(y.double(), expected, rtol=2**-10, atol=1e-6)
 
 
@@ -48,7 +48,7 @@ def _grouped_whole() -> Call:
 
 
 def test_grouped_product_is_the_formula() -> None:
-    """Of an expert without rows too; of rows without an expert nothing is known."""
+    """Includes an expert without rows. Rows without an expert are unspecified."""
     call = quant_grouped_matmul_dequant_call()
     x, weight, weight_scale, ends = call.args
     y = call.run()

@@ -22,7 +22,7 @@ def test_dynamic_quant(dtype: torch.dtype) -> None:
 
 
 def test_dynamic_quant_rounds_half_to_even() -> None:
-    # amax 127: the quotients are the values themselves.
+    # With amax 127, the quotients are the values themselves.
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]).half()
     q, _ = torch.ops.npu.npu_dynamic_quant(x)
     assert q.tolist() == [[127, 0, 2, 2, 0, -2]]
@@ -36,7 +36,7 @@ def test_dynamic_quant_of_zeros() -> None:
 def test_dynamic_quant_smooths_first() -> None:
     x, smooth = torch.randn(4, 32).half(), (torch.rand(32) + 0.5).half()
     smoothed = torch.ops.npu.npu_dynamic_quant(x, smooth_scales=smooth)
-    # The product is not rounded to fp16, so the scales agree to fp16 only.
+    # The product is not rounded to fp16, so the scales agree only to fp16.
     reference = torch.ops.npu.npu_dynamic_quant(x * smooth)
     torch.testing.assert_close(smoothed[1], reference[1], rtol=2**-10, atol=0)
     assert (smoothed[0].int() - reference[0].int()).abs().max() <= 1

@@ -54,7 +54,7 @@ def too_wide(k: int, n: int) -> Call:
     return Call("npu_weight_quant_batchmatmul", [activations, weight, scale])
 
 
-# What the message must say -> the call.
+# Pattern of the message -> the call.
 REFUSED: dict[str, Callable[[], Call]] = {
     # npu_weight_quant_batchmatmul
     "group_size=128; supported: per channel": one_group,
@@ -180,7 +180,7 @@ def to_meta(value: Any) -> Any:
 )
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused_on_fake_tensors(message: str) -> None:
-    """Tracing refuses what running refuses."""
+    """Tracing refuses the same calls as running."""
     call = REFUSED[message]()
     call.args = [to_meta(value) for value in call.args]
     call.kwargs = {name: to_meta(value) for name, value in call.kwargs.items()}

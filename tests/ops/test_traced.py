@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The names that operators have in traced graphs."""
+"""Names of operators in traced graphs."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from vllm_ascend_ct.ops.traced import weight_quant_batchmatmul
 
 
 def test_graph_has_no_name_that_npugraph_ex_fails_on() -> None:
-    """And the compiled call computes what the plain one does."""
+    """And the compiled call computes the same as the plain one."""
     names: list[str] = []
 
     def note(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
@@ -33,7 +33,7 @@ def test_graph_has_no_name_that_npugraph_ex_fails_on() -> None:
 
 
 def test_graph_does_not_hold_how_many_tokens_there_are() -> None:
-    """One graph serves all batches, though the operator is told in an integer."""
+    """One graph serves all batch sizes, although the operator takes a plain integer."""
     graphs = []
 
     def note(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:

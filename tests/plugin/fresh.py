@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Running code in an interpreter of its own."""
+"""Run code in a fresh interpreter."""
 
 import os
 import subprocess
@@ -17,8 +17,9 @@ def run(
 
     Args:
         script: Python code.
-        path: A directory to import from, before all others.
-        variables: The environment, besides this process's without ours.
+        path: Directory to import from, before all others.
+        variables: Environment variables, in addition to this process's, from which this
+            package's own are removed.
 
     """
     environment = {
@@ -40,7 +41,7 @@ def run(
 
 
 def run_ok(script: str, *, path: Path | None = None, **variables: str | None) -> str:
-    """As `run`; return what it printed and fail with its errors."""
+    """Like `run`; returns the output, and fails with the process's errors."""
     result = run(script, path=path, **variables)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout.strip()

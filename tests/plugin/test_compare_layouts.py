@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The comparison for whoever has a chip; here the operators are emulated."""
+"""The comparison of layouts, with emulated operators."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def test_a_wrong_one_is_found(
     mocker: MockerFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nibbles the other way round, in one of two layouts."""
+    """Nibbles are swapped in one of two layouts."""
     pack = int4.pack_outputs
 
     def swapped(*arguments: Any) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_a_wrong_one_is_found(
 def test_one_that_raises_does_not_hide_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
 ) -> None:
-    """A chip may refuse what is unproven."""
+    """A chip may reject an unproven call."""
     raising = mocker.patch.object(torch.ops.npu, "npu_quantize")
     raising.side_effect = RuntimeError("not supported")
     code, report = run(monkeypatch, tmp_path / "report.json")
@@ -77,7 +77,7 @@ def test_one_that_raises_does_not_hide_the_others(
 
 
 def test_nan_is_wrong() -> None:
-    """Of more rows as well."""
+    """Also if only the results of many rows are NaN."""
     rows = {m: torch.ones(m, 4) for m in (1, 16)}
 
     def product(x: torch.Tensor) -> torch.Tensor:

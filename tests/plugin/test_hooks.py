@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The hooks that `upstream_patches` stages suffice for what is beside them."""
+"""The hooks staged in `upstream_patches` suffice for the code that uses them."""
 
 import os
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ SIZES = Sizes(4, 256, 256, 2)
 
 @pytest.fixture
 def hooked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Instead of what the package registers."""
+    """Register the classes that use the hooks instead of the package's."""
     registry = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG
     monkeypatch.delitem(registry, "compressed-tensors")
     platform = with_hooks.HookedPlatform()
@@ -115,7 +115,7 @@ def test_upstreams_methods_ask_for_experts(
 def test_upstream_chooses_kernels_by_activations(
     scheme: str, kernel: type, mocker: MockerFixture
 ) -> None:
-    """The package would choose another itself."""
+    """The package would replace the kernel by itself."""
     mocker.patch.object(linear_method, "_quantize_activations")
     layer, _ = load(row_case(512, 96), scheme, BF16, bias=False)
     assert type(layer.scheme.kernel) is kernel

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The NPU base, over a stand-in for torch_npu and vllm-ascend.
+"""The platform for NPU hosts, tested with a stand-in for torch_npu and vllm-ascend.
 
-The stand-in does what matters here the way vllm-ascend does it: its platform registers
-a compressed-tensors config of its own, by import, after general plugins ran, and its
-general plugins are filtered by `VLLM_PLUGINS`.
+The stand-in behaves like vllm-ascend where it matters here: its platform imports a
+module that registers its own compressed-tensors config, after general plugins have run,
+and `VLLM_PLUGINS` filters its general plugins.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.plugin.fresh import run, run_ok
 from tests.plugin.test_register import OURS, STATE
 from vllm_ascend_ct import releases
 
-# Each starts interpreters.
+# These tests start interpreters.
 pytestmark = pytest.mark.long
 
 FILES = {
@@ -86,7 +86,7 @@ ascend_service = vllm_ascend:register_broken
 """,
 }
 
-# The stand-in is of no release, and this vLLM none that vllm-ascend runs on.
+# The stand-in has no release, and vllm-ascend does not run on this vLLM.
 OURS_ALONE = {"VLLM_PLUGINS": "ascend_ct", "VLLM_ASCEND_CT_ANY_RELEASE": "1"}
 SCRIPT = (
     STATE
@@ -116,7 +116,7 @@ def npu_host(tmp_path: Path) -> Path:
 
 
 def test_alone(npu_host: Path) -> None:
-    """Our platform is vllm-ascend's, our config outlasts its, its plugins ran once."""
+    """Our platform extends vllm-ascend's, our config wins, and its plugins run once."""
     out = run_ok(
         SCRIPT
         + """
@@ -135,7 +135,7 @@ print(current_soc().value)
 
 
 def test_beside_vllm_ascend(npu_host: Path) -> None:
-    """vllm-ascend stays the platform, with the plugins that are named."""
+    """vllm-ascend's platform stays, with the plugins that `VLLM_PLUGINS` names."""
     out = run_ok(
         SCRIPT,
         path=npu_host,
@@ -163,7 +163,7 @@ def test_release_that_is_not_supported(npu_host: Path, plugins: str) -> None:
 
 
 def test_plugin_that_fails_is_logged(npu_host: Path) -> None:
-    """As vLLM logs one that it cannot load; the others run."""
+    """Like vLLM, log a plugin that fails, and run the others."""
     result = run(
         SCRIPT, path=npu_host, **OURS_ALONE, VLLM_LOGGING_STREAM="ext://sys.stderr"
     )
@@ -183,7 +183,7 @@ def test_another_chip_than_installed_for(npu_host: Path, plugins: str) -> None:
 
 @pytest.mark.parametrize("emulate", [None, "0"])
 def test_no_device(npu_host: Path, emulate: str | None) -> None:
-    """Never a silent fallback; asked of the process that configures the engine."""
+    """Never a silent fallback. Checked in the process that configures the engine."""
     result = run(
         SCRIPT,
         path=npu_host,

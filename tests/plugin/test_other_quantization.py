@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What becomes of models that compressed-tensors did not quantize."""
+"""Models of other quantization methods."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def gptq() -> Any:
 
 @pytest.fixture
 def vllm_config() -> VllmConfig:
-    """Of a model whose quantization the platform did not refuse."""
+    """Config of a model whose quantization method the platform accepts."""
     vllm_config = VllmConfig()
     vllm_config.quant_config = gptq()
     return vllm_config
@@ -128,7 +128,7 @@ def test_a_layer_of_another_layout_finds_no_kernel(vllm_config: VllmConfig) -> N
 
 @pytest.mark.parametrize("kernel", [AscendWNA16LinearKernel, AscendWNA8LinearKernel])
 def test_kernels_take_no_parameters_of_others(kernel: Any) -> None:
-    """Where no engine's config says whose they are."""
+    """Also without an engine's config that tells the method."""
     config: MPLinearLayerConfig = mp_config()
     with pytest.raises(ValueError, match="does not support `qweight`"):
         kernel(config, "qweight", "scales", "qzeros")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which platform vLLM resolves to; in fresh interpreters where vLLM decides."""
+"""The platform that vLLM selects; in fresh interpreters if vLLM decides."""
 
 import importlib.util
 import os
@@ -49,7 +49,7 @@ def test_when_the_plugin_answers(
 
 
 def install(mocker: MockerFixture, *packages: str) -> None:
-    """Pretend that exactly `packages` of torch_npu and vllm_ascend are installed."""
+    """Pretend that of torch_npu and vllm_ascend exactly `packages` are installed."""
     find_spec = importlib.util.find_spec
 
     def find(name: str, package: str | None = None) -> ModuleSpec | None:
@@ -124,7 +124,7 @@ def test_what_the_npu_base_lacks(
     ],
 )
 def test_what_cannot_run_stops_vllm(value: str, message: str) -> None:
-    """VLLM would go on with the CPU platform if the plugin function raised."""
+    """If the plugin function raised an error, vLLM would use its CPU platform."""
     result = run(PRINT_PLATFORM, VLLM_PLUGINS="ascend_ct", VLLM_ASCEND_CT_EMULATE=value)
     assert result.returncode != 0 and not result.stdout
     assert message in result.stderr

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What is registered, where, and that nothing else of vLLM changes."""
+"""What is registered where, and that nothing else of vLLM changes."""
 
 import ast
 import pickle
@@ -34,7 +34,7 @@ OURS = str(
         ["AscendFP8ScaledMMLinearKernel"],
     ]
 )
-# What vLLM and torch write themselves when plugins load and operators are defined.
+# What vLLM and torch change themselves when plugins load and operators are defined.
 HOUSEKEEPING = {
     "vllm.plugins.plugins_loaded",
     "torch.library._defs",
@@ -44,7 +44,7 @@ HOUSEKEEPING = {
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 WITH_THE_CONFIG = {
     f"{_QUANTIZATION}._CUSTOMIZED_METHOD_TO_QUANT_CONFIG",
-    # One list, by register_weight_loader_v2_supported_method.
+    # A list that register_weight_loader_v2_supported_method extends.
     "vllm.model_executor.layers.linear.WEIGHT_LOADER_V2_SUPPORTED",
     f"{_QUANTIZATION}.compressed_tensors.transform.linear.WEIGHT_LOADER_V2_SUPPORTED",
 }
@@ -52,7 +52,7 @@ THEIRS = "['CompressedTensorsConfig', [], [], []]"
 
 
 def test_registered_once_however_often_it_is_asked_for() -> None:
-    """The platform alone suffices: some entry points skip general plugins."""
+    """The platform alone is enough: some entry points skip general plugins."""
     out = run_ok(
         STATE
         + """
@@ -88,7 +88,7 @@ print([name for name in sys.modules if name.startswith("vllm_ascend_ct.")])
 
 
 def test_another_config_that_takes_over_stops_the_engine() -> None:
-    """Whatever registers one after ours: nobody else serves in silence."""
+    """No other config serves silently, whoever registers it after ours."""
     result = run(
         """
 from vllm.config import VllmConfig
@@ -117,7 +117,7 @@ print(get_quantization_config("compressed-tensors").__name__)
 
 
 def test_nothing_of_vllm_is_patched() -> None:
-    """No attribute of a module or class changes; registries gain our entries only."""
+    """No attribute of a module or class changes; registries only gain our entries."""
     out = run_ok(
         """
 import sys, types
@@ -172,7 +172,7 @@ print({".".join(k) for k in before.keys() | after.keys()
 
 
 def test_config_survives_the_way_to_a_worker() -> None:
-    """It is unpickled, by name, before plugins run."""
+    """It is unpickled by name, before plugins run."""
     config = AscendCTConfig.from_config(
         {"config_groups": {}, "format": "pack-quantized"}
     )

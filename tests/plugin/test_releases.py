@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which releases are refused, and what is advised instead."""
+"""Which releases are refused, and what the error recommends instead."""
 
 import re
 
@@ -99,7 +99,7 @@ def test_other_packages_are_named(
 
 @pytest.mark.parametrize("row", releases.TABLE, ids=str)
 def test_table(mocker: MockerFixture, row: releases.Release) -> None:
-    """Each row is served, or refused with its reason; by each of its releases."""
+    """Each row is accepted, or refused with its reason, for each of its releases."""
     for name in row.vllm_ascend or (None,):
         install(mocker, row.vllm, name)
         if row.tested is not releases.Tested.REFUSED:
@@ -110,8 +110,8 @@ def test_table(mocker: MockerFixture, row: releases.Release) -> None:
 
 
 def test_table_in_the_readme() -> None:
-    """If it is not the code's: python -m tools.release_table."""
+    """If this fails, run `python -m tools.release_table`."""
     readme = release_table.README.read_text()
     assert release_table.with_table(readme) == readme
-    # Or there would be none to compare.
+    # Otherwise there would be no table to compare.
     assert readme.count(release_table.START) == readme.count(release_table.END) == 1

@@ -113,13 +113,13 @@ def test_what_vllm_ascend_reads_off_any_config() -> None:
 
 def test_linear_method_is_what_vllm_ascend_expects() -> None:
     layer = linear(config(W8, TOKEN, "int-quantized"))
-    # None there means "not quantized"; one object a layer, never shared.
+    # None there means "not quantized". Each layer has its own object.
     assert layer.quant_method.quant_method is layer.scheme
     assert type(layer.quant_method).__name__ in WEIGHT_LOADER_V2_SUPPORTED
 
 
 def test_parameters_follow_a_layer_that_does_not_split() -> None:
-    """vllm-ascend's constructors do not correct the rank as upstream's do."""
+    """Unlike upstream's, vllm-ascend's constructors do not correct the rank."""
     layer = ColumnParallelLinear(256, 64, params_dtype=torch.bfloat16, disable_tp=True)
     layer.tp_rank, layer.tp_size = 5, 8
     made = config(W4)
@@ -148,7 +148,7 @@ def test_ignored_and_unmatched_layers_stay_unquantized() -> None:
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
-    # weights, activations, format -> what the message says
+    # weights, activations, format -> part of the message
     "w4a16-g16": (
         ints(4, "group", group_size=16),
         None,
@@ -268,7 +268,7 @@ def test_w4a8_on_a_chip_without_its_operator(
 
 
 def said_of(mocker: MockerFixture, weights: dict[str, Any]) -> str:
-    """What is said of a W4A8 layer; vLLM's logger says it once a process."""
+    """What is logged about a W4A8 layer. vLLM's logger logs it once per process."""
     info_once = mocker.patch.object(linear_method.logger, "info_once")
     linear(config(weights, TOKEN, "int-quantized"))
     text, *values = info_once.call_args.args
@@ -283,7 +283,7 @@ def test_what_is_left_unquantized_is_said(mocker: MockerFixture) -> None:
 
 
 def test_exchanged_kernel_is_said(mocker: MockerFixture) -> None:
-    """After upstream's line, which names the other."""
+    """Logged after upstream's line, which names the other kernel."""
     assert said_of(mocker, ints(4, "channel")) == (
         "Using AscendWNA8LinearKernel for CompressedTensorsW4A8Int (W4A8) instead of "
         "AscendWNA16LinearKernel, which does not quantize activations."
@@ -301,7 +301,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "sparsity_config.format=sparse-24-bitmask",
     ),
     "format": ({"fmt": "pack-quantized-2"}, "format=pack-quantized-2"),
-    # Of compressed-tensors 0.20.
+    # A format of compressed-tensors 0.20.
     "mxfp6": ({"fmt": "mxfp6-pack-quantized"}, "format=mxfp6-pack-quantized"),
     "format-of-a-group": (
         {"group": {"format": "mxfp6-pack-quantized"}},
@@ -330,7 +330,7 @@ def test_config_refused_by_name(name: str) -> None:
     text = str(error.value)
     for part in (message, "config.json, quantization_config.", "Supported: "):
         assert part in text
-    # Of the others the file is as the config says.
+    # In the other cases the files agree with the config.
     is_config = name in ("no-weights", "pattern", "pattern-to-ignore")
     assert ("Correct " in text) == is_config
     assert (Remedy.QUANTIZE_AGAIN in text) != is_config
@@ -347,7 +347,7 @@ def test_fields_of_other_tools_are_said_to_be_unused(
 
 
 def test_later_major_version_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """The version is that of a package, not of the format."""
+    """It is the version of the package and not of the format."""
     with caplog.at_level("WARNING", logger="vllm.ascend_ct.quantization"):
         made = config(W4, version="7.0.0")
     assert type(linear(made).quant_method) is AscendCTLinearMethod
@@ -355,7 +355,7 @@ def test_later_major_version_is_a_warning(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_config_as_older_releases_wrote_it() -> None:
-    """Frozen, a dense sparsity_config, observers that are no more."""
+    """Frozen status, a dense sparsity_config, and observers that no longer exist."""
     arguments = {
         "block_structure": None,
         "group_size": None,
@@ -486,7 +486,7 @@ def test_what_a5_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_int8_layers_too_large_are_refused() -> None:
-    """Before memory for their weights is asked for."""
+    """Refused before memory for the weights is allocated."""
     with pytest.raises(UnsupportedCheckpointError, match="inner axis of size 65536"):
         ReplicatedLinear(
             65536,
@@ -509,7 +509,7 @@ def test_model_dtypes(
 
 
 def test_refusals_are_not_taken_for_an_unquantized_lm_head() -> None:
-    """Upstream drops the ValueErrors of an lm_head and serves it unquantized."""
+    """Upstream catches ValueErrors of an lm_head and serves it unquantized."""
     assert not issubclass(UnsupportedCheckpointError, ValueError)
 
 
@@ -557,7 +557,7 @@ def test_empty_transform_config_is_none() -> None:
 def test_graphs_of_one_chip_and_layout_are_not_taken_for_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By vLLM's hash of an engine's config, which names its cache of graphs."""
+    """The hash of an engine's config, by vLLM, keeps cached graphs apart."""
     group = {"targets": ["Linear"], "weights": W4}
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     hf_config = Qwen2Config(num_hidden_layers=1, architectures=["Qwen2ForCausalLM"])
@@ -591,12 +591,12 @@ def test_kv_cache_scheme_is_dropped_with_a_warning(
 
 
 def test_zero_points_that_this_vllm_would_leave_out(mocker: MockerFixture) -> None:
-    """As vLLM 0.30, whose scheme of packed weights beside int8 creates none."""
+    """In vLLM 0.30, the scheme of packed weights with int8 activations creates none."""
     asymmetric = ints(8, "channel", symmetric=False)
     linear(config(asymmetric, TOKEN))
     mocker.patch.object(compat, "ZERO_POINTS_BESIDE_INT8", False)
     with pytest.raises(UnsupportedCheckpointError, match="Zero points of packed"):
         linear(config(asymmetric, TOKEN))
-    # What has none, or has parameters for them.
+    # Schemes without zero points, or with parameters for them.
     linear(config(ints(8, "channel"), TOKEN))
     linear(config(asymmetric))

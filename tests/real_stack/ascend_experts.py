@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""vllm-ascend's layer of experts over random compressed-tensors weights."""
+"""vllm-ascend's MoE layer with random compressed-tensors weights."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,8 +18,8 @@ from tests.layers.quantized_experts import (
 )
 
 SIZES = Sizes(8, hidden=512, intermediate=256, top_k=3)
-# Without vllm-ascend's own operators, products and gate are rounded to bfloat16 before
-# what they give is rounded to int8.
+# Without vllm-ascend's own operators, the products and the activation are rounded to
+# bfloat16 before the result is quantized to int8.
 ROUNDED_TOLERANCE = 1.5e-2
 
 
@@ -46,7 +46,7 @@ def build(config: Any, vllm_config: Any, dtype: torch.dtype, **options: Any) -> 
 
 
 def load_tensors(layer: Any, modules: Any) -> None:
-    """Give the layer a checkpoint's tensors, as a model's loader does."""
+    """Load a checkpoint's tensors into the layer, like a model's loader."""
     shards = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     for name, tensor in tensors_of(modules):
         expert, projection, kind = name.split(".")
@@ -77,7 +77,7 @@ def run(
     vllm_config: Any,
     **context: Any,
 ) -> torch.Tensor:
-    """Run the layer, with a fixed routing if one is given."""
+    """Run the layer, with fixed routing if given."""
     from vllm_ascend.ascend_forward_context import set_ascend_forward_context
     from vllm_ascend.utils import is_310p
 
@@ -85,7 +85,7 @@ def run(
     select = f"vllm_ascend.{package}.fused_moe.experts_selector.select_experts"
     logits = torch.randn(len(x), SIZES.experts)
     with ExitStack() as stack:
-        # Events of streams, of which there are none.
+        # Events of streams, which do not exist here.
         stack.enter_context(patch("torch.npu.current_stream"))
         if routed is not None:
             stack.enter_context(patch(select, return_value=routed))
@@ -97,7 +97,7 @@ def run(
 
 @contextmanager
 def own_operators() -> Iterator[None]:
-    """Let vllm-ascend find its own operators, as it does on an NPU."""
+    """Make vllm-ascend find its own operators, as on an NPU."""
     mlp = "vllm_ascend.ops.fused_moe.moe_mlp.enable_custom_op"
     with (
         patch("vllm_ascend.utils.enable_custom_op", return_value=True),

@@ -26,7 +26,7 @@ from vllm_ascend_ct.ops import emulated
 
 
 def set_setting(mocker: MockerFixture, path: str, value: Any) -> None:
-    """Change one of vllm-ascend's settings, whose parents `path` names."""
+    """Change a setting of vllm-ascend, by its path."""
     target: Any = get_ascend_config()
     *parents, name = path.split(".")
     for parent in parents:
@@ -38,7 +38,7 @@ def set_setting(mocker: MockerFixture, path: str, value: Any) -> None:
 def ascend_layers(
     model: Path, rank: int, world_size: int, port: int, **options: Any
 ) -> Iterator[Any]:
-    """Have vllm-ascend's layers in vLLM's places, and its config of an engine."""
+    """Replace vLLM's layers by vllm-ascend's, within an engine's config."""
     load_general_plugins()
     emulated.install()
     custom_ops.install()
@@ -54,7 +54,7 @@ def ascend_layers(
     config = arguments.create_engine_config()
     with (
         set_current_vllm_config(config),
-        # Its communicator asks, and there is none.
+        # vllm-ascend's communicator needs it, and there is none.
         patch("torch.npu.current_device", return_value=torch.device("cpu")),
     ):
         method = f"tcp://127.0.0.1:{port}"

@@ -4,7 +4,7 @@
 
 
 def set_chip(name: str) -> None:
-    """Say another than its wheel, before anything else of it is imported."""
+    """Set another chip than the wheel's, before anything else of it is imported."""
     from vllm_ascend import _build_info
 
     _build_info.__device_type__ = f"_{name}" if name[0].isdigit() else name

@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vllm_config(model: Path) -> Iterator[Any]:
-    """An engine's config, current, and vllm-ascend's layers in vLLM's places."""
+    """An engine's config, set as the current one, with vllm-ascend's layers."""
     from vllm.utils.network_utils import get_open_port
 
     from tests.real_stack.ascend_layers import ascend_layers

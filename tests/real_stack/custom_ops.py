@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Operators that vllm-ascend brings, on CPU.
+"""vllm-ascend's operators on CPU.
 
-Its own as the software NPU has them. And vLLM's, which get its platform's
-device.
+Its own operators are those of the software NPU. vLLM's operators are registered for the
+device of its platform.
 """
 
 import re
@@ -31,7 +31,7 @@ OWN = (
 
 
 def find_schema(name: str, libraries: bytes) -> str:
-    """The schema of an operator that libraries define, which is a string in them."""
+    """The schema of an operator, which libraries contain as a string."""
     pattern = rb"(?<![\w:.])" + name.encode() + rb"\([^\0]*?\)\s*->\s*[^\0]+"
     (schema,) = {" ".join(s.decode().split()) for s in re.findall(pattern, libraries)}
     return schema
@@ -39,9 +39,9 @@ def find_schema(name: str, libraries: bytes) -> str:
 
 @cache
 def install_own() -> None:
-    """Implement vllm-ascend's operators, and define those that it has not.
+    """Define and implement vllm-ascend's own operators.
 
-    Its library that does it needs the torch that it was built for.
+    Its library, which defines them, needs the torch that it was built for.
     """
     package = find_spec("vllm_ascend")
     assert package is not None and package.origin is not None
@@ -56,7 +56,7 @@ def install_own() -> None:
 
 @cache
 def install() -> None:
-    """Implement what vllm-ascend's layers call."""
+    """Implement the operators that vllm-ascend's layers call."""
     from vllm.distributed import parallel_state
     from vllm_ascend.ops import linear, register_custom_ops
 

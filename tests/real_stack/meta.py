@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Comparing emulated results with torch_npu's own meta functions, call by call."""
+"""Compare emulated results with torch_npu's own meta functions, for each call."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-# What is wrong with the meta functions of torch_npu 2.13.0, for calls that the device's
-# documents allow. Operators without one:
+# Faults of torch_npu 2.13.0's meta functions, for calls that the device's documents
+# allow. Operators without a meta function:
 WITHOUT_META = {
     "npu_convert_weight_to_int4pack": "no fake impl or Meta kernel",
     "npu_format_cast": "no fake impl or Meta kernel",
 }
-# Returns nothing for int4 weights with scales of groups.
+# Returns nothing for int4 weights with per-group scales.
 WITHOUT_RESULT = ("npu_grouped_matmul_swiglu_quant_v2", "dequant_mode", 1)
 
 
 class MetaChecked(TorchDispatchMode):
-    """Asks torch_npu's meta function about each call of an NPU operator.
+    """Calls torch_npu's meta function for each call of an NPU operator.
 
     Attributes:
-        calls: Calls that were compared, by operator.
-        faults: What the meta functions said otherwise.
+        calls: Number of compared calls, by operator.
+        faults: Differences from the meta functions.
         without_result: Calls of `WITHOUT_RESULT`.
 
     """
@@ -75,7 +75,7 @@ def to_meta(values: Any) -> Any:
 
 
 def signature(result: Any) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtypes and shapes of what an operator returns."""
+    """Dtypes and shapes of an operator's results."""
     return [
         (value.dtype, tuple(value.shape))
         for value in tree_leaves(result)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Every call that layers make, against torch_npu's own meta functions."""
+"""Every call of the layers, compared with torch_npu's own meta functions."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_experts(scheme: str, dtype: torch.dtype) -> None:
 
 
 def test_more_than_two_axes_of_weight_only_inputs() -> None:
-    """The wheel's meta function drops them, so kernels hand over matrices."""
+    """The wheel's meta function drops leading axes, so kernels pass matrices."""
     call = CALLS["npu_weight_quant_batchmatmul"]()
     x = torch.empty(2, 3, call.args[0].shape[-1], dtype=torch.bfloat16, device="meta")
     result = torch.ops.npu.npu_weight_quant_batchmatmul(

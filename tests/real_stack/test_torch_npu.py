@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The real torch_npu against what is emulated."""
+"""The real torch_npu's schemas, compared with the emulated operators."""
 
 import os
 import sys
@@ -23,9 +23,9 @@ def test_schema(operator: EmulatedOperator) -> None:
     assert str(ours) == str(theirs)
 
 
-# Where the release that production pairs with differs, and what makes it no matter.
+# Differences of the release that production uses, and why they do not matter.
 DIFFERENCES = {
-    # Passed always.
+    # Always passed.
     "npu_grouped_matmul_swiglu_quant_v2": ("dequant_dtype=6", "dequant_dtype=0"),
     # Never passed.
     "npu_moe_finalize_routing": (", int? k=1", ""),
@@ -40,7 +40,7 @@ def libraries() -> bytes:
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_schema_of_production(operator: EmulatedOperator, libraries: bytes) -> None:
-    """That release needs another torch; its schemas are strings in its libraries."""
+    """That release needs another torch; its libraries contain schemas as strings."""
     schema = find_schema(operator.name, libraries)
     new, old = DIFFERENCES.get(operator.name, ("", ""))
     expected = operator.schema.replace(new, old)

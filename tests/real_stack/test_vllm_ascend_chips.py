@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""vllm-ascend's layers on the chip that `REAL_STACK_CHIP` names, A2 if none."""
+"""vllm-ascend's layers on the chip that `REAL_STACK_CHIP` names; A2 by default."""
 
 import os
 from typing import Any
@@ -78,7 +78,7 @@ def test_experts(scheme: str, vllm_config: Any) -> None:
     name = type(layer.quant_method.experts).__name__
     dequant = "Dequant" if CHIP == "310P" else ""
     quantized = name == f"AscendWNA8{dequant}Experts"
-    # What A5 has, an int8 product, vllm-ascend does not call rightly there.
+    # A5 has an int8 product, but vllm-ascend does not call it correctly.
     assert quantized is (CHIP != "A5" and not is_weight_only(scheme))
     x = formula.without_ties(activations(64, SIZES.hidden, DTYPE))
     routed = routing(SIZES, 64)
@@ -95,7 +95,7 @@ def grouped_matmul(
     group_list_type: int,
     **_: Any,
 ) -> list[torch.Tensor]:
-    """The operator of weights that are not quantized, which is not emulated."""
+    """The operator for unquantized weights, which is not emulated."""
     counts = group_list
     if group_list_type == 0:
         counts = group_list.diff(prepend=group_list.new_zeros(1))
@@ -108,7 +108,7 @@ def unquantized(linear: torch.nn.Linear) -> FormulaLinear:
 
 
 def test_unquantized_experts(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside quantized linear layers."""
+    """In a model with quantized linear layers."""
     import torch_npu
 
     _, config, _ = compressed_experts(SIZES, "w8a16-channel", DTYPE)
@@ -118,7 +118,7 @@ def test_unquantized_experts(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) 
     name = f"AscendUnquantizedFusedMoEMethod{suffix}"
     assert type(layer.quant_method).__name__ == name
     if CHIP == "310P":
-        # How it routes there is not emulated.
+        # Its routing operator is not emulated.
         return
     modules = experts_of(SIZES, DTYPE)
     load_tensors(layer, modules)

@@ -49,7 +49,7 @@ def test_output_is_the_formula(
 ) -> None:
     layer, formulas = load(CASES[case], scheme, dtype, bias)
     assert type(layer).__module__ == "vllm_ascend.ops.linear", type(layer)
-    # vllm-ascend takes a layer to be unquantized if it is None.
+    # vllm-ascend treats a layer as unquantized if this is None.
     assert type(layer.quant_method) is AscendCTLinearMethod
     assert layer.quant_method.quant_method is layer.scheme
     x = formulas[0].without_ties(activations(64, CASES[case].k, dtype))
@@ -59,7 +59,7 @@ def test_output_is_the_formula(
 
 
 def test_rows_that_end_in_a_word_are_refused() -> None:
-    """As that vLLM would round down the size of the parameter."""
+    """That vLLM release would round down the size of the parameter."""
     with pytest.raises(UnsupportedCheckpointError, match="rows that fill whole int32"):
         load(replicated_case(272, 96), "w3a16-channel", BF16, bias=False)
 
@@ -95,7 +95,7 @@ def test_embedding_and_head(scheme: str) -> None:
 
 
 def test_norm_has_no_bias(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It iterates over the config's quant_description."""
+    """Its norm iterates over the config's quant_description."""
     monkeypatch.setattr(vllm_config, "quant_config", config_of("re:.*", "w4a16-g32"))
     norm = RMSNorm(256)
     assert type(norm).__name__ == "AscendRMSNorm" and norm.bias is None
@@ -105,7 +105,7 @@ def test_norm_has_no_bias(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> 
     "layer_class", [ColumnParallelLinear, MergedColumnParallelLinear]
 )
 def test_layers_that_are_not_quantized(layer_class: Any) -> None:
-    """They get vllm-ascend's method, which its layers expect."""
+    """They use vllm-ascend's method, which its layers expect."""
     config = config_of("re:none", "w4a16-g32")
     sizes = 64 if layer_class is ColumnParallelLinear else [32, 32]
     layer = layer_class(256, sizes, quant_config=config, prefix="model.layers.0.fc")

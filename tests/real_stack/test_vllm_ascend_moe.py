@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Experts in vllm-ascend's layer, through its communication methods."""
+"""Experts in vllm-ascend's layer, with its communication methods."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +82,7 @@ def test_output_is_the_formula(scheme: str, vllm_config: Any) -> None:
     "scheme", ["w4a16-g64-asym", "w8a16-channel", "w8a8-channel-dynamic"]
 )
 def test_float16(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
-    """vllm-ascend has int8 activations of bfloat16 models only."""
+    """vllm-ascend supports int8 activations in bfloat16 models only."""
     mocker.patch.object(vllm_config.model_config, "dtype", FP16)
     layer, formula = load(scheme, vllm_config, FP16)
     assert type(layer.quant_method.experts).__name__ == "AscendWNA16Experts"
@@ -93,7 +93,7 @@ def test_float16(scheme: str, vllm_config: Any, mocker: MockerFixture) -> None:
 def test_with_its_own_operators(
     scheme: str, vllm_config: Any, mocker: MockerFixture
 ) -> None:
-    """Where they can be loaded, int4 per channel has a fused one."""
+    """If they can be loaded, per-channel int4 uses a fused one."""
     spy = mocker.spy(torch.ops._C_ascend, "grouped_matmul_swiglu_quant_v2")
     with own_operators():
         layer, formula = load(scheme, vllm_config)
@@ -104,7 +104,7 @@ def test_with_its_own_operators(
 
 
 def test_calls_can_be_checked_on_an_npu(vllm_config: Any, tmp_path: Path) -> None:
-    """What is recorded runs on both sides of the check, here emulated."""
+    """Recorded calls run on both sides of the check, which are both emulated here."""
     schemes = ["w4a16-g32-asym", "w4a8-channel", "w8a8-channel-dynamic"]
     layers = record_npu_calls.vllm_ascend_layers(vllm_config)
     path = tmp_path / "calls.pt"
@@ -127,7 +127,7 @@ def test_calls_can_be_checked_on_an_npu(vllm_config: Any, tmp_path: Path) -> Non
 
 
 def test_what_the_runner_asks_of_a_method(vllm_config: Any) -> None:
-    """See its `AscendFusedMoE`."""
+    """See vllm-ascend's `AscendFusedMoE`."""
     from vllm_ascend.quantization.quant_type import QuantType
 
     _, config, _ = compressed_experts(SIZES, "w4a8-channel", BF16)
@@ -137,7 +137,7 @@ def test_what_the_runner_asks_of_a_method(vllm_config: Any) -> None:
     layer.ensure_moe_quant_config_init()
     layer.maybe_init_modular_kernel()
     assert type(layer.quant_method).__name__ == "FusedMoEAscendMethod"
-    # Or the runner takes the weights of shared experts to be its own W8A8's.
+    # Otherwise the runner assumes that shared experts use its own W8A8.
     shared = torch.nn.Linear(2, 2)
     layer = build(config, vllm_config, BF16, shared_experts=shared)
     assert layer.quant_type is QuantType.NONE
@@ -181,13 +181,13 @@ def test_profiling_spreads_tokens(vllm_config: Any, mocker: MockerFixture) -> No
     run(layer, x, (weights, ids), vllm_config, in_profile_run=True)
     spread = compute.call_args.args[1]
     assert spread.shape == ids.shape and spread.dtype == ids.dtype
-    # The fixed routing has no token for two of them.
+    # The fixed routing has no tokens for two of them.
     assert len(spread.unique()) == SIZES.experts > len(ids.unique())
     assert all(len(row.unique()) == SIZES.top_k for row in spread)
 
 
 def test_routed_experts_are_returned(vllm_config: Any, mocker: MockerFixture) -> None:
-    """As `NPUModelRunner` asks for with `enable_return_routed_experts`."""
+    """`NPUModelRunner` requests them with `enable_return_routed_experts`."""
     layer, _ = load("w4a16-g32", vllm_config)
     layer._ascend_routed_experts_capturer = capturer = mocker.Mock()
     routed = routing(SIZES, 20)
@@ -217,7 +217,7 @@ def test_adapters_of_other_modules_are_not(
 
 
 def test_adapters_are_not_left_out(vllm_config: Any, mocker: MockerFixture) -> None:
-    """vllm-ascend leaves them on the layer, for a method that takes them."""
+    """vllm-ascend stores them on the layer, and expects the method to apply them."""
     layer, _ = load("w4a16-g32", vllm_config)
     layer.set_lora_context(mocker.Mock())
     x = activations(20, SIZES.hidden, BF16)
@@ -291,7 +291,7 @@ def test_swiglu_step(vllm_config: Any) -> None:
 
 @pytest.mark.parametrize("scheme", SERVED)
 def test_reload(scheme: str, vllm_config: Any) -> None:
-    """The output is that of the new weights, which are where the old ones were."""
+    """The output follows the new weights, which are at the old addresses."""
     (first, config, _), (second, _, _) = (
         compressed_experts(SIZES, scheme, BF16) for _ in range(2)
     )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What else in vllm-ascend looks into a config, a method or a layer's weights."""
+"""Other code of vllm-ascend that reads a config, a method or a layer's weights."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ COMPRESSOR = Case("wkv", RANK, {"wkv": 96}, compressor)
 
 
 def attention(kv_b_proj: Any) -> Any:
-    """As much of an attention backend as its weights need."""
+    """The part of an attention backend that its weights need."""
     return SimpleNamespace(
         kv_b_proj=kv_b_proj,
         kv_lora_rank=RANK,
@@ -88,7 +88,7 @@ def test_latent_attention(scheme: str, backend: str) -> None:
 
 @pytest.mark.parametrize("scheme", KINDS)
 def test_compressors(scheme: str) -> None:
-    """DeepSeek-V4 hands their weights to an operator."""
+    """DeepSeek-V4 passes their weights to an operator."""
     layer, (formula,) = load(COMPRESSOR, scheme, BF16, bias=False)
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
     assert relative_error(layer.weight, formula.weight) < TOLERANCES[BF16]
@@ -98,7 +98,7 @@ def test_compressors(scheme: str) -> None:
 def test_weights_are_prefetched(
     scheme: str, vllm_config: Any, mocker: MockerFixture
 ) -> None:
-    """Latent attention names `o_proj.weight` even where nothing is prefetched."""
+    """Latent attention reads `o_proj.weight` even if nothing is prefetched."""
     from vllm_ascend import ascend_forward_context
     from vllm_ascend.ascend_config import WeightPrefetchConfig
     from vllm_ascend.ops import weight_prefetch
@@ -133,7 +133,7 @@ def test_weights_are_prefetched(
 
 @pytest.mark.parametrize("scheme", ["w8a8-channel-dynamic", "w8a8-channel-static"])
 def test_its_fused_paths_are_not_taken(scheme: str) -> None:
-    """They know the layouts of its own methods."""
+    """They assume the layouts of its own methods."""
     from vllm_ascend.attention.dsa_v1 import _is_w8a8_dynamic
     from vllm_ascend.attention.sfa_v1 import AscendSFAImpl
     from vllm_ascend.ops.cv_linear import CVLinearWrapper
@@ -156,13 +156,13 @@ def test_config(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made._sparse_li_c8_layer_filter_enabled
     assert not enable_fa_quant(vllm_config)
     assert not norm_quant_fusion_pass._model_uses_w4a4_quant(vllm_config)
-    # With a rotated draft model it looks for this, and catches one kind of error.
+    # With a rotated draft model it reads this, and catches one kind of error.
     with pytest.raises(KeyError):
         config.quant_description["optional"]
-    # KV connectors read these without asking whether they are there.
+    # KV connectors read these without checking that they exist.
     assert config.enable_fa_quant is config.enable_c8_quant is False
     assert config.c8_quant_layers == config.kvcache_quant_layers == ()
-    # Where it is callable, tensors that it names are taken from the model's loader.
+    # If it is callable, tensors that it names bypass the model's loader.
     assert not hasattr(config, "get_cache_scale")
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""vllm-ascend's own quantization tests, on the emulated operators."""
+"""vllm-ascend's own quantization tests, with the emulated operators."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tools.patch_series import target_of
 
 pytestmark = pytest.mark.vllm_ascend
 
-# What is not emulated: nothing here serves it.
+# Operators that are not emulated, because nothing here uses them.
 EXPECTED = {
     "test_w4a4_flatquant.TestW4A4FlatQuantDynamicWithNpu": "npu_kronecker_quant",
     "test_w4a4_laos_dynamic.TestAscendW4A4LaosDynamicLinearMethodWithNpu": (
@@ -30,7 +30,7 @@ def test_all_but_what_is_not_emulated(tmp_path: Path) -> None:
     tree = patch_tree.pristine(target, target.base).resolve()
     report = tmp_path / "report.xml"
     path = os.pathsep.join([str(tree), os.environ["PYTHONPATH"], str(tmp_path)])
-    # The tree has a package `tests` of its own.
+    # vllm-ascend's tree has its own package `tests`.
     plugin = Path(__file__).with_name("without_npu.py")
     (tmp_path / plugin.name).write_text(plugin.read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-c", "pyproject.toml"]

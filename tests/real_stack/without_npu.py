@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Lets vllm-ascend's own code run on CPU, emulated; also as a plugin of pytest.
+"""Run vllm-ascend's own code on CPU with emulated operators; also a pytest plugin.
 
-Tensors stay where they are when they are sent to an NPU. What is imported only is a
-stand-in: CANN's acl, and torchvision, whose CPU build not every machine can get.
+Moving a tensor to an NPU does nothing. Modules that are only imported are stand-ins:
+CANN's acl, and torchvision, whose CPU build is not available on every machine.
 """
 
 import importlib.abc
@@ -53,7 +53,7 @@ def _stay(self: Any, *_: Any, **__: Any) -> Any:
     return self
 
 
-# The last to be asked.
+# Asked last.
 sys.meta_path.append(_Finder())
 emulated.install()
 torch.Tensor.npu = _stay  # type: ignore[attr-defined]

@@ -16,13 +16,13 @@ import torch
 
 from tests.soft_npu import engines
 
-# They import torch_npu, which is not in the usual environment.
+# They import torch_npu, which the usual environment lacks.
 collect_ignore_glob = [] if os.environ.get("SOFT_NPU_LIBRARY") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def software_npu(platform: None) -> None:
-    """Without this, tests could pass on something else."""
+    """Without this check, tests could pass on something else."""
     assert os.environ.get("SOFT_NPU_LIBRARY"), "start by `tools.soft_npu test`"
     import torch_npu
 
@@ -31,14 +31,14 @@ def software_npu(platform: None) -> None:
 
 @pytest.fixture(autouse=True)
 def no_faults() -> Iterator[None]:
-    """What one test plants must not fail another."""
+    """A fault that one test injects must not fail another."""
     yield
     torch.ops.soft_npu.set_faults("")
 
 
 @pytest.fixture
 def internal_format() -> Iterator[None]:
-    """Casts to FRACTAL_NZ are done, as vllm-ascend's runner sets it."""
+    """Enable casts to FRACTAL_NZ, like vllm-ascend's runner."""
     import torch_npu
 
     torch_npu.npu.config.allow_internal_format = True
@@ -48,7 +48,7 @@ def internal_format() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`engines.run`, once for the same runs; what failed fails again."""
+    """`engines.run`, once for the same runs; a failure is raised again."""
     directory = tmp_path_factory.mktemp("engines")
 
     @cache

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Engines in processes of their own; see `tools.soft_npu.serve`."""
+"""Engines in separate processes; see `tools.soft_npu.serve`."""
 
 import json
 import os
@@ -15,17 +15,17 @@ from tools.make_checkpoint import FLOAT_SCHEMES
 from tools.soft_npu import suite
 
 OURS = "vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors"
-# Of experts, of vllm-ascend 0.23 and 0.30.
+# Classes of experts in vllm-ascend 0.23 and 0.30.
 METHODS = {"FusedMoEAscendMethod", "RoutedExpertsAscendMethod"}
 KERNELS = {
     "w4a16": "AscendWNA16LinearKernel",
     "w8a8": "AscendInt8ScaledMMLinearKernel",
 }
 EAGER = {"enforce_eager": True}
-# vllm-ascend keeps the cache of a model with experts until another is loaded.
+# vllm-ascend keeps the KV cache of a model with experts until another is loaded.
 SMALL = {"kv_cache_memory_bytes": 1 << 25}
 Result = dict[str, Any]
-# One run, or one engine: a checkpoint's name and arguments of `LLM`.
+# One run is one engine: a checkpoint's name and arguments of `LLM`.
 Run = dict[str, Any]
 
 
@@ -38,9 +38,9 @@ def run(
     """Serve one engine after the other in a process.
 
     Args:
-        runs: What to serve.
-        out: A file to write.
-        plugins: Of vLLM: "ascend" is vllm-ascend's own.
+        runs: The runs to serve.
+        out: The file to write.
+        plugins: `VLLM_PLUGINS`; "ascend" is vllm-ascend's own.
         chip: One of `environment.SOCS`.
 
     """
@@ -55,7 +55,7 @@ def run(
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks)),
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_CACHE_ROOT": str(out.parent / "cache"),
-        # As `vllm serve` sets it: vllm-ascend 0.30 starts the device before it forks.
+        # `vllm serve` sets it: vllm-ascend 0.30 starts the device before it forks.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "HF_HUB_OFFLINE": "1",
     }
@@ -77,7 +77,7 @@ def _directory(name: str) -> str:
 
 
 def check_served(run: Run, result: Result) -> None:
-    """By this package, on each of its NPUs."""
+    """Check that this package serves, on each of its NPUs."""
     assert result["config"] == f"{OURS}.AscendCTConfig"
     sizes = [x for name, x in run.items() if name.endswith("parallel_size")]
     assert len(result["ranks"]) == (sizes[0] if sizes else 1)
@@ -85,7 +85,7 @@ def check_served(run: Run, result: Result) -> None:
         assert rank["platform"] == "NPUAscendCTPlatform"
         assert rank["devices"] == ["npu"]
         if is_float(run["checkpoint"]):
-            # All of them, to vllm-ascend's unquantized methods.
+            # All unquantized layers use vllm-ascend's methods.
             assert rank["resolved"] and not rank["kernels"], rank
             assert "AscendUnquantizedLinearMethod" in rank["methods"]
             continue
@@ -106,7 +106,7 @@ def difference(name: str, logprobs: Sequence[float]) -> float:
 
 
 def is_float(name: str) -> bool:
-    """Whether a checkpoint's weights are floating-point numbers."""
+    """Whether a checkpoint has floating-point weights."""
     return suite.contents(name).partition("/")[2] in FLOAT_SCHEMES
 
 
@@ -117,10 +117,10 @@ def is_moe(name: str) -> bool:
 
 
 def tolerance(name: str) -> float:
-    """What arithmetic in 16 bits may change, and activations quantized from it.
+    """Tolerance for 16-bit arithmetic and for activations that are quantized from it.
 
-    Of random weights more: what is rounded the other way is not damped, and tokens go
-    to other experts. The emulated platform differs by as much.
+    It is larger for random weights: they do not damp rounding differences, and route
+    tokens to other experts. The emulated platform differs by the same amount.
     """
     model, _, recipe = suite.contents(name).partition("/")
     if "a8o8" in recipe or ("a8" in recipe and model != "dense"):
@@ -131,7 +131,7 @@ def tolerance(name: str) -> float:
 
 
 def check_close(run: Run, result: Result) -> None:
-    """To what the model says in float32."""
+    """Check that the results are close to the model in float32."""
     name = run["checkpoint"]
     found = difference(name, result["logprobs"])
     print(f"{name} {run}: {found:.4f}")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Graphs: what they hold is done again on the same memory; what cannot be, refused."""
+"""Graphs replay on the same memory; what cannot be captured is refused."""
 
 import re
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def on_npu(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def table_look_up() -> Callable[[], torch.Tensor]:
-    """Of an embedding in int4."""
+    """Look-ups in an int4 embedding."""
     ids = torch.tensor([3, 0, 31]).npu()
     weight, scale = on_npu(32, 8, dtype=torch.int32).t(), on_npu(32, 2).t()
     return lambda: embedding.dequantized_rows(ids, weight, scale, scale)
@@ -85,7 +85,7 @@ def asymmetric_activations() -> Callable[[], torch.Tensor]:
     "make", [table_look_up, int4_weights, int8_activations, asymmetric_activations]
 )
 def test_our_functions_are_captured(make: Callable[[], Any]) -> None:
-    """Nothing of them copies, waits or allocates outside the graph."""
+    """None of them copies, synchronizes or allocates outside of the graph."""
     torch.manual_seed(0)
     function = make()
     expected = function()
@@ -136,7 +136,7 @@ def x() -> torch.Tensor:
     return torch.ones(4, device="npu")
 
 
-# What a chip cannot capture, and how the error names it.
+# What a chip cannot capture, and part of the error.
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "item": (lambda: x().sum().item(), "aten::_local_scalar_dense cannot be captured"),
     "truth": (lambda: bool(x().sum() > 1), "cannot be captured"),
@@ -168,7 +168,7 @@ def test_refused(case: str, internal_format: None) -> None:
 
 
 def test_planted_synchronization_is_found() -> None:
-    """In a forward of this package: a check of values, as somebody could add it."""
+    """A check of values, added to a forward of this package."""
     activations = torch.randn(3, 64).bfloat16().npu()
     matrix = torch.randint(-8, 8, (64, 32), dtype=torch.int8).npu()
     scale = torch.rand(32).npu()
@@ -184,7 +184,7 @@ def test_planted_synchronization_is_found() -> None:
 
 
 def test_memory_that_was_freed() -> None:
-    """On a chip a replay would read what somebody else has written there."""
+    """On a chip, a replay would read memory that other code has overwritten."""
     held = [torch.ones(1 << 20, device="npu")]
     graph, y = captured(lambda: held[0] + 1)
     graph.replay()
@@ -195,7 +195,7 @@ def test_memory_that_was_freed() -> None:
 
 
 def test_external_event_holds_a_replay_back() -> None:
-    """And arguments that are exchanged meanwhile are those that it uses."""
+    """Also, arguments that change meanwhile are the ones it uses."""
     event = torch_npu.npu.ExternalEvent()
     side = torch_npu.npu.Stream()
     q = torch.randn(2, 1, 16).half().npu()

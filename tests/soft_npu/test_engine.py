@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """vllm-ascend's engine, unmodified, on software NPUs; see `tools.soft_npu.serve`.
 
-Over each release that is served.
+Runs on each supported release.
 """
 
 import os
@@ -17,7 +17,7 @@ from tests.soft_npu.engines import EAGER, OURS, SMALL, Result, Run
 from tools.soft_npu.environment import Device
 
 pytestmark = pytest.mark.soft_npu
-# In one process what can be: vllm-ascend keeps some globals of a model and its graphs.
+# As many engines as possible per process: vllm-ascend keeps global state of a model.
 PROCESSES: dict[str, list[Run]] = {
     "dense": [
         {"checkpoint": "dense-w4a16", **EAGER},
@@ -56,7 +56,7 @@ PROCESSES: dict[str, list[Run]] = {
     "graphs": [{"checkpoint": "dense-w4a16"}],
     "int8 graphs": [{"checkpoint": "moe-w8a8", **SMALL}],
 }
-# Process and run in graphs -> process and run of the same in none.
+# Process and run with graphs -> process and run of the same without graphs.
 GRAPHS = {
     ("dense", 2): ("dense", 1),
     ("moe", 2): ("moe", 0),
@@ -75,7 +75,7 @@ Results = Callable[..., list[Result]]
 
 
 def in_turn(cases: Sequence[Any], usual: Sequence[Any]) -> list[Any]:
-    """Parameters, of which those that are not in the usual run are long."""
+    """Parameters, of which all but the default ones are marked long."""
     return [
         pytest.param(case, marks=() if case in usual else pytest.mark.long)
         for case in cases
@@ -84,7 +84,7 @@ def in_turn(cases: Sequence[Any], usual: Sequence[Any]) -> list[Any]:
 
 @pytest.fixture
 def results(serve: Callable[..., list[Result]]) -> Results:
-    """What the engines of a process said."""
+    """Results of the engines of a process."""
 
     def get(name: str, plugins: str = "ascend_ct") -> list[Result]:
         return serve(PROCESSES[name], plugins=plugins)
@@ -118,7 +118,7 @@ def test_graphs_say_what_eager_says(results: Results, case: tuple[str, int]) -> 
 def test_bit_equal_to_vllm_ascends_own(
     results: Results, serve: Callable[..., list[Result]], name: str
 ) -> None:
-    """Of W8A8, which it serves itself."""
+    """With W8A8, which vllm-ascend serves by itself."""
     ours = results(name)[1]
     (theirs,) = serve(PROCESSES[name][1:2], plugins="ascend")
     assert [rank["platform"] for rank in theirs["ranks"]] == ["NPUPlatform"]
@@ -130,7 +130,7 @@ def test_bit_equal_to_vllm_ascends_own(
 
 
 def operators(result: Result) -> Counter[str]:
-    """How often the device was told to compute what, while the engine served."""
+    """Number of calls of each operator while the engine served."""
     (rank,) = result["ranks"]
     return Counter(rank["operators"])
 
@@ -138,7 +138,7 @@ def operators(result: Result) -> Counter[str]:
 def test_norms_quantize(
     serve: Callable[..., list[Result]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By vllm-ascend's passes: of four norms all but the last, before the head."""
+    """With vllm-ascend's passes: all of four norms except the last, before the head."""
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
     run: Run = {"checkpoint": "dense/w8a8-channel-static"}
     (result,) = serve([run])
@@ -153,7 +153,7 @@ def test_norms_quantize(
 
 @pytest.mark.long
 def test_beside_vllm_ascend(results: Results) -> None:
-    """As a plugin of vllm-ascend's own platform: the same."""
+    """As a plugin of vllm-ascend's own platform, the results are the same."""
     ours = results("moe")
     for beside, alone in zip(results("moe", "ascend,ascend_ct"), ours, strict=True):
         assert [rank["platform"] for rank in beside["ranks"]] == ["NPUPlatform"]

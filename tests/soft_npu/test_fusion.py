@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""vllm-ascend's passes over graphs of its norms and our layers.
+"""vllm-ascend's graph passes with its norms and our layers.
 
-They make one operator of a norm and the quantization behind it. Over each release.
+They fuse a norm and the following quantization into one operator. Runs on each
+supported release.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,14 +25,14 @@ from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
 pytestmark = pytest.mark.soft_npu
 M, K, N = 5, 128, 64
 EPSILON = 1e-6
-# Neither it nor its reciprocal is a bfloat16.
+# Neither it nor its reciprocal is representable in bfloat16.
 INPUT_SCALE, ZERO_POINT = 0.0301, 3
-# bfloat16 holds both to 0.2 %, and what is quantized, where the norm does not do it:
-# one integer in 20 is off by one of about 20.
+# bfloat16 rounds both by 0.2 %. If the norm does not quantize, one integer in 20 is off
+# by one of about 20.
 TOLERANCE = 2e-2
 NORM, PRODUCT = "_C_ascend.npu_add_rms_norm_bias", "npu.npu_quant_matmul"
 OWN_NORM = "npu.npu_add_rms_norm"
-# Of 0.23: gives a rank its part of the rows, of which one rank has all.
+# A pass of 0.23 that splits rows among ranks; with one rank it splits nothing.
 FREE = {"vllm.maybe_chunk_residual"}
 
 
@@ -47,7 +48,7 @@ def vllm_config() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def passes(vllm_config: Any) -> Any:
-    """vllm-ascend's by default; in one process it registers each pattern once."""
+    """vllm-ascend's default passes. It registers each pattern once per process."""
     from vllm_ascend.compilation.graph_fusion_pass_manager import (
         GraphFusionPassManager,
     )
@@ -60,10 +61,10 @@ def passes(vllm_config: Any) -> Any:
 
 
 class Block(torch.nn.Module):
-    """A norm of a sum, and the int8 layer behind it.
+    """A norm of a sum, followed by an int8 layer.
 
     Attributes:
-        formula: Of x and the residual in float64.
+        formula: Function of x and the residual, in float64.
 
     """
 
@@ -114,7 +115,7 @@ class Block(torch.nn.Module):
 
 
 def recording(function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    """The same, which writes down what it launches."""
+    """The same passes, which also record launches."""
 
     def call(*args: Any) -> Any:
         with Launches() as launches:
@@ -127,7 +128,7 @@ def recording(function: Callable[..., Any], names: list[str]) -> Callable[..., A
 
 @torch.inference_mode()
 def before_and_after(block: Block, passes: Any) -> tuple[list[str], list[str]]:
-    """Launches of a block, called and compiled; both are compared with its formula."""
+    """Launches of a block, eager and compiled; both are compared with its formula."""
     from vllm.compilation.passes.inductor_pass import pass_context
     from vllm.config.utils import Range
     from vllm_ascend.compilation.compiler_interface import fusion_pass_compile
@@ -138,7 +139,7 @@ def before_and_after(block: Block, passes: Any) -> tuple[list[str], list[str]]:
         with pass_context(size):
             options = {COMPILATION_PASS_KEY: passes}
             compiled, _ = fusion_pass_compile(graph, inputs, options, size)
-        # In here: beneath a mode dynamo runs nothing that is compiled.
+        # Inside: under an active mode, dynamo runs nothing compiled.
         return recording(compiled, after)
 
     before: list[str] = []
@@ -159,7 +160,7 @@ def before_and_after(block: Block, passes: Any) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_static(symmetric: bool, passes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By reciprocals, as the pattern has it."""
+    """With reciprocals, as in the pattern."""
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
     block = Block("AscendRMSNorm", static=True, symmetric=symmetric)
     before, after = before_and_after(block, passes)
@@ -171,7 +172,7 @@ def test_static(symmetric: bool, passes: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_dynamic_behind_torch_npus_norm(
     norm: str, passes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As norms are on A5 and for results that do not depend on the batch."""
+    """As norms are on A5, and with batch-invariant results."""
     from vllm_ascend.ops import layernorm
 
     monkeypatch.setattr(layernorm, "enable_custom_op", lambda: False)
@@ -186,7 +187,7 @@ def test_dynamic_behind_torch_npus_norm(
 
 @pytest.mark.parametrize("static", [False, True])
 def test_what_no_pattern_has(static: bool, passes: Any) -> None:
-    """Dynamic behind vllm-ascend's norm without a bias, and what divides.
+    """Dynamic after vllm-ascend's norm without a bias, and static by division.
 
     Its `AddRMSNormDynamicQuantPattern` has torch_npu's norm, `...WithBias` a tensor as
     bias, and `AddRMSNormQuantPattern` reciprocals.

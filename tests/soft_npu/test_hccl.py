@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""torch_npu's process group over two processes with a device each."""
+"""torch_npu's process group with two processes, one device each."""
 
 import os
 import subprocess
@@ -95,7 +95,7 @@ if rank == 0:
 
 
 def run(script: str, **variables: str) -> list[subprocess.CompletedProcess[str]]:
-    """The script on each rank."""
+    """Run the script on each rank."""
     port = str(get_open_port())
     processes = [
         subprocess.Popen(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""FRACTAL_NZ, and what an operator finds in memory that is laid out otherwise."""
+"""FRACTAL_NZ, and operators that read memory in another layout."""
 
 import copy
 import dataclasses
@@ -63,7 +63,7 @@ def test_there_and_back(
 
 
 def test_tiles_are_in_memory(internal_format: None) -> None:
-    """16 rows of 32 bytes; the tiles of a column lie one behind the other."""
+    """Tiles of 16 rows of 32 bytes; the tiles of a column are contiguous."""
     values = int8(32, 64)
     tiles = values.view(2, 16, 2, 32).permute(2, 0, 1, 3).flatten()
     memory = torch.ops.soft_npu.storage_bytes(nz(values.npu()))
@@ -71,7 +71,7 @@ def test_tiles_are_in_memory(internal_format: None) -> None:
 
 
 def test_default_stays_in_rows() -> None:
-    """As on a chip: nothing says so."""
+    """As on a chip, casts silently do nothing by default."""
     torch_npu.npu.config.allow_internal_format = False
     assert not in_nz(nz(int8(32, 64).npu()))
 
@@ -109,7 +109,7 @@ def test_other_operators_refuse_tiles(internal_format: None) -> None:
 
 
 def test_view_that_is_cast_comes_out_wrong(internal_format: None) -> None:
-    """torch_npu converts by the sizes that the memory had when it was allocated."""
+    """torch_npu converts with the sizes that the memory was allocated with."""
     x, weight = int8(4, K).npu(), int8(N, K).npu()
     rows = weight.cpu().t().contiguous()
     weight.view(K, N).copy_(rows)
@@ -130,7 +130,7 @@ def test_view_as_another_type_cannot_be_cast(internal_format: None) -> None:
 def test_layout_of_experts(
     name: str, internal_format: None, mocker: MockerFixture
 ) -> None:
-    """Cast to tiles or not, they multiply by the same."""
+    """In either layout the products are the same."""
     (scheme,) = (scheme for scheme in SCHEMES if scheme.name == name)
     sizes = Sizes(experts=E, hidden=512, intermediate=256)
     rows, row_scale = int8(6, 512).npu(), torch.rand(6).npu()
@@ -155,7 +155,7 @@ def test_layout_of_experts(
 
 
 def test_layout_of_packed_int8(internal_format: None) -> None:
-    """As 310P takes it."""
+    """The layout of the 310P."""
     x, values = int8(4, K).npu(), int8(N, K)
     packed = pack_to_int32(values, 8).npu()
     rows = pack_quantized.to_int8(packed, 8, K)
@@ -166,7 +166,7 @@ def test_layout_of_packed_int8(internal_format: None) -> None:
 
 
 def test_slice_of_int4_is_misread() -> None:
-    """op-plugin counts its offset in int32, aclnn then in int4."""
+    """The offset is in units of int32 for op-plugin, and of int4 for aclnn."""
     packed = torch.randint(-(2**31), 2**31, (2 * N, K // 8), dtype=torch.int32)
     values = unpack_int4(packed).t().to(torch.bfloat16)
     x = torch.eye(K, dtype=torch.bfloat16, device="npu")
@@ -175,7 +175,7 @@ def test_slice_of_int4_is_misread() -> None:
     assert torch.equal(functional.weight_quant_matmul(*operands).cpu(), values)
     parts = functional.weight_quant_matmul(*operands, max_n=N).cpu()
     assert torch.equal(parts[:, :N], values[:, :N]), "its offset is 0"
-    # 64 rows of 12 words: 768 int4 further, which are 96 words or 8 rows.
+    # 64 rows of 12 words: an offset of 768 int4, which are 96 words or 8 rows.
     assert torch.equal(parts[:, N:], values[:, 8 : 8 + N])
 
 
@@ -184,7 +184,7 @@ INT4 = [packed_type(4, True), packed_type(4, False), scalar_types.int4]
 
 @pytest.mark.parametrize("weight_type", INT4, ids=str)
 def test_layer_in_parts(weight_type: ScalarType, mocker: MockerFixture) -> None:
-    """More outputs than the operator takes at once, as heads have."""
+    """More outputs than the operator supports, like an output head."""
     limits = dataclasses.replace(
         LIMITS[Soc.A2],
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=K),
@@ -222,7 +222,7 @@ def test_layer_in_parts(weight_type: ScalarType, mocker: MockerFixture) -> None:
 
 
 def test_named_layouts_are_compared(tmp_path: Path) -> None:
-    """As whoever has a chip does, away from the clone."""
+    """Like a user with a chip, outside of the clone."""
     out = tmp_path / "report.json"
     module = "vllm_ascend_ct.compare_layouts"
     command = [sys.executable, "-m", module, "--out", str(out)]

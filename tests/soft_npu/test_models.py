@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Each served scheme and each kind of model, on software NPUs."""
+"""Every supported scheme and kind of model, on software NPUs."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 from vllm_ascend_ct import compat
 
 pytestmark = [pytest.mark.soft_npu, pytest.mark.long]
-# Of the trained dense model: each row of the README's table, and more sizes of groups.
+# The trained dense model: each row of the README's table, and more group sizes.
 DENSE = (
     "w2a16-g64",
     "w3a16-g64-asym",
@@ -39,7 +39,7 @@ DENSE = (
     "w4a8o8-channel",
     "w8a8o8-channel-int",
 )
-# vLLM 0.30 has parameters for zero points of 4 and 8 bits only, beside int8 for none.
+# vLLM 0.30 has parameters for 4-bit and 8-bit zero points only, none with int8.
 REFUSED = (
     *("dense/w3a16-g64-asym", "dense/w7a16-channel-asym"),
     "dense/w4a8-g64-asym-packed",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Engines over two software NPUs."""
+"""Engines with two software NPUs."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 pytestmark = pytest.mark.soft_npu
 W8A8 = "qwen3-moe/w8a8-channel-dynamic"
 EXPERTS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-# What exchanges tokens; vllm-ascend chooses by chip and number of tokens.
+# Methods that exchange tokens; vllm-ascend chooses by chip and number of tokens.
 ALL_GATHER = {"npu::npu_moe_token_unpermute"}
 MC2 = {"npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2"}
 ALL_TO_ALL = {"npu::npu_moe_token_permute", "npu::npu_moe_token_unpermute"}
-# Name -> chip, engine, operators that have to be called.
+# Name -> chip, engine, operators that must be called.
 CASES: dict[str, tuple[str, Run, set[str]]] = {
     "tensor": ("A2", {"checkpoint": "dense-w8a8", "tensor_parallel_size": 2}, set()),
     "pipeline": (
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, Run, set[str]]] = {
         {"checkpoint": W8A8, **EXPERTS},
         ALL_TO_ALL | MC2,
     ),
-    # The other layouts of weights and of what is sent.
+    # Other layouts of weights and of sent tokens.
     **{
         f"{name} of {scheme}": (
             chip,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which platform and config a process gets where vllm-ascend is installed."""
+"""The platform and config of a process with vllm-ascend installed."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from vllm_ascend_ct import releases
 
 pytestmark = pytest.mark.soft_npu
 PLATFORMS = {"ascend_ct": "NPUAscendCTPlatform", "ascend,ascend_ct": "NPUPlatform"}
-# As an engine is configured, and as its other processes begin.
+# How an engine is configured, and how its other processes start.
 SCRIPT = """
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -59,7 +59,7 @@ def start(
 
 
 def report(release: str, plugins: str | None, process: str) -> dict[str, str]:
-    """What a process says of itself."""
+    """Code that reports the platform and config of a process."""
     checkpoint = str(CHECKPOINTS / "dense-w4a16")
     device = environment.Device(release)
     code, output = start(device, plugins, SCRIPT, checkpoint, process)
@@ -70,7 +70,7 @@ def report(release: str, plugins: str | None, process: str) -> dict[str, str]:
 
 
 RELEASES = [
-    # Of each row the last in the usual run.
+    # The last release of each row is in the default run.
     pytest.param(name, marks=[pytest.mark.long] * (name != row.vllm_ascend[-1]))
     for row in releases.served(on_npu=True)
     for name in row.vllm_ascend
@@ -92,7 +92,7 @@ def test_in_charge(release: str, plugins: str, process: str) -> None:
 @pytest.mark.parametrize("process", ["main", "other"])
 @pytest.mark.parametrize("release", RELEASES)
 def test_not_asked_for(release: str, process: str) -> None:
-    """Nothing of ours is in; with us alone, all of its general plugins ran as well."""
+    """Nothing of ours is active; with us alone, all of its general plugins run too."""
     without = report(release, None, process)
     assert without["SERVES"] == "AscendCompressedTensorsConfig"
     assert without["PLATFORM"] == "NPUPlatform" and without["OURS"] == "False"
@@ -160,7 +160,7 @@ def test_latent_query(
     name: str,
     refused: str | None,
 ) -> None:
-    """vllm-ascend 0.30 takes its weight for 16 bits if another layer's is."""
+    """vllm-ascend 0.30 treats its weight as 16-bit if another layer's is."""
     checkpoint = str(CHECKPOINTS / "dense-w4a16")
     given = json.dumps([checkpoint, sizes, changes, ignore, name])
     device = environment.Device("0.30.0rc2", soc)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The runtime: memory, what nobody has written, streams, properties, faults."""
+"""The runtime: memory, unwritten memory, streams, properties, faults."""
 
 import ctypes
 import gc
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def memory() -> tuple[int, int, int]:
-    """Bytes of device 0: in all, used, and used at most."""
+    """Bytes of device 0: total, used, and peak."""
     total, used, peak = torch.ops.soft_npu.memory(0)
     return total, used, peak
 
@@ -38,7 +38,7 @@ def test_memory_is_counted_exactly() -> None:
     release()
     total, before, _ = memory()
     torch.ops.soft_npu.reset_peak(0)
-    # Larger than torch_npu's pools: a piece of memory of its own.
+    # Larger than torch_npu's pools, so it is a separate allocation.
     size = 50 * MIB
     tensor = torch.empty(size - 32, dtype=torch.int8, device="npu")
     assert memory() == (total, before + size, before + size)
@@ -58,7 +58,7 @@ def test_out_of_memory_is_the_error_of_a_chip() -> None:
 
 
 def test_planted_leak_shows() -> None:
-    """What a step keeps is what a device has less."""
+    """Memory that each step keeps shows as less free memory."""
     kept: list[torch.Tensor] = []
 
     def step(leak: bool) -> None:
@@ -96,7 +96,7 @@ os._exit(0)  # without giving anything back
 
 @pytest.mark.parametrize("size", [7, 1 << 10, 5 << 20])
 def test_unwritten_memory_is_poison(size: int) -> None:
-    """Also where something else was before."""
+    """Also if other data was there before."""
     for _ in range(2):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             unwritten = torch.empty(size, dtype=dtype, device="npu")
@@ -188,7 +188,7 @@ def test_fault_of_an_allocation() -> None:
     torch.ops.soft_npu.set_faults("allocate@2")
     size = 30 * MIB
     first = torch.empty(size, dtype=torch.int8, device="npu")
-    # torch_npu gives back what it has and asks again: that succeeds.
+    # torch_npu frees its cache and tries again, which succeeds.
     second = torch.empty(size, dtype=torch.int8, device="npu")
     torch.ops.soft_npu.set_faults("allocate@1+")
     with pytest.raises(torch.OutOfMemoryError):

@@ -42,7 +42,7 @@ CASES = {
 
 @contextmanager
 def server(name: str, options: list[str], log: Path) -> Iterator[str]:
-    """A server of a checkpoint; its address."""
+    """Start a server for a checkpoint; returns its address."""
     suite.prepare([name])
     port = get_open_port()
     command = ["vllm", "serve", str(suite.checkpoint(name)), f"--port={port}"]
@@ -99,7 +99,7 @@ def test_answers(tmp_path: Path, name: str) -> None:
     log = tmp_path / "log"
     tokens = held_out_tokens(suite.checkpoint(checkpoint))[:LENGTH]
     with server(checkpoint, options, log) as address:
-        # Several at once, so that each engine has some.
+        # Several requests at once, so that each engine gets some.
         choices = complete(address, prompt=PROMPTS, max_tokens=NEW_TOKENS)
         (choice,) = complete(address, prompt=tokens, max_tokens=1, prompt_logprobs=0)
     assert len(choices) == len(PROMPTS) and all(each["text"] for each in choices)

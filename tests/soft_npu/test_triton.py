@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Triton kernels on the NPU's memory."""
+"""Triton kernels on the software NPU's memory."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def cores() -> None:
 def test_rope_is_the_interpreters(
     monkeypatch: pytest.MonkeyPatch, halves: bool, by_position: bool, rope_dim: int
 ) -> None:
-    """What replaces the kernel gives each bit of it."""
+    """The replacement of the kernel gives bit-identical results."""
     from vllm_ascend.ops.triton.rope import rope_forward_triton
 
     q, k = (
@@ -53,7 +53,7 @@ def test_rope_is_the_interpreters(
 
 
 def test_rounds_as_a_chip() -> None:
-    """To the nearest bfloat16, to even of two: triton's own interpreter truncates."""
+    """To nearest even in bfloat16; triton's own interpreter truncates."""
     from vllm.triton_utils import tl, triton
 
     @triton.jit

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The script for NPU hosts, emulated on both sides."""
+"""The script for NPU hosts, with both sides emulated."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from tools import check_npu, record_npu_calls
 
 @pytest.mark.usefixtures("single_rank")
 def test_both_sides_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call of each operator, and what some layers ask of them."""
+    """One call of each operator, and calls of some layers."""
     out, path = tmp_path / "report.json", tmp_path / "calls.pt"
     schemes = ["w4a16-g32-asym", "w4a8-channel", "w8a8-channel-dynamic"]
     calls = record_npu_calls.record(
@@ -29,7 +29,7 @@ def test_both_sides_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     report = json.loads(out.read_text())
     assert report["machine"]["device"] == "cpu"
     assert [call["call"] for call in report["calls"]] == [*CALLS, *calls]
-    # All that is left out is for other chips or schemes.
+    # All omitted rows are for other chips or schemes.
     assert {operator for operator, *_ in calls.values()} == {
         "npu_dynamic_quant",
         "npu_format_cast",

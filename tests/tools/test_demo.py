@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The main job: `vllm serve` and a question over HTTP."""
+"""The main use case: `vllm serve` and a question over HTTP."""
 
 import re
 from collections.abc import Callable

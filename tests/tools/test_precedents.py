@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The table of known calls, beside what layers of every scheme and kind call."""
+"""The table of precedents, compared with the calls of layers of every scheme."""
 
 from collections.abc import Iterable
 
@@ -22,13 +22,13 @@ from vllm_ascend_ct.ops.soc import Soc
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
-# 310P serves no others.
+# The 310P supports no others.
 DTYPES = {Soc.ASCEND_310P: torch.float16}
-# What a layer calls beside its products and what quantizes for them.
+# Calls of a layer besides those that multiply and quantize.
 UNANNOUNCED = ("routing", "activation", "loading")
 IN_OTHER_LAYOUTS = ["w4a16-g64", "w4a8-channel", "w8a8-channel-dynamic"]
 IN_OTHER_LAYOUTS += ["w8a8-channel-static"]
-# One of each way of calling products, for a test of seconds.
+# One of each way to multiply, for a test that takes seconds.
 SOME = ["w4a16-g64-asym", "w8a16-channel", "w4a8-channel", "w8a8-channel-static"]
 
 
@@ -38,7 +38,7 @@ def made_calls(
     dtype: torch.dtype | None = None,
     kinds: Iterable[str] = (),
 ) -> set[Form]:
-    """The forms of what layers, or some kinds of them, call on a chip."""
+    """Forms of the calls that layers make on a chip."""
     dtype = dtype or DTYPES.get(soc, torch.bfloat16)
     runs = {name: run for name, run in layers().items() if not kinds or name in kinds}
     calls = record(runs, list(schemes), [dtype])
@@ -46,7 +46,7 @@ def made_calls(
 
 
 def without_a_row(forms: set[Form], soc: Soc) -> set[Form]:
-    """Forms that the table does not have."""
+    """Forms that are not in the table."""
     known = {row.form for row in PRECEDENTS if soc in row.chips}
     return forms - known
 
@@ -59,23 +59,23 @@ def set_chip(
 
 
 @pytest.mark.long
-# A2 and A3 have the same limits, and their rows are the same.
+# A2 and A3 have the same limits and the same rows.
 @pytest.mark.parametrize("soc", [Soc.A2, Soc.A5, Soc.ASCEND_310P])
 def test_each_call_has_a_row_and_each_row_a_call(
     soc: Soc, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
 ) -> None:
-    """Both where vllm-ascend holds weights in FRACTAL_NZ and where it does not."""
+    """With and without FRACTAL_NZ in vllm-ascend's settings."""
     looked_up = mocker.spy(announce, "precedent")
     made: set[Form] = set()
     quantizing = [name for name in SCHEMES if "a8" in name]
     for prefers_nz, schemes in ((True, SCHEMES), (False, quantizing)):
         set_chip(soc, prefers_nz, monkeypatch, mocker)
         made |= made_calls(schemes, soc)
-    # Whose scales are packed for float16 models only.
+    # Its scales are packed for float16 models only.
     made |= made_calls(["w8a8-channel-static"], soc, torch.float16)
     if soc is Soc.A5:
         made |= made_calls(MULTIPLIED, soc, kinds=["linear"])
-    # Where there is a choice, the other.
+    # The other layout, if there is a choice.
     others = (f"{k}={c.names[1]}" for k, c in CHOICES.items() if soc in c.chips)
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", ",".join(others))
     made |= made_calls(IN_OTHER_LAYOUTS, soc)
@@ -105,7 +105,7 @@ def test_calls_of_float8_have_proven_rows(
 
 
 def test_a_call_without_a_row_is_found(mocker: MockerFixture) -> None:
-    """A kernel that lays its weight out in another way, and one that calls more."""
+    """A kernel with another layout, and one with an additional call."""
     name = "vllm_ascend_ct.kernels.linear.mixed_precision.ascend.weight_only_layout"
 
     def contiguous(*_: object) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_a_call_without_a_row_is_found(mocker: MockerFixture) -> None:
 
 
 def test_rows() -> None:
-    """One for each form and chip; A2 and A3, which run the same kernels, share them."""
+    """One row for each form and chip; A2 and A3 share rows (same kernels)."""
     keys = [(row.form, chip) for row in PRECEDENTS for chip in row.chips]
     assert len(keys) == len(set(keys))
     for row in PRECEDENTS:

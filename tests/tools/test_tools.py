@@ -34,7 +34,7 @@ def test_load_benchmark_counts_memory() -> None:
     """Times are noise; memory is not."""
     results = {result.route: result for result in bench_load.routes(256, 2048)}
     assert results["w8a16-g128"].peak == results["w4a16-channel"].peak == 0
-    # Packed along the other axis: a copy, of which the loaded weight is let go.
+    # Packed along the other axis: a copy, after which the loaded weight is freed.
     assert results["w4a16-g128"].peak < 1.5 and results["w4a16-g128"].resident < 0.1
     assert results["w4a16, unpack-transpose-pack"].peak > 8
 
@@ -43,13 +43,13 @@ def test_experts_are_laid_out_one_at_a_time() -> None:
     sizes = bench_load_experts.Sizes(experts=8, hidden=512, intermediate=512)
     results = {result.route: result for result in bench_load_experts.routes(sizes)}
     assert results["w4a16-g128, whole layer"].peak > 12
-    # The first product is two thirds. It lies twice for a moment where it gets wider
-    # than 3 bits, or FRACTAL_NZ.
+    # The first product has two thirds of the weights. Two copies exist for a moment if
+    # it becomes wider than 3 bits, or FRACTAL_NZ.
     copied = {"w3a16-g128": 8 / 9, "w3a8-channel": 8 / 9, "w8a8-channel": 2 / 3}
     for route, result in results.items():
         if "whole layer" not in route:
             beyond = (result.peak - copied.get(route, 0)) * sizes.experts
-            # One expert's packed values, and some rows of it as int8.
+            # One expert's packed values, and some of its rows as int8.
             assert beyond < 3, route
             assert result.resident < (0.4 if "w3" in route else 0.1), route
             assert result.launches == 5
@@ -64,7 +64,7 @@ def test_two_commands_of_the_readme_exist() -> None:
 
 
 def test_reference_is_the_libraries(checkpoint: Callable[..., Path]) -> None:
-    """For what they can read: dense 3 or 5 bits and embeddings are not."""
+    """For the formats that it can read: not dense 3 or 5 bits, or embeddings."""
     path = checkpoint(
         {"re:.*self_attn.*_proj": "w8a8-tensor-static-asym", "Linear": W4}
     )
@@ -82,6 +82,6 @@ def test_reference_is_the_libraries(checkpoint: Callable[..., Path]) -> None:
 
 @pytest.mark.usefixtures("single_rank")
 def test_table_in_the_readme_is_what_the_code_does() -> None:
-    """If it is not: python -m tools.support_matrix."""
+    """If this fails, run `python -m tools.support_matrix`."""
     readme = support_matrix.README.read_text()
     assert support_matrix.with_table(readme, support_matrix.tables()) == readme

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The staged patches as files; `tools.upstream_patches verify` does the rest."""
+"""The patches as files; `tools.upstream_patches verify` checks the rest."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_all_are_in_the_series(target: Target) -> None:
 
 
 def test_table_is_of_now() -> None:
-    """If it is not: python -m tools.upstream_patches status --write."""
+    """If this fails, run `python -m tools.upstream_patches status --write`."""
     readme = upstream_patches.README.read_text()
     assert upstream_patches.with_tables(readme) == readme
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Expert by expert, the layouts are those of single weights; in the weights' memory."""
+"""Experts are repacked like single weights, and in place."""
 
 import pytest
 import torch
@@ -80,13 +80,13 @@ def test_weight_only_along_outputs(bits: int) -> None:
         assert torch.equal(unpack_int4(words), values[expert].t())
     in_place = weight.data_ptr() == packed.data_ptr()
     assert in_place is (bits == 4)
-    # One expert, packed, and as int8 with what unpacks it.
+    # One packed expert, and one as int8 with what unpacking needs.
     beyond = memory.peak - (0 if in_place else weight.nbytes)
     assert beyond <= weight[0].nbytes + 6 * N * K
 
 
 def test_raw_scales() -> None:
-    """fp32 bits in int64, of which the operator keeps 10 mantissa bits: rounded."""
+    """int64 that holds fp32 bits, rounded to the operator's 10 mantissa bits."""
     scale = torch.rand(E, N, G) + 0.5
     raw, rounded = experts.to_raw_scale(scale)
     assert raw.dtype == torch.int64 and raw.shape == (E, G, N) and raw.is_contiguous()

@@ -13,7 +13,7 @@ from vllm_ascend_ct.weights.int4 import (
 )
 from vllm_ascend_ct.weights.int_quantized import int4_rows
 
-# The last rows are fewer than are taken at once.
+# The last block has fewer rows than the others.
 N, K = 2 * ROWS_AT_ONCE + 8, 64
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def weight() -> torch.Tensor:
 
 
 def test_along_inputs(weight: torch.Tensor) -> None:
-    """Bit for bit what npu_convert_weight_to_int4pack makes of the widened weight."""
+    """Bit-identical to npu_convert_weight_to_int4pack of the unpacked weight."""
     packed = pack_inputs(map(pack, int4_rows(weight)), N, K, CPU)
     expected = torch.ops.npu.npu_convert_weight_to_int4pack(weight.int())
     assert torch.equal(packed, expected)

@@ -24,7 +24,7 @@ IN_PLACE = pytest.mark.parametrize("bits", [4, 8])
 
 
 def random_integers(bits: int, *shape: int) -> torch.Tensor:
-    """Every value there is, then random ones."""
+    """All values, followed by random ones."""
     bound = 1 << (bits - 1)
     values = torch.randint(-bound, bound, shape, dtype=torch.int8)
     every = torch.arange(-bound, bound, dtype=torch.int8)
@@ -45,7 +45,7 @@ def test_weight_holds_the_integers_of_the_checkpoint(bits: int) -> None:
 
 
 def test_int4_weight_is_what_the_operator_packs() -> None:
-    """Bit for bit what npu_convert_weight_to_int4pack makes of the widened weight."""
+    """Bit-identical to npu_convert_weight_to_int4pack of the unpacked weight."""
     integers = random_integers(4, N, K)
     packed = torch.ops.npu.npu_convert_weight_to_int4pack(integers.int())
     assert torch.equal(to_npu_weight(pack_to_int32(integers, 4), 4, K).t(), packed)
@@ -77,7 +77,7 @@ def test_offset_is_the_negated_zero_point(bits: int, dtype: torch.dtype) -> None
 
 
 def test_operator_computes_the_checkpoint_formula() -> None:
-    """(q - zero_point) * scale, with q as in the checkpoint."""
+    """(q - zero_point) * scale, with q from the checkpoint."""
     integers, zero_points = random_integers(4, N, K), random_integers(4, N, GROUPS)
     scale = torch.rand(N, GROUPS).bfloat16()
     result = torch.ops.npu.npu_weight_quant_batchmatmul(
