@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_ascend_ct"
 # From the bottom up; a layer may import from itself and from those before it.
 LAYERS = ["errors", "envs", "releases", "compat", "ops", "weights", "ascend_base"]
 LAYERS += ["kernels", "fused_moe", "quantization", "register", "platforms"]
-LAYERS += ["compare_layouts"]
+LAYERS += ["compare_layouts", "cli"]
 # What a layer must not know at all.
 FORBIDDEN = {
     "ops": ("vllm", "compressed_tensors", "vllm_ascend"),

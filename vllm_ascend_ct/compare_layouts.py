@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Compare the named layouts of linear layers on this chip: which is right, and fast.
 
-    python -m vllm_ascend_ct.compare_layouts [--k 4096] [--n 4096] [--out FILE]
+    vllm-ascend-ct check-npu [--k 4096] [--n 4096] [--out FILE]
 
 Lays random weights out as kernels do when they load a checkpoint, in each layout that
 `ops/layouts.py` names for the chip, multiplies, and compares with float64 and with a
@@ -11,13 +11,11 @@ may stay in the chip's cache. Needs what serving needs, no checkpoint and no clo
 Without an NPU the operators are emulated, and times mean nothing.
 """
 
-import argparse
 import json
 import math
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +34,6 @@ from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 GROUP = 128
-# Of which all layouts take K and N, and none falls back to another.
-SIZE_STEP = 256
-TOKENS = (1, 16, 64, 1024)
 CALLS, ROUNDS = 20, 5
 # Norm of the difference by that of float64: some roundings to bfloat16, and integers of
 # activations that are rounded the other way. What a chip misreads is off by far more.
@@ -75,26 +70,28 @@ class Result:
     ratios: dict[int, float] = field(default_factory=dict)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--k", type=int, default=4096, help="inputs of the layer")
-    parser.add_argument("--n", type=int, default=4096, help="outputs of the layer")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--out", type=Path, default=Path("compare-layouts.json"))
-    arguments = parser.parse_args()
-    if arguments.k % SIZE_STEP or arguments.n % SIZE_STEP:
-        parser.error(f"--k and --n: multiples of {SIZE_STEP}")
+def run(k: int, n: int, tokens: Sequence[int], out: Path) -> int:
+    """Compare, print and write a report.
+
+    Args:
+        k: Inputs of the layers.
+        n: Outputs.
+        tokens: Rows of the products that are timed.
+        out: File to write.
+
+    Returns:
+        1 if a layout is wrong, else 0.
+
+    """
     device = start()
-    results = compare(arguments.k, arguments.n, arguments.tokens, device)
+    results = compare(k, n, tokens, device)
     print(table(results))
     print(advice(results, device))
-    report = {**machine(device), "k": arguments.k, "n": arguments.n}
+    report = {**machine(device), "k": k, "n": n}
     report["results"] = [asdict(result) for result in results]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2))
-    print(f"Report: {arguments.out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2))
+    print(f"Report: {out}")
     return int(any(result.fault for result in results))
 
 
@@ -454,7 +451,3 @@ _LAYERS = {
     "w8a8-dynamic": _w8a8_dynamic,
     "w8a8-static": _w8a8_static,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -104,6 +104,19 @@ def describe(releases: Sequence[Release]) -> str:
     return "; ".join(map(str, releases))
 
 
+def find(on_npu: bool) -> tuple[Release, Release | None]:
+    """The releases that are installed, and their row of the table, if there is one.
+
+    Args:
+        on_npu: Whether vllm-ascend is the base; else the operators are emulated.
+
+    """
+    import vllm
+
+    installed = Release(vllm.__version__, (version("vllm-ascend"),) if on_npu else ())
+    return installed, next((row for row in TABLE if _matches(installed, row)), None)
+
+
 def check(on_npu: bool) -> None:
     """Refuse releases that are not in the table, or that it refuses.
 
@@ -116,9 +129,8 @@ def check(on_npu: bool) -> None:
     """
     import vllm
 
-    installed = Release(vllm.__version__, (version("vllm-ascend"),) if on_npu else ())
+    installed, found = find(on_npu)
     supported = served(on_npu)
-    found = next((known for known in TABLE if _matches(installed, known)), None)
     if found in supported:
         _compare_others(found)
         return

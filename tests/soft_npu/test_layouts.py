@@ -224,8 +224,8 @@ def test_layer_in_parts(weight_type: ScalarType, mocker: MockerFixture) -> None:
 def test_named_layouts_are_compared(tmp_path: Path) -> None:
     """As whoever has a chip does, away from the clone."""
     out = tmp_path / "report.json"
-    module = "vllm_ascend_ct.compare_layouts"
-    command = [sys.executable, "-m", module, "--out", str(out)]
+    module = "vllm_ascend_ct.cli.main"
+    command = [sys.executable, "-m", module, "check-npu", "--out", str(out)]
     command += ["--k", "512", "--n", "256", "--tokens", "1", "16"]
     variables = os.environ | {"VLLM_PLUGINS": "ascend_ct"}
     subprocess.run(command, cwd=tmp_path, env=variables, check=True)

@@ -54,7 +54,7 @@ def int4_rows(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """
     for part in weight.split(int4.ROWS_AT_ONCE):
         low, high = part.aminmax()
-        if low < -8 or high > 7:
+        if not part.is_meta and (low < -8 or high > 7):
             raise ValueError(
                 f"weight has values from {low} to {high}; supported for 4 bits: -8 to 7"
             )
@@ -82,6 +82,8 @@ def int32_bias(
     """
     if bias is None:
         return zero_point_share
+    if bias.is_meta:
+        return torch.empty_like(dequant_scale, dtype=torch.int32)
     # On the host, because NPUs have no float64.
     total = (bias.cpu().double() / dequant_scale.cpu().double()).round()
     if zero_point_share is not None:

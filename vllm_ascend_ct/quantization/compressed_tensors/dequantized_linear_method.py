@@ -87,8 +87,12 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
             **extra_weight_attrs,
         )
 
-    def process_weights_after_loading(self, layer: Any) -> None:
+    def check_loaded(self, layer: Any) -> None:
+        """Refuse a layer that the checkpoint did not fill."""
         self._quantized.check_loaded(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.check_loaded(layer)
         name = ".".join(layer.prefix.split(".")[-2:])
         logger.info_once("%s is dequantized: attention reads its weight.", name)
         weight = dequantized(layer, self._shape, self._bits)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""A dry load says what a load says, for all that headers and config.json tell."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from vllm.model_executor.layers.quantization import register_quantization_config
+
+from tests.loading.models import config_of, load_model
+from tools import tiny_moe
+from tools.make_checkpoint import ALL_SCHEMES
+from tools.malform import (
+    EXPERT_KINDS,
+    EXPERTS_RECIPE,
+    FLOAT_KINDS,
+    FLOAT_RECIPE,
+    IGNORED_KINDS,
+    KINDS,
+    RECIPE,
+    Kind,
+    malform,
+)
+from vllm_ascend_ct.cli.dry_load import DryConfig, DryLoad, dry_load
+from vllm_ascend_ct.compat import QUANTIZATION
+from vllm_ascend_ct.ops import soc
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
+    AscendCTConfig,
+)
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+RECIPES = {
+    "integers": (RECIPE, KINDS),
+    "experts": (EXPERTS_RECIPE, EXPERT_KINDS),
+    "floats": (FLOAT_RECIPE, {**FLOAT_KINDS, **IGNORED_KINDS}),
+}
+# Whose headers differ, but by nothing that is wrong.
+VALUES = ("input-zero-point-out-of-range",)
+CORPUS = [(name, kind) for name, (_, kinds) in RECIPES.items() for kind in kinds]
+
+
+@pytest.fixture
+def dry() -> Iterator[Callable[[Path], DryLoad | Exception]]:
+    """Dry-load a checkpoint, or return what stops its config from being read."""
+
+    def load(path: Path) -> DryLoad | Exception:
+        register_quantization_config(QUANTIZATION)(DryConfig)
+        try:
+            vllm_config = config_of(path)
+        except Exception as error:
+            return error
+        finally:
+            register_quantization_config(QUANTIZATION)(AscendCTConfig)
+        return dry_load(vllm_config)
+
+    yield load
+
+
+@pytest.fixture(scope="module")
+def valid(
+    checkpoint: Callable[..., Path], moe_model: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        options = {}
+        if name == "experts":
+            options = {"base": moe_model("qwen3-moe"), "ignore": tiny_moe.IGNORE}
+        return checkpoint(RECIPES[name][0], **options)
+
+    return make
+
+
+def tells(path: Path) -> tuple[object, object]:
+    """What a dry load reads."""
+    with safe_open(path / "model.safetensors", "pt") as file:
+        names = sorted(file.keys())
+        slices = {name: file.get_slice(name) for name in names}
+        headers = {n: (s.get_dtype(), s.get_shape()) for n, s in slices.items()}
+    return headers, json.loads((path / "config.json").read_text())
+
+
+def texts(result: DryLoad | Exception) -> list[str]:
+    if isinstance(result, Exception):
+        return [str(result)]
+    refusals = [layer.refusal for layer in result.layers if layer.refusal]
+    return [str(error) for error in (*refusals, *result.errors)]
+
+
+def loaded(path: Path) -> Exception | None:
+    try:
+        load_model(path)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(("name", "kind"), CORPUS)
+def test_broken_checkpoints(
+    name: str,
+    kind: str,
+    valid: Callable[[str], Path],
+    tmp_path: Path,
+    dry: Callable[[Path], DryLoad | Exception],
+) -> None:
+    broken: Kind = RECIPES[name][1][kind]
+    malform(valid(name), broken, tmp_path / "broken")
+    error = loaded(tmp_path / "broken")
+    result = dry(tmp_path / "broken")
+    if broken.file is not None:
+        assert error is not None and texts(result)
+        return
+    unseen = kind in VALUES or tells(tmp_path / "broken") == tells(valid(name))
+    if error is None or unseen:
+        assert texts(result) == []
+    else:
+        assert str(error) in texts(result)
+
+
+@pytest.mark.parametrize("chip", [chip.value for chip in soc.Soc])
+@pytest.mark.parametrize("scheme", ALL_SCHEMES)
+def test_schemes(
+    scheme: str,
+    chip: str,
+    checkpoint: Callable[..., Path],
+    dry: Callable[[Path], DryLoad | Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(soc, "_default", soc.Soc(chip))
+    path = checkpoint({"Linear": scheme})
+    error = loaded(path)
+    assert texts(dry(path))[:1] == ([] if error is None else [str(error)])
