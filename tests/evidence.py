@@ -33,7 +33,7 @@ class Evidence(IntEnum):
         return "software NPU" if self is Evidence.SOFTWARE_NPU else text
 
 
-class Tested(NamedTuple):
+class Case(NamedTuple):
     """What a test serves: a scheme of `tools.make_checkpoint` on a chip."""
 
     chip: str
@@ -42,7 +42,7 @@ class Tested(NamedTuple):
 
 
 # Reports of `vllm-ascend-ct check-npu` and of served models. There is none yet.
-ON_CHIPS: frozenset[Tested] = frozenset()
+ON_CHIPS: frozenset[Case] = frozenset()
 
 # Tests that compare layers on emulated operators with a formula in float64, and the
 # chips whose limits they set; None where that is a parameter as well.
@@ -65,9 +65,9 @@ _EXPERTS: tuple[tuple[Callable[..., None], Sequence[str] | None], ...] = (
 )
 
 
-def collect() -> dict[Tested, Evidence]:
+def collect() -> dict[Case, Evidence]:
     """The most that is known of each; what is missing is untested."""
-    found: dict[Tested, Evidence] = defaultdict(lambda: Evidence.UNTESTED)
+    found: dict[Case, Evidence] = defaultdict(lambda: Evidence.UNTESTED)
     for evidence, cases in (
         (Evidence.EMULATED, _emulated()),
         (Evidence.SOFTWARE_NPU, _on_software_npus()),
@@ -78,14 +78,14 @@ def collect() -> dict[Tested, Evidence]:
     return found
 
 
-def _emulated() -> Iterator[Tested]:
+def _emulated() -> Iterator[Case]:
     """Emulated operators tell chips apart by their limits alone."""
     for tests, experts in ((_LINEAR, False), (_EXPERTS, True)):
         for test, chips in tests:
             for chip in chips or _parameters(test, "soc"):
                 for alike in _with_limits_of(chip):
                     for scheme in _parameters(test, "scheme"):
-                        yield Tested(alike, scheme, experts)
+                        yield Case(alike, scheme, experts)
 
 
 def _with_limits_of(chip: str) -> list[str]:
@@ -106,14 +106,14 @@ def _parameters(test: Callable[..., None], name: str) -> list[Any]:
     raise LookupError(f"{test.__name__} has no parameter {name}")
 
 
-def _on_software_npus() -> Iterator[Tested]:
+def _on_software_npus() -> Iterator[Case]:
     """What vllm-ascend's engine serves there, with the right log-probabilities."""
     for chip, name in _checkpoints():
         contents = suite.contents(name)
         attention, *others = contents.partition("/")[2].split("+")
         rest = others[-1] if others else attention
-        yield Tested(chip, attention, False)
-        yield Tested(chip, rest, engines.is_moe(name))
+        yield Case(chip, attention, False)
+        yield Case(chip, rest, engines.is_moe(name))
 
 
 def _checkpoints() -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.evidence import Evidence, Tested
+    from tests.evidence import Case, Evidence
 
 PAGE = Path(__file__).parents[1] / "docs" / "support-matrix.md"
 START, END = "<!-- support matrix: tools/support_matrix.py -->\n", "<!-- end -->\n"
@@ -173,7 +173,7 @@ def _float_row(weights: Any, inputs: Any) -> str:
 
 
 def evidence_of(
-    row: str, chip: str, experts: bool, tested: "Mapping[Tested, Evidence]"
+    row: str, chip: str, experts: bool, tested: "Mapping[Case, Evidence]"
 ) -> "Evidence":
     """The most that is known of any scheme of a row on a chip."""
     from tests.evidence import Evidence

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from tests.evidence import Evidence, Tested, collect
+from tests.evidence import Case, Evidence, collect
 from tools import bench_load, bench_load_experts, support_matrix
 from tools.logprobs import held_out_tokens, mean_difference, reference
 from tools.make_checkpoint import ALL_SCHEMES
@@ -106,8 +106,8 @@ def test_each_scheme_has_a_row() -> None:
 def test_evidence_is_what_tests_serve() -> None:
     """Of what makes it: one case of each kind, and one that no test has."""
     found = collect()
-    assert found[Tested("A2", "w4a16-g128", False)] is Evidence.SOFTWARE_NPU
-    assert found[Tested("A3", "w4a8-channel", True)] is Evidence.SOFTWARE_NPU
-    assert found[Tested("A5", "w4a8-channel", False)] is Evidence.EMULATED
-    assert found[Tested("A5", "w8a8-g128-packed", True)] is Evidence.UNTESTED
+    assert found[Case("A2", "w4a16-g128", False)] is Evidence.SOFTWARE_NPU
+    assert found[Case("A3", "w4a8-channel", True)] is Evidence.SOFTWARE_NPU
+    assert found[Case("A5", "w4a8-channel", False)] is Evidence.EMULATED
+    assert found[Case("A5", "w8a8-g128-packed", True)] is Evidence.UNTESTED
     assert Evidence.CHIP not in found.values()
