@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Write the table of releases into the README.
+"""Write the table of releases into docs/.
 
 python -m tools.release_table
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_ascend_ct.releases import TABLE, Release
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "releases.md"
 START, END = "<!-- releases: tools/release_table.py -->\n", "<!-- end of releases -->\n"
 HEADER = (
     "| vLLM | vllm-ascend | torch_npu | compressed-tensors | tested |\n"
@@ -28,12 +28,12 @@ def _line(release: Release) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def with_table(readme: str) -> str:
-    """Put the table into the README's text."""
-    before, _, rest = readme.partition(START)
+def with_table(page: str) -> str:
+    """Put the table into the page's text."""
+    before, _, rest = page.partition(START)
     table = HEADER + "".join(map(_line, TABLE))
     return before + START + table + END + rest.partition(END)[2]
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Write the tables of supported schemes into the README, by asking the code.
+"""Write the tables of supported schemes into docs/, by asking the code and the tests.
 
 python -m tools.support_matrix
 """
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-README = Path(__file__).parents[1] / "README.md"
+if TYPE_CHECKING:
+    from tests.evidence import Case, Evidence
+
+PAGE = Path(__file__).parents[1] / "docs" / "support-matrix.md"
 START, END = "<!-- support matrix: tools/support_matrix.py -->\n", "<!-- end -->\n"
 CHIPS = {"A2": "bfloat16", "A3": "bfloat16", "310P": "float16", "A5": "bfloat16"}
 
+NO = "no"
 # Behind a scheme that makes a call which nobody is known to have made on the chip.
 MARK = " *"
 
@@ -127,8 +131,65 @@ EXPERT_ROWS: Rows = {
 }
 
 
-def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -> str:
-    """Say what becomes of a config on the current chip, with a mark if unproven."""
+def row_of(name: str) -> str | None:
+    """The row that a scheme of `tools.make_checkpoint` is an example of.
+
+    None for what the tables do not tell apart: FP8 and MXFP4 or NVFP4 weights without
+    quantized activations, and zero points beside int8 or of activations beside int4.
+    """
+    from tools.make_checkpoint import ALL_SCHEMES
+
+    scheme = ALL_SCHEMES[name]
+    weights, inputs = scheme.weights, scheme.input_activations
+    if weights.type == "float":
+        return None if inputs is None else _float_row(weights, inputs)
+    bits, groups = weights.num_bits, weights.group_size
+    layout = "in groups" if groups else "per channel"
+    if scheme.output_activations is not None:
+        return "W8A8O8" if bits == 8 else "W2A8O8, W4A8O8"
+    if inputs is None:
+        return f"{'W2A16, W3A16, W4A16' if bits <= 4 else 'W5A16 to W8A16'} {layout}"
+    if bits == 8 and scheme.format != "pack-quantized":
+        symmetry = "symmetric" if inputs.symmetric else "asymmetric"
+        return f"W8A8, dynamic, {symmetry}" if inputs.dynamic else "W8A8, static"
+    if not weights.symmetric or not inputs.symmetric:
+        return None
+    if bits > 4:
+        return f"W5A8 to W8A8 {layout}"
+    if bits < 4:
+        return "W2A8, W3A8 like W4A8"
+    names = {None: "per channel", 256: "in groups of 256"}
+    return f"W4A8 {names.get(groups, 'in other groups')}"
+
+
+def _float_row(weights: Any, inputs: Any) -> str:
+    if weights.strategy == "tensor_group":
+        return "NVFP4"
+    if weights.strategy == "group":
+        return f"MXFP{weights.num_bits}"
+    if weights.strategy == "block":
+        return "FP8 in blocks"
+    return "FP8, dynamic" if inputs.dynamic else "FP8, static"
+
+
+def evidence_of(
+    row: str, chip: str, experts: bool, tested: "Mapping[Case, Evidence]"
+) -> "Evidence":
+    """The most that is known of any scheme of a row on a chip."""
+    from tests.evidence import Evidence
+
+    known = (
+        evidence
+        for case, evidence in tested.items()
+        if (case.chip, case.experts, row_of(case.scheme)) == (chip, experts, row)
+    )
+    return max(known, default=Evidence.UNTESTED)
+
+
+def outcome_of(
+    config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]
+) -> tuple[str, str]:
+    """Say what becomes of a config on the current chip, and mark it if unproven."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     from tools.enumerate_configs import RESOLVED, experts, outcome
@@ -138,13 +199,13 @@ def cell(config: dict[str, Any], dtype: Any, build: Callable[[Any, Any], str]) -
     made = get_quantization_config("compressed-tensors")
     result = outcome(made, config, dtype, build)
     if result in ("refused", RESOLVED):
-        return "no" if result == "refused" else "16 bits"
+        return NO if result == "refused" else "16 bits", ""
     group = config["config_groups"]["group_0"]
     dynamic = (group["input_activations"] or {}).get("dynamic")
     only_weights = "WNA16" in result.split()[-1]
     calls = products(config, only_weights, build is experts)
     mark = MARK if any(unproven(*call, current_soc()) for call in calls) else ""
-    return ("weights" if dynamic and only_weights else "yes") + mark
+    return "weights" if dynamic and only_weights else "yes", mark
 
 
 def products(
@@ -182,6 +243,10 @@ def table(rows: Rows, build: Callable[[Any, Any], str]) -> str:
     """Make a table; vLLM's parallel layers can be built here."""
     import torch
 
+    from tests.evidence import collect
+    from tools.enumerate_configs import experts
+
+    tested = collect()
     lines = [
         f"| scheme | format | operators in one forward | {' | '.join(CHIPS)} |",
         "| --- " * (3 + len(CHIPS)) + "|",
@@ -192,7 +257,11 @@ def table(rows: Rows, build: Callable[[Any, Any], str]) -> str:
         for chip, dtype in CHIPS.items():
             os.environ["VLLM_ASCEND_CT_SOC"] = chip
             for names, config in rows.items():
-                made[names].append(cell(config, getattr(torch, dtype), build))
+                verdict, mark = outcome_of(config, getattr(torch, dtype), build)
+                if verdict != NO:
+                    known = evidence_of(names[0], chip, build is experts, tested)
+                    verdict = f"{verdict}, {known}{mark}"
+                made[names].append(verdict)
     finally:
         os.environ.pop("VLLM_ASCEND_CT_SOC")
         if before is not None:
@@ -205,12 +274,12 @@ def tables() -> str:
     """Make the tables of linear layers and of experts."""
     from tools.enumerate_configs import experts, linear
 
-    return f"{table(ROWS, linear)}\nRouted experts:\n\n{table(EXPERT_ROWS, experts)}"
+    return f"{table(ROWS, linear)}\n## Routed experts\n\n{table(EXPERT_ROWS, experts)}"
 
 
-def with_table(readme: str, made: str) -> str:
-    """Put tables into the README's text."""
-    before, _, rest = readme.partition(START)
+def with_table(page: str, made: str) -> str:
+    """Put tables into the page's text."""
+    before, _, rest = page.partition(START)
     return before + START + made + END + rest.partition(END)[2]
 
 
@@ -227,7 +296,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     load_general_plugins()
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
-        README.write_text(with_table(README.read_text(), tables()))
+        PAGE.write_text(with_table(PAGE.read_text(), tables()))
 
 
 if __name__ == "__main__":

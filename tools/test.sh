@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 #
-# Lint, type-check and test; arguments go to pytest. With --long instead what takes
-# minutes: two ranks, the real torch_npu and vllm-ascend, software NPUs, and the
-# staged patches.
+# Lint, type-check, build the documentation and test; arguments go to pytest. With
+# --long instead what takes minutes: two ranks, the real torch_npu and vllm-ascend,
+# software NPUs, and the staged patches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup.sh
@@ -34,6 +34,8 @@ fi
 trap "kill $! 2>/dev/null || true" EXIT
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+# The variable silences a notice about another tool.
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 .venv/bin/mypy
 wait $!
 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"

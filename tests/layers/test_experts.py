@@ -195,10 +195,11 @@ def test_refused_by_that_chip(
         build_with(sizes, config_of("Linear", scheme), FP16)
 
 
-def test_chip_without_fused_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8-channel-dynamic", "w6a8-channel-packed"])
+def test_chip_without_fused_gate(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
     sizes = SIZES["8-experts"]
-    runner, formula = load(sizes, "w8a8-channel-dynamic", BF16)
+    runner, formula = load(sizes, scheme, BF16)
     x, routed = inputs(formula, 64, sizes, BF16), routing(sizes, 64)
     with Launches() as launches:
         y = run(runner, x, routed)

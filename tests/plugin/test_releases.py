@@ -108,9 +108,9 @@ def test_table(mocker: MockerFixture, row: releases.Release) -> None:
             releases.check(on_npu=name is not None)
 
 
-def test_table_in_the_readme() -> None:
+def test_table_in_the_documentation() -> None:
     """If it is not the code's: python -m tools.release_table."""
-    readme = release_table.README.read_text()
-    assert release_table.with_table(readme) == readme
+    page = release_table.PAGE.read_text()
+    assert release_table.with_table(page) == page
     # Or there would be none to compare.
-    assert readme.count(release_table.START) == readme.count(release_table.END) == 1
+    assert page.count(release_table.START) == page.count(release_table.END) == 1
