@@ -51,6 +51,15 @@ def test_mixed_schemes(checkpoint: Callable[..., Path]) -> None:
     assert report["errors"] == [] and report["bytes_per_rank"] > 0
 
 
+def test_floats(checkpoint: Callable[..., Path]) -> None:
+    status, report = found(checkpoint({"Linear": "nvfp4"}), "--soc", "A2")
+    (row,) = (row for row in report["rows"] if "down_proj" in row["layers"])
+    assert status == 0
+    assert row["scheme"].startswith("NVFP4 W4A4 in groups of 16")
+    assert row["served_by"] == "16 bits, resolved at load"
+    assert "NVFP4 weights are resolved to 16 bits" in report["notes"][0]
+
+
 def test_a_refused_layer_does_not_hide_others(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -90,7 +99,17 @@ def test_table(checkpoint: Callable[..., Path]) -> None:
     result = inspect(checkpoint({"Linear": "w8a8-channel-static"}), "--soc", "A5")
     assert result.returncode == 0 and result.stderr == ""
     assert "AscendInt8ScaledMMLinearKernel" in result.stdout
-    assert "Unproven on A5: npu_quantize (static, divided)" in result.stdout
+    assert "npu_quantize (static, divided) *" in result.stdout
+    assert "* unproven on A5" in result.stdout
+
+
+def test_one_reason_is_said_once(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint({"Linear": "w4a16-g128"})
+    result = inspect(path, "--soc", "310P", "--dtype", "float16")
+    assert result.returncode == 1
+    refused = [x for x in result.stdout.splitlines() if x.startswith("Refused:")]
+    assert len(refused) == 1 and "qkv_proj (2)" in refused[0]
+    assert result.stdout.count("4-bit weights; supported: 8") == 1
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:

@@ -302,6 +302,8 @@ def _row(layer: "Layer", seen: set[int]) -> Row:
 
 def _server(scheme: dict[str, Any] | None, module: Any) -> tuple[str, list[Any]]:
     """What multiplies a layer's weights, and the forms of its calls."""
+    from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float
+
     method = module.quant_method
     experts = getattr(method, "experts", None)
     upstream = getattr(module, "scheme", None) if experts is None else None
@@ -310,7 +312,8 @@ def _server(scheme: dict[str, Any] | None, module: Any) -> tuple[str, list[Any]]
     if scheme is None:
         return "16 bits", []
     if not forms:
-        return "16 bits, resolved at load", []
+        how = "resolved" if is_float(scheme) else "dequantized"
+        return f"16 bits, {how} at load", []
     name = type(next(s for s in reversed(servers) if s is not None)).__name__
     if scheme["input_activations"] is not None and "WNA16" in name:
         name += ", activations in 16 bits"
@@ -324,13 +327,13 @@ def scheme_name(scheme: dict[str, Any]) -> str:
         scheme: As upstream's `get_scheme_dict` gives it.
 
     """
+    from vllm_ascend_ct.quantization.compressed_tensors.rules import float_name
     from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, text
 
     weights, inputs = scheme["weights"], scheme["input_activations"]
-    kind = "F" if is_float(scheme) else ""
-    name = f"W{kind}{weights.num_bits}A{kind}{inputs.num_bits if inputs else 16}"
-    if inputs is None:
-        name = f"W{kind}{weights.num_bits}A16"
+    name = f"W{weights.num_bits}A{inputs.num_bits if inputs else 16}"
+    if is_float(scheme):
+        name = f"{float_name(scheme) or 'float'} {name}"
     if scheme.get("output_activations") is not None:
         name += f"O{scheme['output_activations'].num_bits}"
     strategy = text(weights.strategy)

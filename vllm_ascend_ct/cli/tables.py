@@ -3,6 +3,7 @@
 """What the commands print for people to read."""
 
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from vllm_ascend_ct.cli.inspect import Report, Row
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 _WIDTH = 160
 
 
@@ -34,26 +35,36 @@ def show(report: "Report") -> None:
     )
     if report.rows:
         out.print(_table(report.rows))
-    for row in report.rows:
-        if row.refusal:
-            out.print(f"Refused: {row.layers} ({row.count})", style="bold")
-            for name, text in row.refusal.items():
-                out.print(f"  {name}: {text}")
+    unproven = {call: None for row in report.rows for call in row.unproven}
+    if unproven:
+        out.print(
+            f"* unproven on {report.soc}: no public code is known to make such a call "
+            "there."
+        )
+    for refusal, names in _refusals(report.rows):
+        out.print(f"Refused: {', '.join(names)}", style="bold")
+        for name, text in refusal.items():
+            out.print(f"  {name}: {text}")
     for error in report.errors:
-        out.print(f"Refused: {error}", style="bold")
+        out.print(f"Not served: {error}", style="bold")
     if report.is_served:
         out.print(
-            f"Served, {report.bytes_per_rank / _GIB:.2f} GiB of weights a rank.",
-            style="bold",
+            f"Served, {_size(report.bytes_per_rank)} of weights a rank.", style="bold"
         )
-        unproven = {call: None for row in report.rows for call in row.unproven}
-        if unproven:
-            out.print(
-                f"Unproven on {report.soc}: " + ", ".join(unproven) + ". No public "
-                "code is known to make these calls there."
-            )
     for note in report.notes:
         out.print(note)
+
+
+def _refusals(rows: "list[Row]") -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Each refusal, and the layers that it is true of; it names the first."""
+    named: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.refusal:
+            cause = (row.refusal["what"], row.refusal["remedy"])
+            named.setdefault(cause, []).append(row)
+    for alike in named.values():
+        assert alike[0].refusal is not None
+        yield alike[0].refusal, [f"{row.layers} ({row.count})" for row in alike]
 
 
 def _table(rows: "list[Row]") -> Table:
@@ -63,18 +74,21 @@ def _table(rows: "list[Row]") -> Table:
     table.add_column("scheme")
     table.add_column("served by", no_wrap=True)
     table.add_column("operators", overflow="fold")
-    table.add_column("GiB a rank", justify="right")
+    table.add_column("a rank", justify="right", no_wrap=True)
     for row in rows:
         size = row.bytes_per_rank
-        calls = [
-            f"{call}{' unproven' if call in row.unproven else ''}" for call in row.calls
-        ]
+        calls = [f"{call}{' *' if call in row.unproven else ''}" for call in row.calls]
         table.add_row(
             row.layers,
             str(row.count),
             row.scheme,
             row.served_by,
             "\n".join(calls),
-            "" if size is None else f"{size / _GIB:.3f}",
+            "" if size is None else _size(size),
         )
     return table
+
+
+def _size(count: int) -> str:
+    unit, name = (_GIB, "GiB") if count >= _GIB else (_MIB, "MiB")
+    return f"{count / unit:.2f} {name}"

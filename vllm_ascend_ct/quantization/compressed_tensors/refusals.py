@@ -11,9 +11,10 @@ def refused(
 ) -> UnsupportedCheckpointError:
     """Refuse a layer."""
     return UnsupportedCheckpointError(
-        what,
+        # Upstream's texts have several lines.
+        " ".join(what.split()),
         where=f"layer {layer_name} on Ascend {current_soc().value}",
-        supported="the schemes that the README lists, within the chip's limits",
+        supported="the schemes of docs/support-matrix.md, within the chip's limits",
         remedy=remedy,
     )
 
