@@ -32,8 +32,8 @@ from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
 from vllm_ascend_ct.fused_moe.modular_kernel import AscendModularExperts
 from vllm_ascend_ct.ops import emulated
-from vllm_ascend_ct.weights import experts as layouts
 from vllm_ascend_ct.weights import int4, pack_quantized
+from vllm_ascend_ct.weights.int_quantized import to_nz
 
 TOP_K = 8
 DTYPE = torch.bfloat16
@@ -166,7 +166,7 @@ def whole_layer(sizes: Sizes, kind: str) -> Callable[[Any], object]:
         for name, (k, _) in sizes.products.items():
             if kind == "w8a8":
                 weight = getattr(layer, f"{name}_weight").data
-                kept.append(layouts.to_nz(weight.transpose(1, 2).contiguous()))
+                kept.append(to_nz(weight.transpose(1, 2).contiguous()))
                 continue
             packed = getattr(layer, f"{name}_weight_packed").data
             values = pack_quantized.unpack(packed.flatten(0, 1), 4, k)

@@ -21,7 +21,10 @@ def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     command = [sys.executable, "-m", "vllm_ascend_ct.cli.main", "inspect"]
     return subprocess.run(
-        [*command, *map(str, arguments)], env=clean, capture_output=True, text=True
+        [*command, *map(str, arguments)],
+        env={**clean, "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
     )
 
 

@@ -7,6 +7,8 @@ It is installed on NPU hosts only, so everything is imported where it is used.
 
 import os
 from importlib.metadata import entry_points
+from inspect import signature
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -78,6 +80,31 @@ def init_config(vllm_config: object) -> None:
     from vllm_ascend.ascend_config import init_ascend_config
 
     init_ascend_config(vllm_config)
+
+
+def prepare_worker(vllm_config: Any) -> None:
+    """Do what vllm-ascend's worker does before it has ranks; nothing elsewhere."""
+    if not runs_on_vllm_ascend():
+        return
+    from vllm_ascend import ops
+    from vllm_ascend.utils import adapt_patch, register_ascend_customop
+
+    adapt_patch()
+    ops.register_dummy_fusion_op()
+    register_ascend_customop(vllm_config)
+    init_config(vllm_config)
+
+
+def join_groups(vllm_config: Any) -> None:
+    """Make vllm-ascend's own groups of ranks, beside vLLM's; none elsewhere."""
+    if not runs_on_vllm_ascend():
+        return
+    from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
+
+    # The second since 0.30.
+    given = vllm_config.parallel_config, getattr(vllm_config, "engram_config", None)
+    count = len(signature(init_ascend_model_parallel).parameters)
+    init_ascend_model_parallel(*given[:count])
 
 
 def prefers_nz() -> bool:

@@ -53,6 +53,12 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+# Which tensors are tables: not weights, which are empty or zeros of other dtypes.
+_TABLES = {
+    torch.full: (torch.int32, torch.int64),
+    torch.arange: (torch.int32, torch.int64),
+    torch.zeros: (torch.int64,),
+}
 _LAYER = re.compile(r"layer ([^\s,]+)")
 
 
@@ -141,10 +147,7 @@ class _TablesOnHost(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.full, torch.arange) and kwargs.get("dtype") in (
-            torch.int32,
-            torch.int64,
-        ):
+        if kwargs.get("dtype") in _TABLES.get(func, ()):
             kwargs = {"device": "cpu", **kwargs}
         return func(*args, **kwargs)
 

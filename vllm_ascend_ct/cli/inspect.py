@@ -179,9 +179,11 @@ def inspect(arguments: argparse.Namespace) -> Report:
         report.errors.append(_text(error))
         return report
     report.dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    from vllm_ascend_ct import ascend_base
     from vllm_ascend_ct.cli.dry_load import dry_load
     from vllm_ascend_ct.cli.ranks import first_of_ranks
 
+    ascend_base.prepare_worker(vllm_config)
     with first_of_ranks(vllm_config):
         _fill(report, dry_load(vllm_config))
     report.notes = [*log.texts, *report.notes]
@@ -282,7 +284,7 @@ def _row(layer: "Layer", seen: set[int]) -> Row:
         refusal = {part: str(getattr(error, part)) for part in parts}
         return Row(layer.kind, 1, scheme, "refused", [], [], None, refusal)
     example = (layer.example or layer).module
-    server, forms = _server(layer.scheme, example)
+    server, forms = _server(layer)
     calls = {
         form: f"{form.operator} ({form.kind}, {form.layout})"
         for form in dict.fromkeys(forms)
@@ -300,24 +302,27 @@ def _row(layer: "Layer", seen: set[int]) -> Row:
     return Row(layer.kind, 1, scheme, server, list(calls.values()), unproven, size)
 
 
-def _server(scheme: dict[str, Any] | None, module: Any) -> tuple[str, list[Any]]:
+def _server(layer: "Layer") -> tuple[str, list[Any]]:
     """What multiplies a layer's weights, and the forms of its calls."""
     from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float
 
-    method = module.quant_method
-    experts = getattr(method, "experts", None)
+    if layer.scheme is None:
+        return "16 bits", []
+    if layer.example is None:
+        # The model was not built.
+        return "unknown", []
+    module = layer.example.module
+    experts = getattr(module.quant_method, "experts", None)
     upstream = getattr(module, "scheme", None) if experts is None else None
     servers = [experts, upstream, getattr(upstream, "kernel", None)]
     forms = [form for s in servers for form in getattr(s, "announced", ())]
-    if scheme is None:
-        return "16 bits", []
-    if not forms:
-        how = "resolved" if is_float(scheme) else "dequantized"
+    if experts is None and not forms:
+        how = "resolved" if is_float(layer.scheme) else "dequantized"
         return f"16 bits, {how} at load", []
     name = type(next(s for s in reversed(servers) if s is not None)).__name__
-    if scheme["input_activations"] is not None and "WNA16" in name:
+    if layer.scheme["input_activations"] is not None and "WNA16" in name:
         name += ", activations in 16 bits"
-    return name, forms
+    return name if forms else f"{name}, by vllm-ascend's calls", forms
 
 
 def scheme_name(scheme: dict[str, Any]) -> str:

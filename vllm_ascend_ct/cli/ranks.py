@@ -16,6 +16,8 @@ from vllm.distributed import (
 )
 from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 
+from vllm_ascend_ct import ascend_base
+
 
 @contextmanager
 def first_of_ranks(vllm_config: VllmConfig) -> Iterator[None]:
@@ -81,6 +83,7 @@ def _join(rank: int, vllm_config: VllmConfig, address: str) -> None:
         backend="gloo",
     )
     initialize_model_parallel(parallel.tensor_parallel_size)
+    ascend_base.join_groups(vllm_config)
 
 
 def _leave() -> None:

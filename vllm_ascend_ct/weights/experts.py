@@ -8,7 +8,6 @@ a layer there is never more than one expert.
 
 import torch
 
-from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.weights import int4, pack_quantized
 
 _RAW_BITS = 0xFFFFFFFF
@@ -58,19 +57,6 @@ def transpose_(stacked: torch.Tensor) -> torch.Tensor:
     for old, new in zip(stacked, transposed):
         new.copy_(old.t().contiguous())
     return transposed
-
-
-def to_nz(stacked: torch.Tensor) -> torch.Tensor:
-    """Copy `[E, K, N]` to the memory format that the matrix unit reads fastest.
-
-    Args:
-        stacked: int8, or int4 as bytes of two. Not a view: torch_npu (2.10.0,
-            `FormatCastKernelNpu.cpp`) casts one by the sizes that its memory was
-            allocated with.
-
-    """
-    cast: torch.Tensor = torch.ops.npu.npu_format_cast(stacked, FRACTAL_NZ)
-    return cast
 
 
 def pack_outputs_(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:

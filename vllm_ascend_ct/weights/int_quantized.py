@@ -32,10 +32,24 @@ def to_npu_weight(weight: torch.Tensor, nz: bool, transposed_nz: bool) -> torch.
     """
     if transposed_nz:
         # Unpacked weights are views, which torch_npu does not cast.
-        return torch.ops.npu.npu_format_cast(weight.clone(), FRACTAL_NZ).t()
-    if nz:
-        return torch.ops.npu.npu_format_cast(weight.t().contiguous(), FRACTAL_NZ)
-    return weight.t()
+        return to_nz(weight.clone()).t()
+    return to_nz(weight.t().contiguous()) if nz else weight.t()
+
+
+def to_nz(weight: torch.Tensor) -> torch.Tensor:
+    """Copy a weight to the memory format that the matrix unit reads fastest.
+
+    Args:
+        weight: int8, or int4 as bytes of two, of two or three axes. Not a view:
+            torch_npu (2.10.0, `FormatCastKernelNpu.cpp`) casts one by the sizes that
+            its memory was allocated with.
+
+    """
+    if weight.is_meta:
+        # For which torch_npu does not register the operator.
+        return weight
+    cast: torch.Tensor = torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
+    return cast
 
 
 def weight_sum(weight: torch.Tensor) -> torch.Tensor:
