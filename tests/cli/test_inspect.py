@@ -71,6 +71,9 @@ def test_a_refused_layer_does_not_hide_others(
     refused = [row for row in report["rows"] if row["refusal"]]
     served = [row for row in report["rows"] if not row["refusal"]]
     assert status == 1 and len(served) > 4
+    # Of the same name in another block.
+    assert "W4A8 per channel, dynamic" in {row["scheme"] for row in served}
+    assert {row["scheme"] for row in refused} == {"W4A16 in groups of 64, asymmetric"}
     assert "weight_scale" in refused[0]["refusal"]["what"]
     assert refused[0]["refusal"]["remedy"].startswith("Correct weights.strategy")
 

@@ -268,7 +268,7 @@ def _ancestors(name: str) -> Iterator[str]:
 
 
 def _refuse(layers: list[Layer], error: UnsupportedCheckpointError) -> bool:
-    """Note why the layers of a kind are refused, if the error names one of them."""
+    """Note why layers are refused that are alike, if the error names one of them."""
     named = _LAYER.match(error.where)
     found = next(
         (layer for layer in layers if named and layer.prefix == named[1]), None
@@ -276,7 +276,8 @@ def _refuse(layers: list[Layer], error: UnsupportedCheckpointError) -> bool:
     if found is None or found.refusal:
         return False
     for layer in layers:
-        if layer.kind == found.kind and not layer.refusal:
+        alike = layer.kind == found.kind and layer.scheme == found.scheme
+        if alike and not layer.refusal:
             layer.refusal = error
     return True
 

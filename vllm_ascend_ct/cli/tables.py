@@ -3,6 +3,7 @@
 """What the commands print for people to read."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,10 @@ def _refusals(rows: "list[Row]") -> Iterator[tuple[dict[str, str], list[str]]]:
             named.setdefault(cause, []).append(row)
     for alike in named.values():
         assert alike[0].refusal is not None
-        yield alike[0].refusal, [f"{row.layers} ({row.count})" for row in alike]
+        counts: Counter[str] = Counter()
+        for row in alike:
+            counts[row.layers] += row.count
+        yield alike[0].refusal, [f"{name} ({n})" for name, n in counts.items()]
 
 
 def _table(rows: "list[Row]") -> Table:
