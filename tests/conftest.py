@@ -4,7 +4,8 @@ import os
 
 # Before anything imports vLLM: which platform this process runs on is settled then.
 os.environ["VLLM_PLUGINS"] = "ascend_ct"
-# `tools.real_stack` sets it, for vllm-ascend's platform, with emulated operators.
+# `tools.stacks.real_stack` sets it for vllm-ascend's platform, with emulated
+# operators.
 os.environ["VLLM_ASCEND_CT_EMULATE"] = os.environ.get("REAL_STACK_EMULATE", "1")
 os.environ.pop("VLLM_ASCEND_CT_SOC", None)
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from tests.real_stack.chip import set_chip
-from tools import make_checkpoint, tiny_moe
+from tools.checkpoints import make_checkpoint, tiny_moe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Make a model of `tools.tiny_moe`, once a session."""
+    """Make a model of `tools.checkpoints.tiny_moe`, once a session."""
     directory = tmp_path_factory.mktemp("moe-models")
 
     def make(name: str) -> Path:
@@ -79,7 +80,7 @@ def single_rank() -> Iterator[None]:
     """Let upstream's parallel layers be built, for one rank."""
     from vllm.utils.network_utils import get_open_port
 
-    from tools.ranks import tensor_parallel
+    from tools.stacks.ranks import tensor_parallel
 
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
         yield

@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """How far each scheme is tested on each chip, as the tests' own parameters say.
 
-`tools.support_matrix` writes it into the documentation. Nothing is listed by hand but
-which tests compare results: a scheme that leaves one of them leaves the tables as well.
+`tools.docs.support_matrix` writes it into the documentation. Nothing is listed by hand
+but which tests compare results: a scheme that leaves one of them leaves the tables as
+well.
 """
 
 from collections import defaultdict
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 from tests.layers import test_experts, test_float8, test_linear, test_resolved
 from tests.real_stack import test_vllm_ascend_chips
 from tests.soft_npu import engines, test_engine, test_models, test_ranks, test_serve
-from tools import real_stack
 from tools.soft_npu import suite
 from tools.soft_npu.environment import Device
+from tools.stacks import real_stack
 from vllm_ascend_ct.ops.limits import LIMITS
 
 
@@ -34,7 +35,7 @@ class Evidence(IntEnum):
 
 
 class Case(NamedTuple):
-    """What a test serves: a scheme of `tools.make_checkpoint` on a chip."""
+    """What a test serves: a scheme of `tools.checkpoints.make_checkpoint` on a chip."""
 
     chip: str
     scheme: str

@@ -19,18 +19,18 @@ stage() {
 }
 if [ "${1:-}" = --long ]; then
   stage .venv/bin/python -m tools.soft_npu test
-  stage .venv/bin/python -m tools.upstream_patches verify --changed
+  stage .venv/bin/python -m tools.upstream.upstream_patches verify --changed
   # Where the patches change what is called.
-  stage .venv/bin/python -m tools.upstream_patches test \
+  stage .venv/bin/python -m tools.upstream.upstream_patches test \
     tests/plugin tests/quantization tests/kernels tests/layers/test_experts.py \
     tests/engine/test_lora.py -n logical --maxprocesses 4 --dist loadfile
   stage .venv/bin/python -m pytest -m long -n logical --maxprocesses 2 --dist loadfile
-  stage .venv/bin/python -m tools.real_stack test \
+  stage .venv/bin/python -m tools.stacks.real_stack test \
     -n logical --maxprocesses 4 --dist loadfile
   exit $failed
 fi
 # Most tests quantize it. One core trains it while the other checks types.
-.venv/bin/python -m tools.tiny_model &
+.venv/bin/python -m tools.checkpoints.tiny_model &
 trap "kill $! 2>/dev/null || true" EXIT
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

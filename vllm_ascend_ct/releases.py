@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Which releases this package serves on: one table, read by all who ask.
 
-`python -m tools.release_table` writes it into the README.
+`python -m tools.docs.release_table` writes it into the README.
 """
 
 import logging

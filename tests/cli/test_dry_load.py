@@ -11,9 +11,9 @@ from safetensors import safe_open
 from vllm.model_executor.layers.quantization import register_quantization_config
 
 from tests.loading.models import config_of, load_model
-from tools import tiny_moe
-from tools.make_checkpoint import ALL_SCHEMES
-from tools.malform import (
+from tools.checkpoints import tiny_moe
+from tools.checkpoints.make_checkpoint import ALL_SCHEMES
+from tools.checkpoints.malform import (
     EXPERT_KINDS,
     EXPERTS_RECIPE,
     FLOAT_KINDS,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tools import tiny_moe
-from tools.malform import KINDS, RECIPE, malform
+from tools.checkpoints import tiny_moe
+from tools.checkpoints.malform import KINDS, RECIPE, malform
 from vllm_ascend_ct.cli.main import main
 
 

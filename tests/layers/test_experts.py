@@ -24,8 +24,8 @@ from tests.layers.quantized_experts import (
     run,
 )
 from tests.layers.quantized_layers import activations, config_of
-from tools.launches import Launches
-from tools.make_checkpoint import SCHEMES
+from tools.bench.launches import Launches
+from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct.compat import CompressedTensorsWNA16MoEMethod
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (

@@ -26,7 +26,7 @@ from tests.layers.quantized_layers import (
     row_case,
     tolerance,
 )
-from tools.make_checkpoint import FLOAT_SCHEMES
+from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
 

@@ -25,8 +25,8 @@ from vllm.model_executor.model_loader.utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tools import tiny_model, tiny_moe
-from tools.make_checkpoint import SCHEMES, compress, prepare
+from tools.checkpoints import tiny_model, tiny_moe
+from tools.checkpoints.make_checkpoint import SCHEMES, compress, prepare
 
 SCHEME = "w4a16-g32"
 _TEXT: dict[str, Any] = {
@@ -225,7 +225,8 @@ def make(
 
     Args:
         out: Directory to make.
-        model: One of `_MODELS`, or of `tools.tiny_moe`, with "-mtp" for a layer more.
+        model: One of `_MODELS`, or of `tools.checkpoints.tiny_moe`, with "-mtp" for a
+            layer more.
         quantized: Layers that are, in the file.
         targets: That the config says are, all of `scheme`.
         ignore: That the config says are not.

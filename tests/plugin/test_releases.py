@@ -8,7 +8,7 @@ import pytest
 import vllm
 from pytest_mock import MockerFixture
 
-from tools import release_table
+from tools.docs import release_table
 from vllm_ascend_ct import releases
 from vllm_ascend_ct.errors import PlatformError
 
@@ -109,7 +109,7 @@ def test_table(mocker: MockerFixture, row: releases.Release) -> None:
 
 
 def test_table_in_the_documentation() -> None:
-    """If it is not the code's: python -m tools.release_table."""
+    """If it is not the code's: python -m tools.docs.release_table."""
     page = release_table.PAGE.read_text()
     assert release_table.with_table(page) == page
     # Or there would be none to compare.

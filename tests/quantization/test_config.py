@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 
 from tests.layers import quantized_experts
 from tests.layers.quantized_layers import FUSED
-from tools import enumerate_configs
+from tools.numerics import enumerate_configs
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import (
     PlatformError,

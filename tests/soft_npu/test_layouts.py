@@ -20,8 +20,8 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 )
 from vllm.scalar_type import ScalarType, scalar_types
 
-from tools.bench_load import parameters
-from tools.bench_load_experts import SCHEMES, Sizes, loaded
+from tools.bench.bench_load import parameters
+from tools.bench.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import stored_weight
 from vllm_ascend_ct.kernels.linear import functional
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import error_page
+from tools.docs import error_page
 from vllm_ascend_ct.envs import ENVIRONMENT_VARIABLES
 from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.ops.layouts import CHOICES
@@ -40,7 +40,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_errors_are_those_of_the_code() -> None:
-    """If they are not: python -m tools.error_page."""
+    """If they are not: python -m tools.docs.error_page."""
     page = error_page.PAGE.read_text()
     assert error_page.with_texts(page) == page
     # Or there would be none to compare.

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from tests.evidence import Case, Evidence, collect
-from tools import bench_load, bench_load_experts, support_matrix
-from tools.logprobs import held_out_tokens, mean_difference, reference
-from tools.make_checkpoint import ALL_SCHEMES
-from tools.memory import TensorMemory
+from tools.bench import bench_load, bench_load_experts
+from tools.bench.memory import TensorMemory
+from tools.checkpoints.make_checkpoint import ALL_SCHEMES
+from tools.docs import support_matrix
+from tools.numerics.logprobs import held_out_tokens, mean_difference, reference
 
 W4 = "w4a16-g128-asym"
 
@@ -84,7 +85,7 @@ def test_reference_is_the_libraries(checkpoint: Callable[..., Path]) -> None:
 
 @pytest.mark.usefixtures("single_rank")
 def test_support_matrix_is_what_the_code_does() -> None:
-    """If it is not: python -m tools.support_matrix."""
+    """If it is not: python -m tools.docs.support_matrix."""
     page = support_matrix.PAGE.read_text()
     assert support_matrix.with_table(page, support_matrix.tables()) == page
     # Or there would be none to compare.

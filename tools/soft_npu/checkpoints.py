@@ -11,16 +11,17 @@ from pathlib import Path
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from tools import make_checkpoint, stacks, tiny_model, tiny_moe
-from tools.logprobs import reference
+from tools.checkpoints import make_checkpoint, tiny_model, tiny_moe
+from tools.numerics.logprobs import reference
 from tools.soft_npu import build, suite
+from tools.stacks import stacks
 
 # Of a recipe's schemes: the first is attention's, the last that of the rest.
 _LAYERS = ("re:.*self_attn.*_proj.*", "re:.*.mlp.*(_proj|w[123])")
 
 
 def dense_configs() -> dict[str, PretrainedConfig]:
-    """Models with random weights beside those of `tools.tiny_moe`."""
+    """Models with random weights beside those of `tools.checkpoints.tiny_moe`."""
     sizes = tiny_moe.COMMON | {"intermediate_size": 512, "head_dim": 64}
     return {"llama": LlamaConfig(**sizes), "qwen3": Qwen3Config(**sizes)}
 

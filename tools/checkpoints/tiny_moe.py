@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tools import tiny_model
+from tools.checkpoints import tiny_model
 
 COMMON: dict[str, Any] = {
     "vocab_size": tiny_model.VOCABULARY,

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Break a checkpoint in every way that is told from its bytes, one kind at a time.
 
-    python -m tools.malform CHECKPOINT OUT
+    python -m tools.checkpoints.malform CHECKPOINT OUT
 
 Writes a copy of the checkpoint for each kind in `KINDS`. CHECKPOINT is one of `RECIPE`;
 with --experts, one of `EXPERTS_RECIPE`, and the kinds are `EXPERT_KINDS`; with --floats

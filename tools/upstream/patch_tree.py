@@ -21,8 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tools import real_stack, stacks
-from tools.patch_series import Patch, Target
+from tools.stacks import real_stack, stacks
+from tools.upstream.patch_series import Patch, Target
 
 CACHE = Path("build/upstream-patches")
 _JSON = "application/vnd.pypi.simple.v1+json"

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tools.make_checkpoint import SCHEMES, make
+from tools.checkpoints.make_checkpoint import SCHEMES, make
 
 PROMPT = "The import statement"
 LOG = Path("build/demo.log")

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Ask what becomes of every quantization config of a linear layer and of experts.
 
-    python -m tools.enumerate_configs
+    python -m tools.numerics.enumerate_configs
 
 Each config of bits x strategy x group size x symmetry x format x activations is given
 to this package's config class and to upstream's, with the same kernels to choose from.
@@ -208,7 +208,7 @@ def main() -> None:
     from vllm.plugins import load_general_plugins
     from vllm.utils.network_utils import get_open_port
 
-    from tools.ranks import tensor_parallel
+    from tools.stacks.ranks import tensor_parallel
 
     logging.disable(logging.WARNING)
     load_general_plugins()

@@ -2,15 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Write the table of releases into docs/.
 
-python -m tools.release_table
+python -m tools.docs.release_table
 """
 
 from pathlib import Path
 
 from vllm_ascend_ct.releases import TABLE, Release
 
-PAGE = Path(__file__).parents[1] / "docs" / "releases.md"
-START, END = "<!-- releases: tools/release_table.py -->\n", "<!-- end of releases -->\n"
+PAGE = Path(__file__).parents[2] / "docs" / "releases.md"
+START, END = (
+    "<!-- releases: tools/docs/release_table.py -->\n",
+    "<!-- end of releases -->\n",
+)
 HEADER = (
     "| vLLM | vllm-ascend | torch_npu | compressed-tensors | tested |\n"
     "| --- | --- | --- | --- | --- |\n"

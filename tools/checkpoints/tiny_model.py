@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """A small language model, trained in a minute or two on Python's own documentation.
 
-    python -m tools.tiny_model
+    python -m tools.checkpoints.tiny_model
 
 It is what the demo and the tests quantize: small enough for a CPU, trained enough that
 a wrong weight shows in its perplexity.

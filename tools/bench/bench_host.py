@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Tokens per second of the emulated platform, beside vLLM's own CPU platform.
 
-    python -m tools.bench_host [ROW...] [--eager] [--rounds 5]
+    python -m tools.bench.bench_host [ROW...] [--eager] [--rounds 5]
 
 A row is a scheme over a model of random weights, over 100M of them. Each row has two
 engines, in a process each, which measure in turns: on the same checkpoint where vLLM's
@@ -85,8 +85,8 @@ def configs() -> dict[str, Any]:
 
 def make_checkpoints(row: Row) -> tuple[Path, Path]:
     """Make a row's checkpoint and the unquantized model, once."""
-    from tools import tiny_moe
-    from tools.make_checkpoint import make
+    from tools.checkpoints import tiny_moe
+    from tools.checkpoints.make_checkpoint import make
 
     base = CHECKPOINTS / row.model
     quantized = CHECKPOINTS / f"{row.model}-{row.scheme}"

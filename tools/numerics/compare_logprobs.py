@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Compare what vLLM serves with a float32 reference, one row a scheme.
 
-    python -m tools.compare_logprobs [SCHEME...] [--model qwen3-moe]
+    python -m tools.numerics.compare_logprobs [SCHEME...] [--model qwen3-moe]
 
 For each scheme: the reference's mean log-probability on held-out text, then the mean
 absolute difference to it of the emulated platform (eager, compiled, two ranks, two
@@ -16,12 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools import tiny_moe
-from tools.logprobs import mean_difference, reference
-from tools.make_checkpoint import DEFAULT_BASE, SCHEMES, make
+from tools.checkpoints import tiny_moe
+from tools.checkpoints.make_checkpoint import DEFAULT_BASE, SCHEMES, make
+from tools.numerics.logprobs import mean_difference, reference
 
 CHECKPOINTS = Path("build/checkpoints")
-# column -> (VLLM_PLUGINS, arguments of tools.logprobs)
+# column -> (VLLM_PLUGINS, arguments of tools.numerics.logprobs)
 COLUMNS = {
     "eager": ("ascend_ct", ["--eager"]),
     "compiled": ("ascend_ct", []),
@@ -57,7 +57,7 @@ def run_column(column: str, checkpoints: list[Path]) -> dict[str, list[float] | 
     else:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     subprocess.run(
-        [sys.executable, "-m", "tools.logprobs", str(out), *arguments]
+        [sys.executable, "-m", "tools.numerics.logprobs", str(out), *arguments]
         + [str(checkpoint) for checkpoint in checkpoints],
         env=environment,
         stdout=subprocess.DEVNULL,

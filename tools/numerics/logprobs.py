@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Log-probabilities of a fixed text, by vLLM or by a float32 reference.
 
-VLLM_PLUGINS=ascend_ct python -m tools.logprobs OUT.json CHECKPOINT...
+VLLM_PLUGINS=ascend_ct python -m tools.numerics.logprobs OUT.json CHECKPOINT...
 """
 
 import argparse
@@ -19,7 +19,7 @@ def held_out_tokens(checkpoint: Path) -> list[int]:
     """The text that the tiny model was not trained on."""
     from transformers import AutoTokenizer
 
-    from tools.tiny_model import held_out_text
+    from tools.checkpoints.tiny_model import held_out_text
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokens: list[int] = tokenizer(held_out_text())["input_ids"][:LENGTH]
@@ -43,8 +43,8 @@ def reference(checkpoint: Path) -> list[float]:
     )
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tools import tiny_moe
-    from tools.dequantize import dequantized_state
+    from tools.checkpoints import tiny_moe
+    from tools.checkpoints.dequantize import dequantized_state
 
     config = AutoConfig.from_pretrained(checkpoint)
     quantization = tiny_moe.quantization_in_model(config)

@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Run the operators on an NPU and emulated, and compare them.
 
-    python -m tools.check_npu [--calls FILE...] [--out build/check-npu.json]
+    python -m tools.numerics.check_npu [--calls FILE...] [--out build/check-npu.json]
 
 For the first to have a chip: send the report back. One call of each operator, and those
-that layers of every scheme make, which `tools.record_npu_calls` wrote, there or on
-another machine. `VLLM_ASCEND_CT_SOC` names the chip. Needs torch, torch_npu and this
-clone, not vLLM; calls of vllm-ascend's own operators need vllm-ascend. Where there is
-no NPU both sides are emulated, to check this script.
+that layers of every scheme make, which `tools.numerics.record_npu_calls` wrote, there
+or on another machine. `VLLM_ASCEND_CT_SOC` names the chip. Needs torch, torch_npu and
+this clone, not vLLM; calls of vllm-ascend's own operators need vllm-ascend. Where there
+is no NPU both sides are emulated, to check this script.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from tests.ops.calls import CALLS, CALLS_310P, CALLS_A5, Call
-from tools.record_npu_calls import ASCEND_OUT, OUT
+from tools.numerics.record_npu_calls import ASCEND_OUT, OUT
 from vllm_ascend_ct import compare_layouts
 from vllm_ascend_ct.errors import OperatorLimitError
 from vllm_ascend_ct.ops import emulated
@@ -57,7 +57,7 @@ def main() -> int:
         if path.exists():
             calls |= recorded(path)
         else:
-            print(f"No {path}: see python -m tools.record_npu_calls --help")
+            print(f"No {path}: see python -m tools.numerics.record_npu_calls --help")
     device = npu_device()
     if any("." in call.operator for call in calls.values()):
         load_vllm_ascend(device)
@@ -102,7 +102,7 @@ def load_vllm_ascend(device: str) -> None:
 
 
 def recorded(path: Path) -> dict[str, Call]:
-    """What `tools.record_npu_calls` wrote."""
+    """What `tools.numerics.record_npu_calls` wrote."""
 
     def is_nz_mark(value: Any) -> bool:
         return isinstance(value, dict) and value.keys() == {"nz"}

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Record what layers ask of the NPU operators, for `tools.check_npu` to repeat.
+"""Record what layers ask of the NPU operators, for `check_npu` to repeat.
 
-    python -m tools.record_npu_calls [--out build/npu-calls.pt]
+    python -m tools.numerics.record_npu_calls [--out build/npu-calls.pt]
 
 Runs layers of every scheme and kind on the emulated platform, and writes each call that
 is not like another. `VLLM_ASCEND_CT_SOC` names the chip.
 
-    python -m tools.real_stack run python -m tools.record_npu_calls
+    python -m tools.stacks.real_stack run python -m tools.numerics.record_npu_calls
 
 writes what vllm-ascend asks for such experts: of the same operators, and of its own.
 """
@@ -204,8 +204,8 @@ def record_emulated() -> dict[str, tuple[str, Any, Any]]:
     from vllm.plugins import load_general_plugins
     from vllm.utils.network_utils import get_open_port
 
-    from tools.make_checkpoint import SCHEMES
-    from tools.ranks import tensor_parallel
+    from tools.checkpoints.make_checkpoint import SCHEMES
+    from tools.stacks.ranks import tensor_parallel
 
     load_general_plugins()
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
@@ -220,7 +220,7 @@ def record_vllm_ascend() -> dict[str, tuple[str, Any, Any]]:
 
     from tests.layers.quantized_experts import SERVED
     from tests.real_stack.ascend_layers import ascend_layers
-    from tools.tiny_moe import configs
+    from tools.checkpoints.tiny_moe import configs
 
     with TemporaryDirectory() as model:
         configs()["qwen3-moe"].save_pretrained(model)

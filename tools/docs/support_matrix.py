@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Write the tables of supported schemes into docs/, by asking the code and the tests.
 
-python -m tools.support_matrix
+python -m tools.docs.support_matrix
 """
 
 import logging
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.evidence import Case, Evidence
 
-PAGE = Path(__file__).parents[1] / "docs" / "support-matrix.md"
-START, END = "<!-- support matrix: tools/support_matrix.py -->\n", "<!-- end -->\n"
+PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
+START, END = "<!-- support matrix: tools/docs/support_matrix.py -->\n", "<!-- end -->\n"
 CHIPS = {"A2": "bfloat16", "A3": "bfloat16", "310P": "float16", "A5": "bfloat16"}
 
 NO = "no"
@@ -132,12 +132,12 @@ EXPERT_ROWS: Rows = {
 
 
 def row_of(name: str) -> str | None:
-    """The row that a scheme of `tools.make_checkpoint` is an example of.
+    """The row that a scheme of `tools.checkpoints.make_checkpoint` is an example of.
 
     None for what the tables do not tell apart: FP8 and MXFP4 or NVFP4 weights without
     quantized activations, and zero points beside int8 or of activations beside int4.
     """
-    from tools.make_checkpoint import ALL_SCHEMES
+    from tools.checkpoints.make_checkpoint import ALL_SCHEMES
 
     scheme = ALL_SCHEMES[name]
     weights, inputs = scheme.weights, scheme.input_activations
@@ -192,7 +192,7 @@ def outcome_of(
     """Say what becomes of a config on the current chip, and mark it if unproven."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    from tools.enumerate_configs import RESOLVED, experts, outcome
+    from tools.numerics.enumerate_configs import RESOLVED, experts, outcome
     from vllm_ascend_ct.ops.precedents import unproven
     from vllm_ascend_ct.ops.soc import current_soc
 
@@ -244,7 +244,7 @@ def table(rows: Rows, build: Callable[[Any, Any], str]) -> str:
     import torch
 
     from tests.evidence import collect
-    from tools.enumerate_configs import experts
+    from tools.numerics.enumerate_configs import experts
 
     tested = collect()
     lines = [
@@ -272,7 +272,7 @@ def table(rows: Rows, build: Callable[[Any, Any], str]) -> str:
 
 def tables() -> str:
     """Make the tables of linear layers and of experts."""
-    from tools.enumerate_configs import experts, linear
+    from tools.numerics.enumerate_configs import experts, linear
 
     return f"{table(ROWS, linear)}\n## Routed experts\n\n{table(EXPERT_ROWS, experts)}"
 
@@ -291,7 +291,7 @@ def main() -> None:
     from vllm.plugins import load_general_plugins
     from vllm.utils.network_utils import get_open_port
 
-    from tools.ranks import tensor_parallel
+    from tools.stacks.ranks import tensor_parallel
 
     logging.disable(logging.WARNING)
     load_general_plugins()

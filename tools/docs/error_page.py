@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Write the texts of errors and remedies into docs/errors.md, by reading the code.
 
-python -m tools.error_page
+python -m tools.docs.error_page
 """
 
 import ast
@@ -14,10 +14,10 @@ from typing import NamedTuple
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import Remedy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_ascend_ct"
 PAGE = ROOT / "docs" / "errors.md"
-START, END = "<!-- errors: tools/error_page.py -->\n", "<!-- end of errors -->\n"
+START, END = "<!-- errors: tools/docs/error_page.py -->\n", "<!-- end of errors -->\n"
 # A remedy's heading, and its text as it was quoted behind it.
 HEADING = re.compile(r"^#### ([A-Z_]+)\n\n(?:>.*\n\n)?", re.MULTILINE)
 # What raises an error, or makes one to raise, whose first argument says what is wrong.

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The real torch_npu and vllm-ascend, on a machine without an NPU.
 
-    python -m tools.real_stack test [pytest arguments]
-    python -m tools.real_stack run COMMAND...
+    python -m tools.stacks.real_stack test [pytest arguments]
+    python -m tools.stacks.real_stack run COMMAND...
 
 Downloads their wheels into `build/real-stack`, and compiles stubs of the libraries of
 CANN that torch_npu links to: functions that return 0. Importing, schemas, meta
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tools import elf, stacks
+from tools.stacks import elf, stacks
 
 STACKS = ("torch_npu", "vllm_ascend")
 

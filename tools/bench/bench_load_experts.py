@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Time and memory of what happens to a layer's experts after loading.
 
-    python -m tools.bench_load_experts [--experts 16 --hidden 2048 --intermediate 768]
+    python -m tools.bench.bench_load_experts [--experts 16] [--hidden 2048]
+        [--intermediate 768]
 
 Timed against a plain copy of the loaded bytes in the same run; only ratios mean
 anything. `peak` and `new` are the bytes alive beyond the loaded ones, at most and in
@@ -26,7 +27,7 @@ from vllm.model_executor.layers.fused_moe import (
     RoutingMethodType,
 )
 
-from tools.bench_load import Result, measure, packed_weight, parameters
+from tools.bench.bench_load import Result, measure, packed_weight, parameters
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts

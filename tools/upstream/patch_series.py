@@ -13,7 +13,7 @@ from email.policy import default
 from functools import cached_property
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATCHES = ROOT / "upstream_patches"
 
 # Trailer -> what its value has to look like, and whether it may be missing.
@@ -49,7 +49,8 @@ class Target:
         generated: Files of the package that its build makes.
         requirements: What its tests import that this environment has not.
         neighbours: Its tests whose results a patch may not change.
-        stack: Of `tools.real_stack`, which its tests run on; empty for vLLM on CPU.
+        stack: Of `tools.stacks.real_stack`, which its tests run on; empty for vLLM on
+            CPU.
 
     """
 

@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The pull requests that `upstream_patches/` stages.
 
-    python -m tools.upstream_patches verify [--changed] [PATCH...]
-    python -m tools.upstream_patches test [pytest arguments]
-    python -m tools.upstream_patches apply OUT [--version V] [PATCH...]
-    python -m tools.upstream_patches edit OUT [--version V]
-    python -m tools.upstream_patches refresh OUT [--version V]
-    python -m tools.upstream_patches status [--write]
-    python -m tools.upstream_patches drop
+    python -m tools.upstream.upstream_patches verify [--changed] [PATCH...]
+    python -m tools.upstream.upstream_patches test [pytest arguments]
+    python -m tools.upstream.upstream_patches apply OUT [--version V] [PATCH...]
+    python -m tools.upstream.upstream_patches edit OUT [--version V]
+    python -m tools.upstream.upstream_patches refresh OUT [--version V]
+    python -m tools.upstream.upstream_patches status [--write]
+    python -m tools.upstream.upstream_patches drop
 
 `verify` checks headers, that each patch and all of them apply, compile and pass ruff,
 that upstream's tests of each fail without it for the stated reason and pass with it,
@@ -30,12 +30,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools import patch_tree, real_stack
-from tools.patch_series import PATCHES, Patch, Target, target_of, targets
-from tools.patch_tree import git_apply, pristine
+from tools.stacks import real_stack
+from tools.upstream import patch_tree
+from tools.upstream.patch_series import PATCHES, Patch, Target, target_of, targets
+from tools.upstream.patch_tree import git_apply, pristine
 
 README = PATCHES / "README.md"
-_TABLE = "<!-- python -m tools.upstream_patches status --write -->\n"
+_TABLE = "<!-- python -m tools.upstream.upstream_patches status --write -->\n"
 
 
 def verify_headers(target: Target, patches: Sequence[Patch]) -> Iterator[str]:

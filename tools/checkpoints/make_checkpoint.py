@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Make a small compressed-tensors checkpoint, offline.
 
-    python -m tools.make_checkpoint OUT --scheme w4a16-g128
+    python -m tools.checkpoints.make_checkpoint OUT --scheme w4a16-g128
 
 Rounds a model to nearest with the compressed-tensors library. The model is trained
-once (`tools/tiny_model.py`) and kept in `--base`.
+once (`tools/checkpoints/tiny_model.py`) and kept in `--base`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tools import tiny_model, tiny_moe
+from tools.checkpoints import tiny_model, tiny_moe
 
 DEFAULT_BASE = tiny_model.DIRECTORY
 

@@ -38,7 +38,7 @@ _KINDS = {
 
 
 def form_of(operator: str, args: list[Any], kwargs: dict[str, Any]) -> Form:
-    """Tell a call's form by its arguments, as `tools.record_npu_calls` keeps them."""
+    """Tell a call's form by its arguments, as `record_npu_calls` keeps them."""
     schema = getattr(torch.ops.npu, operator).default._schema
     # The dispatcher leaves out what is as by default.
     named = {argument.name: argument.default_value for argument in schema.arguments}

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Time and memory of what happens to a layer's weight after loading.
 
-    python -m tools.bench_load [--k 4096 --n 11008] [--json]
+    python -m tools.bench.bench_load [--k 4096 --n 11008] [--json]
 
 What a kernel does with a layer after loading, timed against a plain copy of the packed
 bytes in the same run; only ratios mean anything. Memory counts the tensors made on the
@@ -26,8 +26,8 @@ from vllm.model_executor.kernels.linear import (
 )
 from vllm.scalar_type import ScalarType, scalar_types
 
-from tools.launches import Launches
-from tools.memory import TensorMemory
+from tools.bench.launches import Launches
+from tools.bench.memory import TensorMemory
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Make checkpoints with llm-compressor, in an environment of its own.
 
-    tools/llm_compressor.sh OUT [RECIPE...]
+    tools/checkpoints/llm_compressor.sh OUT [RECIPE...]
 
 llm-compressor needs another compressed-tensors than vLLM.
 """
@@ -23,7 +23,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import tiny_model, tiny_moe
+from tools.checkpoints import tiny_model, tiny_moe
 
 BASE = Path("build/tiny-model")
 SAMPLES, LENGTH = 64, 128
