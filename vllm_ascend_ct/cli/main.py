@@ -3,6 +3,7 @@
 """The command `vllm-ascend-ct`."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -31,10 +32,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command != "doctor":
+            _require_vllm()
         return int(arguments.run(arguments))
     except PlatformError as error:
         print(f"vllm-ascend-ct: {error}", file=sys.stderr)
         return 1
+
+
+def _require_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise PlatformError(
+            "vLLM is not installed in this environment",
+            where=sys.executable,
+            supported="the environment that serves, or will",
+            remedy="Install vLLM, or call the command of the environment that has it",
+        )
 
 
 if __name__ == "__main__":
