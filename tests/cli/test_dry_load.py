@@ -3,6 +3,7 @@
 """A dry load says what a load says, for all that headers and config.json tell."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -132,3 +133,18 @@ def test_schemes(
     path = checkpoint({"Linear": scheme})
     error = loaded(path)
     assert texts(dry(path))[:1] == ([] if error is None else [str(error)])
+
+
+def test_files_without_headers(
+    valid: Callable[[str], Path],
+    tmp_path: Path,
+    dry: Callable[[Path], DryLoad | Exception],
+) -> None:
+    """Of other formats than safetensors it says what config.json says."""
+    shutil.copytree(valid("experts"), tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    file.rename(file.with_name("pytorch_model.bin"))
+    result = dry(tmp_path / "other")
+    assert isinstance(result, DryLoad) and result.headers is None
+    assert texts(result) == []
+    assert all(layer.example for layer in result.layers if layer.scheme)

@@ -59,6 +59,8 @@ _TABLES = {
     torch.arange: (torch.int32, torch.int64),
     torch.zeros: (torch.int64,),
 }
+# What vLLM's loaders read.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _LAYER = re.compile(r"layer ([^\s,]+)")
 
 
@@ -158,7 +160,7 @@ class DryLoad:
 
     Attributes:
         model: Built on the meta device; None if vLLM did not build it.
-        layers: Those with weights of their own, as they were built.
+        layers: In the order in which they were built.
         headers: Of the files, None if they cannot be read.
         errors: What concerns no layer that is known.
 
@@ -185,6 +187,10 @@ def dry_load(vllm_config: VllmConfig) -> DryLoad:
     assert isinstance(quant_config, DryConfig)
     result = DryLoad(errors=list(_broken_files(vllm_config.model_config.model)))
     dtype: Any = vllm_config.model_config.dtype
+    result.headers = quant_config.checkpoint.headers
+    if result.headers is None:
+        # So nothing is missed that cannot be loaded.
+        vllm_config.load_config.load_format = "dummy"
     with set_default_torch_dtype(dtype):
         try:
             with torch.device("meta"), _TablesOnHost():
@@ -192,10 +198,8 @@ def dry_load(vllm_config: VllmConfig) -> DryLoad:
         except Exception as error:
             result.errors.append(error)
         result.layers = list(quant_config.layers.values())
-        result.headers = quant_config.checkpoint.headers
-        if result.model is not None and result.headers is not None:
-            _load(result.model, quant_config, result)
         if result.model is not None:
+            _load(result.model, quant_config, result)
             with torch.device("meta"):
                 _lay_out(result)
     return result
@@ -203,6 +207,9 @@ def dry_load(vllm_config: VllmConfig) -> DryLoad:
 
 def _broken_files(model: str) -> Iterator[Exception]:
     """Refuse files of a folder whose headers do not fit them: one is cut off, say."""
+    files = Path(model).iterdir() if Path(model).is_dir() else ()
+    if files and not any(path.suffix in _WEIGHTS for path in files):
+        yield broken_checkpoint("The folder has no weights", model)
     for path in sorted(Path(model).glob("*.safetensors")):
         try:
             # For torch it would reserve memory for the whole file.
@@ -214,8 +221,7 @@ def _broken_files(model: str) -> Iterator[Exception]:
 
 def _load(model: Any, quant_config: DryConfig, result: DryLoad) -> None:
     """Load tensors, without those of layers that are refused, until all others are."""
-    assert result.headers is not None
-    while True:
+    while result.headers is not None:
         skipped = _in_file(result.headers, quant_config, result.layers)
         try:
             model.load_weights(_tensors(result.headers, skipped))
