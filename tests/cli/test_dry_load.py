@@ -2,15 +2,20 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """A dry load says what a load says, for all that headers and config.json tell."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from vllm.model_executor.layers.quantization import register_quantization_config
 
+from tests.layers import quantized_experts
 from tests.loading.models import config_of, load_model
 from tools.checkpoints import tiny_moe
 from tools.checkpoints.make_checkpoint import ALL_SCHEMES
@@ -25,8 +30,10 @@ from tools.checkpoints.malform import (
     Kind,
     malform,
 )
+from tools.numerics import enumerate_configs
 from vllm_ascend_ct.cli.dry_load import DryConfig, DryLoad, dry_load
 from vllm_ascend_ct.compat import QUANTIZATION
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops import soc
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
     AscendCTConfig,
@@ -148,3 +155,45 @@ def test_files_without_headers(
     assert isinstance(result, DryLoad) and result.headers is None
     assert texts(result) == []
     assert all(layer.example for layer in result.layers if layer.scheme)
+
+
+@pytest.mark.parametrize(
+    "configs", [enumerate_configs.integer_configs, enumerate_configs.float_configs]
+)
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(enumerate_configs.linear, id="linear"),
+        pytest.param(
+            enumerate_configs.experts,
+            id="experts",
+            marks=quantized_experts.factory_needed,
+        ),
+    ],
+)
+def test_configs(build: Any, configs: Any) -> None:
+    """Each seventh of the enumeration, which has its dimensions in other steps."""
+    verdicts = set()
+    for _, content in islice(configs(), 0, None, 7):
+        refusals = [
+            refusal(config_class, content, build)
+            for config_class in (AscendCTConfig, DryConfig)
+        ]
+        assert refusals[0] == refusals[1]
+        verdicts.add(refusals[0] is None)
+    assert verdicts == {True, False}
+
+
+def refusal(config_class: Any, content: dict[str, Any], build: Any) -> str | None:
+    """Why a layer of a config is refused, or None."""
+    try:
+        config = config_class.from_config(copy.deepcopy(content))
+        build(config, torch.bfloat16)
+    except UnsupportedCheckpointError as error:
+        return str(error)
+    except AttributeError:
+        # What is built for a layer that is refused has neither scheme nor kernel.
+        assert config_class is DryConfig
+    layers = getattr(config, "layers", {}).values()
+    refused = [layer.refusal for layer in layers if layer.refusal]
+    return str(refused[0]) if refused else None
