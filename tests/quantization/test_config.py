@@ -212,7 +212,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "int-quantized",
         "weights.symmetric=False",
     ),
-    "marlin-24": (W4, None, "marlin-24", "format=marlin-24; supported for no activ"),
     "w8a8-static-packed": (
         W8,
         ints(8, "tensor"),
@@ -300,6 +299,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "sparsity_config.format=sparse-24-bitmask",
     ),
     "format": ({"fmt": "pack-quantized-2"}, "format=pack-quantized-2"),
+    "marlin-24": ({"fmt": "marlin-24"}, "format=marlin-24"),
     # Of compressed-tensors 0.20.
     "mxfp6": ({"fmt": "mxfp6-pack-quantized"}, "format=mxfp6-pack-quantized"),
     "format-of-a-group": (
