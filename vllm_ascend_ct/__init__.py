@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Serve compressed-tensors models on Ascend NPUs with stock vLLM.
 
-vLLM calls the two functions below, each several times and in every process. Both
-do nothing unless `VLLM_PLUGINS` names `ascend_ct`.
+vLLM calls the two functions below several times in every process. Both do nothing
+unless `VLLM_PLUGINS` names `ascend_ct`.
 """
 
 __version__ = "0.1.0"
@@ -12,11 +12,12 @@ PLUGIN_NAME = "ascend_ct"
 
 
 def platform_plugin() -> str | None:
-    """Name the platform class to vLLM (group `vllm.platform_plugins`).
+    """Tell vLLM which platform class to use (group `vllm.platform_plugins`).
 
     Returns:
-        None when the plugin was not asked for, or when vllm-ascend's platform was
-        asked for as well: then that one serves and only `general_plugin` acts.
+        Qualified name of the class. None if `VLLM_PLUGINS` does not name this plugin,
+        or also names vllm-ascend's: vllm-ascend's platform then runs the engine, and
+        only `general_plugin` of this package has an effect.
 
     """
     from vllm_ascend_ct import envs
@@ -24,8 +25,8 @@ def platform_plugin() -> str | None:
     plugins = envs.requested_plugins()
     if PLUGIN_NAME not in plugins or "ascend" in plugins:
         return None
-    # vLLM goes on with another platform when this function raises, so whatever can
-    # fail is left to the import of the module named here.
+    # If this function raised, vLLM would silently choose another platform. Everything
+    # that can fail happens when vLLM imports the module named here.
     return "vllm_ascend_ct.platforms.current.AscendCTPlatform"
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Compare the named layouts of linear layers on this chip: which is right, and fast.
+"""Compare the named layouts of linear layers on this chip for accuracy and speed.
 
     vllm-ascend-ct check-npu [--k 4096] [--n 4096] [--out FILE]
 
-Lays random weights out as kernels do when they load a checkpoint, in each layout that
-`ops/layouts.py` names for the chip, multiplies, and compares with float64 and with a
-16-bit product. Products are timed in a graph, as engines run them, over a weight that
-may stay in the chip's cache. Needs what serving needs, no checkpoint and no clone.
-Without an NPU the operators are emulated, and times mean nothing.
+Repacks random weights as the kernels do when they load a checkpoint, into each layout
+that `ops/layouts.py` names for the chip. Multiplies by them, and compares the results
+with float64 and the times with a 16-bit matmul. Times are measured in a captured graph,
+as engines run; the weight may stay in the chip's cache. Needs the same installation as
+serving, but no checkpoint and no clone of the repository. Without an NPU the operators
+are emulated, and the times say nothing about an NPU.
 """
 
 import json
@@ -35,13 +36,14 @@ from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 GROUP = 128
 CALLS, ROUNDS = 20, 5
-# Norm of the difference by that of float64: some roundings to bfloat16, and integers of
-# activations that are rounded the other way. What a chip misreads is off by far more.
+# Largest relative error (norm of the difference / norm of the float64 result) of a
+# correct layout. Covers a few roundings to bfloat16, and quantized activations that the
+# chip rounds to the other neighbour. A misread weight is off by far more.
 TOLERANCE = 2.0**-7
-# What a layout may take of the default's time, and its error of the default's, to be
-# proposed.
+# A layout is recommended if its time and its error are at most these multiples of the
+# default layout's.
 MAX_TIME, MAX_ERROR = 0.95, 1.5
-# bfloat16 holds its reciprocal to 0.1 %, as the mean of random ones.
+# Its reciprocal rounds to bfloat16 with an error of 0.1 %, like a typical random scale.
 INPUT_SCALE = 1 / 27.03
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -49,16 +51,16 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """What was found of one layout.
+    """Measurements of one layout.
 
     Attributes:
-        kind: Of linear layers, as `VLLM_ASCEND_CT_LAYOUT` names it.
-        layout: Its name; the first of a kind is the default.
-        fault: What it raised, or that it is wrong; None if it is right.
-        error: Norm of the difference from float64, by that of float64; None if it
-            raised, or is not finite.
-        microseconds: By number of tokens.
-        ratios: Of the time of a 16-bit product.
+        kind: Kind of linear layer, as in `VLLM_ASCEND_CT_LAYOUT`.
+        layout: Name of the layout; the first one of a kind is the default.
+        fault: The error it raised, or "wrong"; None if its results are correct.
+        error: Norm of the difference from float64, divided by the norm of the float64
+            result; None if the layout raised an error or a result is not finite.
+        microseconds: Time of one call, by number of tokens.
+        ratios: Time divided by that of a 16-bit matmul, by number of tokens.
 
     """
 
@@ -96,13 +98,13 @@ def run(k: int, n: int, tokens: Sequence[int], out: Path) -> int:
 
 
 def start() -> str:
-    """Make this process one that serves.
+    """Set this process up like a serving process.
 
     Returns:
-        The device to compute on.
+        The device to compute on, "cpu" or "npu".
 
     Raises:
-        PlatformError: This package does not serve here.
+        PlatformError: This package does not support this host.
 
     """
     os.environ.setdefault("VLLM_PLUGINS", "ascend_ct")
@@ -114,19 +116,19 @@ def start() -> str:
     register()
     if not ascend_base.runs_on_vllm_ascend():
         return "cpu"
-    # Kernels ask it for its memory format of weights.
+    # Kernels read vllm-ascend's settings for the memory format of weights.
     ascend_base.init_config(VllmConfig())
     allow_internal_format()
     return "npu"
 
 
 def allow_internal_format() -> None:
-    """Have casts to FRACTAL_NZ done, which torch_npu else ignores in silence.
+    """Enable casts to FRACTAL_NZ, which torch_npu silently ignores by default.
 
-    vllm-ascend's runner sets it too.
+    vllm-ascend's model runner sets the same option.
 
     Raises:
-        PlatformError: They are not.
+        PlatformError: A cast has no effect even so.
 
     """
     import torch_npu
@@ -136,16 +138,16 @@ def allow_internal_format() -> None:
     found = torch_npu.get_npu_format(torch_npu.npu_format_cast(weight, FRACTAL_NZ))
     if found != FRACTAL_NZ:
         raise PlatformError(
-            "Casts to FRACTAL_NZ do nothing on this chip",
+            "Casts to FRACTAL_NZ have no effect on this chip",
             where=f"npu_format_cast(weight, {FRACTAL_NZ}) left format {found}",
-            supported="torch_npu whose npu.config.allow_internal_format works",
-            remedy="Report it with the versions of torch_npu and CANN; serve with "
-            "vllm-ascend's weight_nz_mode=0 meanwhile",
+            supported="a torch_npu in which npu.config.allow_internal_format works",
+            remedy="Report it with the versions of torch_npu and CANN; until it is "
+            "fixed, serve with vllm-ascend's weight_nz_mode=0",
         )
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What results depend on."""
+    """Chip and package versions, for the report."""
     found = {"device": device, "chip": "emulated", "soc": current_soc().value}
     if device != "cpu":
         backend = getattr(torch, device)
@@ -162,13 +164,13 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def compare(k: int, n: int, tokens: Sequence[int], device: str) -> list[Result]:
-    """Compare each layout of the chip in use.
+    """Measure each layout of the current chip.
 
     Args:
-        k: Inputs of the layer.
-        n: Its outputs.
-        tokens: Numbers of rows.
-        device: Where to compute.
+        k: Input features of the layer.
+        n: Output features of the layer.
+        tokens: Numbers of tokens to multiply at once.
+        device: The device to compute on.
 
     """
     is_310p = current_soc() is Soc.ASCEND_310P
@@ -187,24 +189,24 @@ def compare(k: int, n: int, tokens: Sequence[int], device: str) -> list[Result]:
                     product, formula = make(k, n, dtype, device)
                 result = measured(product, formula, rows, reference, device)
             except Exception as error:
-                # What is unproven may well be refused; the others still count.
+                # The chip may reject an unproven layout; go on with the others.
                 result = {"fault": f"{type(error).__name__}: {error}"}
             results.append(Result(kind, name, **result))
     return results
 
 
 def settings(kind: str) -> dict[str, str]:
-    """The layouts of a kind on the chip in use, and how to ask for each."""
+    """Layouts of a kind on the current chip, and the setting that requests each."""
     choice = layouts.CHOICES[kind]
     if current_soc() in choice.chips:
         return {name: f"{kind}={name}" for name in choice.names}
-    # Each chip multiplies int8 by int8; int4 those that have a choice.
+    # Every chip multiplies int8 by int8; only the chips listed in `CHOICES` take int4.
     return {choice.names[0]: ""} if kind.startswith("w8a8") else {}
 
 
 @contextmanager
 def requested(setting: str) -> Iterator[None]:
-    """Have kernels take a layout."""
+    """Set `VLLM_ASCEND_CT_LAYOUT` within the context."""
     before = os.environ.get(envs.LAYOUT)
     os.environ[envs.LAYOUT] = setting
     try:
@@ -223,14 +225,26 @@ def measured(
     reference: dict[int, float],
     device: str,
 ) -> dict[str, Any]:
-    """Compare a product with its formula, and time it: fields of a `Result`."""
+    """Compare a product with its formula, and time it.
+
+    Args:
+        product: Multiplies `[tokens, K]` on the device.
+        formula: Computes the same on the host in float64.
+        rows: Inputs `[tokens, K]` on the host, by number of tokens.
+        reference: Seconds of the 16-bit matmul, by number of tokens.
+        device: The device to compute on.
+
+    Returns:
+        Fields of a `Result`.
+
+    """
     errors, times = [], {}
     for m, x in rows.items():
         on_device, expected = x.to(device), formula(x)
         difference = product(on_device).cpu().double() - expected
         errors.append(float(difference.norm() / expected.norm()))
         times[m] = timed(product, on_device, device)
-    # NaN is not within.
+    # NaN compares false.
     is_right = all(error <= TOLERANCE for error in errors)
     return {
         "fault": None if is_right else "wrong",
@@ -241,7 +255,7 @@ def measured(
 
 
 def timed(product: Product, x: torch.Tensor, device: str) -> float:
-    """Seconds of one call, of many in a graph; emulated of a single one."""
+    """Seconds of one call: averaged in a captured graph; emulated, of a single call."""
     if device == "cpu":
         begin = time.perf_counter()
         product(x)
@@ -264,7 +278,7 @@ def timed(product: Product, x: torch.Tensor, device: str) -> float:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Write the results for people; times are microseconds, with their ratios."""
+    """Format the results as a Markdown table; times are in microseconds."""
     tokens = next((list(r.microseconds) for r in results if r.microseconds), [])
     lines = [
         f"| kind | layout | error | {' | '.join(f'{m} rows' for m in tokens)} |",
@@ -277,18 +291,21 @@ def table(results: Sequence[Result]) -> str:
             time_of = result.microseconds.get(m, "")
             cells.append(f"{time_of} ({result.ratios[m]})" if time_of else "")
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append("In parentheses: time by that of a 16-bit product.")
+    lines.append("In parentheses: time divided by that of a 16-bit matmul.")
     return "\n".join(lines)
 
 
 def advice(results: Sequence[Result], device: str) -> str:
-    """Say which layouts to take instead of defaults, and what not to serve."""
+    """Say which layouts to request instead of the defaults, and what not to serve."""
     lines, better = [], []
     for kind in dict.fromkeys(result.kind for result in results):
         default, *others = (result for result in results if result.kind == kind)
         right = [result for result in others if not result.fault]
         if default.fault and not right:
-            lines.append(f"{kind}: no layout is right; do not serve such layers here.")
+            lines.append(
+                f"{kind}: no layout gives correct results; do not serve such layers on "
+                "this chip."
+            )
             continue
         fast = [other for other in right if _is_better(other, default)]
         if fast and (default.fault or device != "cpu"):
@@ -296,11 +313,11 @@ def advice(results: Sequence[Result], device: str) -> str:
     if better:
         lines.append(f"Better than the default: {envs.LAYOUT}={','.join(better)}")
     if device == "cpu":
-        lines.append("Emulated: times mean nothing.")
+        lines.append("The operators are emulated: ignore the times.")
     elif not lines:
-        lines.append("Each default is right, and no other layout is faster.")
+        lines.append("Every default is correct, and no other layout is faster.")
     if device != "cpu":
-        lines.append("Please send the report back, with what you found.")
+        lines.append("Please send us the report.")
     return "\n".join(lines)
 
 
@@ -312,12 +329,12 @@ def _is_better(other: Result, default: Result) -> bool:
 
 
 def _time(result: Result) -> float:
-    """The geometric mean over numbers of rows."""
+    """Geometric mean of the time ratios over the numbers of tokens."""
     return statistics.geometric_mean(result.ratios.values())
 
 
 def _packed_int4(k: int, n: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random weights as a checkpoint packs them, and their values `[K, N]`."""
+    """Random int4 weights as a checkpoint packs them, and their values `[K, N]`."""
     values = torch.randint(0, 16, (n, k // 8, 8))
     packed = (values << torch.arange(0, 32, 4)).sum(2).to(torch.int32)
     return packed.to(device), values.view(n, k).t().double() - 8
@@ -331,7 +348,7 @@ def _mixed_precision(
     dtype: torch.dtype,
     device: str,
 ) -> tuple[Product, torch.Tensor]:
-    """A product by packed int4, and the weight in float64."""
+    """A matmul by a packed int4 weight, and that weight in float64 `[K, N]`."""
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
         MPLinearLayerConfig,
     )
@@ -339,7 +356,7 @@ def _mixed_precision(
     from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import packed_type
     from vllm_ascend_ct.kernels.parameters import set_parameter
 
-    # Of vLLM before 0.30.
+    # A field of vLLM before 0.30.
     others: Any = {"has_g_idx": False}
     names = {field.name for field in fields(MPLinearLayerConfig)}
     config = MPLinearLayerConfig(
@@ -427,7 +444,7 @@ def _int8(
 
 
 def _dynamic(x: torch.Tensor) -> torch.Tensor:
-    """Activations as int8 per token holds them."""
+    """Round activations `[M, K]` to their int8 per-token grid, in float64."""
     values = x.double()
     step = values.abs().amax(1, keepdim=True) / 127
     return (values / step).round() * step

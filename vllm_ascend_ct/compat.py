@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What of vLLM differs between supported releases, or is none of its interfaces."""
+"""Differences between the supported vLLM releases, and uses of vLLM's internals."""
 
 from inspect import signature
 from typing import Any
@@ -17,11 +17,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.platforms import current_platform
 
-# What this package serves, as vLLM calls it.
+# vLLM's name of the quantization method that this package serves.
 QUANTIZATION = "compressed-tensors"
 
 # Result type of experts that leave the top-k reduction to the caller. None in releases
-# whose modular kernel does not pass it on.
+# whose modular kernel cannot return it.
 UnfinalizedMoEOutput: Any = None
 try:
     from vllm.model_executor.layers.fused_moe import moe_output
@@ -30,26 +30,27 @@ except ImportError:
 else:
     UnfinalizedMoEOutput = moe_output.UnfinalizedMoEOutput
 
-# Packed weights with quantized activations. The releases that lack it have a scheme for
-# weights of 4 and 8 bits only.
+# Scheme for packed weights with quantized activations. Releases without it have one for
+# 4-bit and 8-bit weights only.
 CompressedTensorsWNA8Int: Any = getattr(schemes, "CompressedTensorsWNA8Int", None)
 
-# Whether upstream's scheme for them creates zero points; that of 0.27 to 0.30 does not.
+# Whether that scheme creates zero points. In vLLM 0.27 to 0.30 it does not.
 ZERO_POINTS_BESIDE_INT8 = (
     CompressedTensorsWNA8Int is None
     or "symmetric" in signature(CompressedTensorsWNA8Int.__init__).parameters
 )
 
-# Whether a head asks its method what it becomes when tied to an embedding. If not,
-# it takes over the embedding's parameter `weight`.
+# Whether an output head that is tied to an embedding calls its method's `tie_weights`.
+# In older releases the head takes over the embedding's parameter `weight` instead.
 METHODS_TIE_WEIGHTS = hasattr(UnquantizedEmbeddingMethod, "tie_weights")
 
-# Whether vLLM's hash of a model, by which it names its cache of compiled graphs, takes
-# what is added to the model's config. vLLM 0.23 takes the fields its class declares.
+# Whether the hash that keys vLLM's cache of compiled graphs includes fields added to
+# the model's config at run time. vLLM 0.23 hashes only the fields that its class
+# declares.
 HASHES_ADDED_FIELDS = "added" in str(normalize_value(PretrainedConfig(added=1)))
 
-# The parameters of packed experts: of vLLM 0.23's two classes for them the one that has
-# scales per channel and zero points.
+# Creates the parameters of packed experts. vLLM 0.23 has two classes for them; the
+# Marlin one supports per-channel scales and zero points.
 CompressedTensorsWNA16MoEMethod: Any
 try:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # type: ignore[attr-defined]  # noqa: E501
@@ -66,18 +67,18 @@ else:
 
 
 def is_ours(quant_config: Any) -> bool:
-    """Whether a quantization config, if any, is of what this package serves."""
+    """Whether a model's quantization config, if it has one, is compressed-tensors."""
     return quant_config is not None and quant_config.get_name() == QUANTIZATION
 
 
 def load_format() -> str:
-    """Name of the format that the current model is loaded in."""
+    """The current model's `--load-format`; "auto" outside of an engine."""
     vllm_config = get_current_vllm_config_or_none()
     return "auto" if vllm_config is None else str(vllm_config.load_config.load_format)
 
 
 def free_memory() -> int:
-    """Bytes that are free where weights go."""
+    """Free bytes of the memory that weights are loaded into (NPU, or host)."""
     npu = getattr(torch, "npu", None)
     if npu is None or current_platform.is_cpu() or not npu.is_available():
         return int(psutil.virtual_memory().available)
@@ -85,7 +86,7 @@ def free_memory() -> int:
 
 
 def offloads_weights(vllm_config: Any) -> bool:
-    """Whether some of the weights go elsewhere."""
+    """Whether the engine is configured to offload some of the weights."""
     offload = getattr(vllm_config, "offload_config", None)
     parts = (getattr(offload, name, None) for name in ("uva", "prefetch"))
     holders = (vllm_config.cache_config, offload, *parts)
@@ -94,9 +95,9 @@ def offloads_weights(vllm_config: Any) -> bool:
 
 
 def modules_around(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules of the model that has a layer, by their names in it.
+    """All modules of the model that contains `layer`, by their names in the model.
 
-    Empty until the model is built: vLLM then notes its modules for reloading.
+    Empty until the model is built, which is when vLLM records its modules for a reload.
     """
     known = list(getattr(layerwise, "LAYERWISE_INFO", ()))
     inner = {id(child) for module in known for child in module.children()}

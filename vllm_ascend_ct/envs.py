@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Environment variables, read when asked for and validated."""
+"""Environment variables of this package, read and validated at each call."""
 
 import os
 from collections.abc import Collection
@@ -17,14 +17,14 @@ _DEFAULT_KEEP_GIB = 4
 
 
 def requested_plugins() -> list[str]:
-    """The names in `VLLM_PLUGINS`; empty when it is not set."""
+    """The names in `VLLM_PLUGINS`; empty if it is not set."""
     import vllm.envs
 
     return vllm.envs.VLLM_PLUGINS or []
 
 
 def emulate() -> bool | None:
-    """Whether to emulate the NPU operators; None leaves it to what is installed.
+    """Whether to emulate the NPU operators; None if the variable is not set.
 
     Raises:
         ValueError: The variable is neither 0 nor 1.
@@ -35,7 +35,7 @@ def emulate() -> bool | None:
 
 
 def any_release() -> bool:
-    """Whether to go on with releases that are not in the table of `releases.py`.
+    """Whether to run on releases that `releases.py` does not list as tested.
 
     Raises:
         ValueError: The variable is neither 0 nor 1.
@@ -45,7 +45,7 @@ def any_release() -> bool:
 
 
 def resolve() -> bool:
-    """Whether weights that the chip does not multiply are resolved to 16 bits.
+    """Whether float weights that the chip cannot multiply may be resolved to 16 bits.
 
     Raises:
         ValueError: The variable is neither 0 nor 1.
@@ -55,10 +55,10 @@ def resolve() -> bool:
 
 
 def emulate_keep_bytes() -> int:
-    """Memory that emulated operators may keep weights in, in forms that CPUs multiply.
+    """Bytes that the emulated operators may use to cache converted weights.
 
     Raises:
-        ValueError: The variable is not a number of GiB.
+        ValueError: The variable is not a finite number of GiB.
 
     """
     value = os.environ.get(EMULATE_KEEP_GIB) or _DEFAULT_KEEP_GIB
@@ -66,29 +66,39 @@ def emulate_keep_bytes() -> int:
         return int(float(value) * 2**30)
     except (ValueError, OverflowError) as error:
         raise ValueError(
-            f"Invalid value in the environment ({EMULATE_KEEP_GIB}={value!r}). "
+            f"Invalid environment variable ({EMULATE_KEEP_GIB}={value!r}). "
             "Supported: a number of GiB, or unset. Correct or unset the variable."
         ) from error
 
 
 def layouts() -> dict[str, str]:
-    """The layouts that are asked for, by kind; `ops/layouts.py` knows the names."""
+    """Layouts that `VLLM_ASCEND_CT_LAYOUT` requests, by kind of linear layer.
+
+    Not validated here: `ops/layouts.py` has the known kinds and names.
+    """
     pairs = (os.environ.get(LAYOUT) or "").split(",")
     named = (pair.partition("=") for pair in pairs if pair.strip())
     return {kind.strip(): name.strip() for kind, _, name in named}
 
 
 def choice(name: str, choices: Collection[str]) -> str | None:
-    """Read variable `name`, which must be one of `choices`; None when unset or empty.
+    """Read a variable that takes one of a few values.
+
+    Args:
+        name: Name of the variable.
+        choices: Its allowed values.
+
+    Returns:
+        The value; None if the variable is unset or empty.
 
     Raises:
-        ValueError: It has another value.
+        ValueError: The value is not one of `choices`.
 
     """
     value = os.environ.get(name) or None
     if value is not None and value not in choices:
         raise ValueError(
-            f"Invalid value in the environment ({name}={value!r}). Supported: "
+            f"Invalid environment variable ({name}={value!r}). Supported: "
             f"{', '.join(choices)}, or unset. Correct or unset the variable."
         )
     return value

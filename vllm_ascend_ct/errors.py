@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What this package raises: what is wrong, where, what is supported, what to do."""
+"""Errors of this package: what is wrong, where, what is supported and what to do."""
 
 import functools
 from enum import StrEnum
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Remedy(StrEnum):
-    """What to do about a refusal, one member for each cause.
+    """Instructions for the user, one member for each cause of a refusal.
 
-    A text in braces is filled in by `format`.
+    The caller fills in names in braces with `format`.
     """
 
     ADD_TO_IGNORE = (
@@ -19,7 +19,7 @@ class Remedy(StrEnum):
     )
     REMOVE_FROM_IGNORE = (
         "Remove or narrow {patterns} in `ignore` of config.json's quantization_config: "
-        "it matches {layer}, as vLLM calls the layer"
+        "it matches {layer}, the layer's name in vLLM"
     )
     ADD_TO_TARGETS = (
         "Add {patterns} to the `targets` of the group that describes the layer, in "
@@ -30,17 +30,20 @@ class Remedy(StrEnum):
         "checkpoint again"
     )
     ONE_SCHEME = (
-        "Give them one scheme: correct `targets` or `ignore` of config.json's "
-        "quantization_config if the file has them alike, else quantize the model again"
+        "Give them the same scheme: if the checkpoint's files store them alike, "
+        "correct `targets` or `ignore` of config.json's quantization_config; otherwise "
+        "quantize the model again"
     )
     EXPORT_AGAIN = "Export the checkpoint again"
-    EXPORT_ALIKE = "Export the checkpoint again, with all of them quantized or none"
+    EXPORT_ALIKE = (
+        "Export the checkpoint again, with either all of them or none of them quantized"
+    )
     QUANTIZE_AGAIN = "Quantize the model again with a supported scheme"
     LEAVE_UNQUANTIZED = (
         "Quantize the model again with the layer in the recipe's `ignore`"
     )
     OTHER_DTYPE = (
-        "Serve the model with --dtype bfloat16 if it was not, else download the "
+        "Serve the model with --dtype bfloat16; if it already was, download the "
         "checkpoint again"
     )
     RESOLVE = (
@@ -48,49 +51,49 @@ class Remedy(StrEnum):
     )
     MORE_MEMORY = (
         "Serve it on more devices (tensor_parallel_size), or quantize the model again "
-        "with an integer scheme, whose weights stay as small as they are"
+        "with an integer scheme, whose weights keep their size in the NPU's memory"
     )
     CALIBRATE_AGAIN = "Calibrate and quantize the model again"
     CHANGE_RANKS = (
-        "Change tensor_parallel_size, or quantize the model again with sizes that "
-        "ranks can divide"
+        "Change tensor_parallel_size, or quantize the model again so that the sizes "
+        "divide evenly among the ranks"
     )
-    DOWNLOAD_AGAIN = "Download the checkpoint again, or have it written again"
+    DOWNLOAD_AGAIN = "Download the checkpoint again, or export it again"
     OTHER_LOADER = (
-        "Use a vLLM whose loader of this model takes quantized tensors of these names, "
-        "or export the checkpoint as this one takes it"
+        "Use a vLLM release whose loader for this model accepts quantized tensors with "
+        "these names, or export the checkpoint in the form that this release accepts"
     )
     COMPARE = (
         "Compare these names with `ignore` and `targets` of config.json's "
-        "quantization_config and correct them, or use a vLLM whose loader of this "
-        "model takes tensors of these names"
+        "quantization_config and correct them, or use a vLLM release whose loader for "
+        "this model accepts tensors with these names"
     )
     LOAD_CHECKPOINT = (
-        "Serve the checkpoint itself, with a --load-format that reads its files"
+        "Serve the original checkpoint, with a --load-format that reads its files"
     )
     LORA_TARGETS = (
-        "Name the modules that adapters are for with --lora-target-modules, experts "
-        "not among them"
+        "Limit LoRA with --lora-target-modules to modules that do not include the "
+        "experts"
     )
-    NO_QUANTIZATION = "Leave out --quantization"
+    NO_QUANTIZATION = "Remove --quantization from the command line"
     WITHOUT_PLUGIN = "Serve this model without ascend_ct in VLLM_PLUGINS"
 
 
 class OperatorLimitError(RuntimeError):
-    """A call that the NPU operator would refuse or compute wrongly."""
+    """A call that the NPU operator would reject or compute incorrectly."""
 
 
 _PARTS = ("where", "supported", "remedy")
 
 
 class _FourPartError(Exception):
-    """An error whose text has the four parts.
+    """An error whose text has four parts: `what (where). Supported: .... Remedy.`.
 
     Args:
         what: What is wrong.
-        where: Layer and field, or setting, with its value.
+        where: The layer and field, or the setting, with its value.
         supported: What would be accepted.
-        remedy: What the reader should do.
+        remedy: What the user should do.
 
     """
 
@@ -100,27 +103,34 @@ class _FourPartError(Exception):
         self.supported, self.remedy = supported, remedy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception is copied and pickled (Ray, process pools) by its arguments,
-        # which are the text alone.
+        # By default an exception is pickled (Ray, process pools) and copied with its
+        # positional arguments, which here are only the text.
         parts = {name: self.__dict__[name] for name in _PARTS}
         return functools.partial(type(self), **parts), (self.what,), self.__dict__
 
 
 class PlatformError(_FourPartError, RuntimeError):
-    """The asked-for platform cannot run here."""
+    """The requested platform, release or setting is not supported here."""
 
 
 class UnsupportedCheckpointError(_FourPartError, NotImplementedError):
-    """A checkpoint that cannot be served as its config says.
+    """A checkpoint that cannot be served the way its config describes.
 
-    Not a ValueError: upstream takes that, for an lm_head, to mean "not quantized".
+    Not a ValueError: for an lm_head, upstream interprets that as "not quantized".
     """
 
 
 def broken_checkpoint(
     what: str, where: str, remedy: str = Remedy.DOWNLOAD_AGAIN
 ) -> UnsupportedCheckpointError:
-    """Refuse a checkpoint that is not what its config says."""
+    """Make the error for tensors that do not match the checkpoint's config.
+
+    Args:
+        what: What is wrong.
+        where: The tensor, and usually the layer.
+        remedy: What the user should do.
+
+    """
     return UnsupportedCheckpointError(
         what,
         where=where,

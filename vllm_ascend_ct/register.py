@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What this package hooks into vLLM, all through vLLM's public registries."""
+"""Everything this package registers with vLLM, all through public registries."""
 
 import os
 from functools import cache
@@ -15,26 +15,27 @@ if TYPE_CHECKING:
 
 @cache
 def register() -> None:
-    """Register operators, kernels and the quantization config, once a process.
+    """Register operators, kernels and the quantization config, once per process.
 
     Raises:
-        PlatformError: vLLM resolved to a platform that is not out of tree, so nothing
-            registered here would ever be used; the installed releases are not
-            supported; or another config serves.
+        PlatformError: vLLM selected an in-tree platform, which would never use what is
+            registered here; the installed releases are not supported; or another
+            plugin's config serves compressed-tensors models.
 
     """
     from vllm.platforms import PlatformEnum, current_platform
 
     if current_platform._enum is not PlatformEnum.OOT:
         raise PlatformError(
-            f"vLLM runs on {type(current_platform).__name__}, no Ascend platform",
+            f"vLLM runs on {type(current_platform).__name__}, which is not an Ascend "
+            "platform",
             where=f"VLLM_PLUGINS={','.join(envs.requested_plugins())}, "
             f"VLLM_TARGET_DEVICE={os.environ.get('VLLM_TARGET_DEVICE', 'unset')}",
             supported="ascend_ct alone, or ascend,ascend_ct beside vllm-ascend",
-            remedy="Name ascend only where vllm-ascend is installed, and unset "
-            "VLLM_TARGET_DEVICE, which turns platform plugins off",
+            remedy="Name ascend only if vllm-ascend is installed, and unset "
+            "VLLM_TARGET_DEVICE, which disables platform plugins",
         )
-    # Of a platform of this package.
+    # Only this package's own platforms have it.
     prepare = getattr(type(current_platform), "prepare_ascend_ct", None)
     if prepare is not None:
         prepare()
@@ -47,7 +48,7 @@ def register() -> None:
 
 
 def register_quantization_config() -> None:
-    """Serve "compressed-tensors" with our config."""
+    """Register `AscendCTConfig` for "compressed-tensors"."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from vllm_ascend_ct.compat import QUANTIZATION
@@ -59,16 +60,15 @@ def register_quantization_config() -> None:
 
 
 def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
-    """Make sure that this package's config serves "compressed-tensors".
+    """Check that this package's config serves "compressed-tensors".
 
-    vLLM asks the class that was registered last, and would serve with another one
-    without a word.
+    vLLM silently uses the class that was registered last.
 
     Args:
-        quant_config: Of the engine that is being configured.
+        quant_config: The quantization config of the engine that is being configured.
 
     Raises:
-        PlatformError: Another config does.
+        PlatformError: Another plugin's config would serve.
 
     """
     from vllm.model_executor.layers.quantization import get_quantization_config
@@ -95,7 +95,7 @@ def check_in_charge(quant_config: "QuantizationConfig | None" = None) -> None:
 
 
 def register_linear_kernels() -> None:
-    """Offer the NPU kernels to upstream's kernel selection."""
+    """Add the NPU kernels to upstream's kernel selection."""
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 

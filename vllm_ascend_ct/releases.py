@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which releases this package serves on: one table, read by all who ask.
+"""The table of vLLM and vllm-ascend releases that this package supports.
 
 `python -m tools.docs.release_table` writes it into the README.
 """
@@ -17,12 +17,13 @@ from packaging.version import InvalidVersion, Version
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import PlatformError
 
-# Not `init_logger`, whose `warning_once` asks for the platform: it is being resolved.
+# Not `init_logger`: its `warning_once` needs the platform, which vLLM is still
+# selecting when this module runs.
 logger = logging.getLogger("vllm.ascend_ct.releases")
 
 
 class Tested(StrEnum):
-    """What the tests run on a release."""
+    """How far a release is tested."""
 
     END_TO_END = "end to end"
     IN_PARTS = "in parts"
@@ -31,15 +32,16 @@ class Tested(StrEnum):
 
 @dataclass(frozen=True)
 class Release:
-    """Releases that serve together.
+    """Versions of packages that are used together.
 
     Attributes:
-        vllm: Of vLLM.
-        vllm_ascend: Of vllm-ascend, oldest first; none where operators are emulated.
-        torch_npu: Of torch_npu, which vllm-ascend pins.
-        compressed_tensors: Of compressed-tensors, which vLLM pins.
-        tested: What the tests run on it; by engines, or layer by layer.
-        note: How, or why it is refused.
+        vllm: vLLM version.
+        vllm_ascend: vllm-ascend versions, oldest first; empty if the operators are
+            emulated.
+        torch_npu: torch_npu version that vllm-ascend pins.
+        compressed_tensors: compressed-tensors version that vLLM pins.
+        tested: How far it is tested: whole engines, single layers, or refused.
+        note: What was tested, or why it is refused.
 
     """
 
@@ -89,7 +91,7 @@ def served(on_npu: bool) -> list[Release]:
     """The releases that are not refused.
 
     Args:
-        on_npu: Those with vllm-ascend, or those with emulated operators.
+        on_npu: True for releases with vllm-ascend, False for emulated operators.
 
     """
     return [
@@ -100,7 +102,7 @@ def served(on_npu: bool) -> list[Release]:
 
 
 def describe(releases: Sequence[Release]) -> str:
-    """Name releases in a sentence."""
+    """List releases for an error text."""
     return "; ".join(map(str, releases))
 
 
@@ -118,13 +120,14 @@ def find(on_npu: bool) -> tuple[Release, Release | None]:
 
 
 def check(on_npu: bool) -> None:
-    """Refuse releases that are not in the table, or that it refuses.
+    """Refuse installed releases that the table does not list, or lists as refused.
 
     Args:
-        on_npu: Whether vllm-ascend is the base; else the operators are emulated.
+        on_npu: Whether vllm-ascend runs the engine; otherwise operators are emulated.
 
     Raises:
-        PlatformError: They are, and `VLLM_ASCEND_CT_ANY_RELEASE` does not allow it.
+        PlatformError: The installed releases are refused, and
+            `VLLM_ASCEND_CT_ANY_RELEASE` is not 1.
 
     """
     import vllm
@@ -136,24 +139,24 @@ def check(on_npu: bool) -> None:
         return
     if envs.any_release():
         logger.warning(
-            "Nobody has tested vllm-ascend-ct on %s; tested: %s.",
+            "vllm-ascend-ct has not been tested on %s. Tested releases: %s.",
             installed,
             describe(supported),
         )
         return
     reason = "" if found is None else f": {found.note}"
     raise PlatformError(
-        f"This release of vllm-ascend-ct does not serve on {installed}{reason}",
+        f"This release of vllm-ascend-ct does not support {installed}{reason}",
         where=f"vLLM in {os.path.dirname(vllm.__file__)}",
         supported=describe(supported),
         remedy=f"Install {_nearest(installed, supported)}, or a later release of "
         "vllm-ascend-ct, or leave ascend_ct out of VLLM_PLUGINS; "
-        f"{envs.ANY_RELEASE}=1 tries it untested",
+        f"{envs.ANY_RELEASE}=1 skips this check",
     )
 
 
 def _compare_others(release: Release) -> None:
-    """Say which of the other packages are not those that were tested."""
+    """Warn about other packages whose versions differ from the tested ones."""
     for package in ("torch_npu", "compressed_tensors"):
         tested = getattr(release, package)
         try:
@@ -162,7 +165,7 @@ def _compare_others(release: Release) -> None:
             continue
         if tested and _public(installed) != _public(tested):
             logger.warning(
-                "%s %s is installed; %s was tested with %s.",
+                "%s %s is installed, but %s was tested with version %s.",
                 package,
                 installed,
                 release,
@@ -180,16 +183,16 @@ def _matches(installed: Release, release: Release) -> bool:
 
 
 def _public(name: str) -> Version:
-    """A version without the part that tells builds apart (`+cpu`, `+empty`)."""
+    """A version without its local build label (`+cpu`, `+empty`)."""
     try:
         return Version(Version(name).public)
     except InvalidVersion:
-        # What a source tree without tags calls itself ("dev").
+        # A source tree without tags calls itself "dev".
         return Version("0.dev0")
 
 
 def _nearest(installed: Release, supported: Sequence[Release]) -> Release:
-    """The last release before the one that is installed, or the first after it."""
+    """The latest supported release up to the installed one, else the earliest."""
 
     def key(release: Release) -> Version:
         return _public((release.vllm_ascend or (release.vllm,))[-1])

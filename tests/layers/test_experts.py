@@ -62,7 +62,7 @@ REFUSED = {
     "w5a16-g64-asym": "5-bit experts .*: group_size=64; supported: per channel",
     "w8a8-g128-packed": "8-bit experts .*: group_size=128; supported: per channel",
     "w8a8-tensor-dynamic": "weights.strategy=tensor; supported for .*: channel",
-    "w8a8-channel-static": "int8 inputs, static per tensor; supported: no activation",
+    "w8a8-channel-static": "int8 inputs, static per tensor; supported: 16-bit",
     "w4a8o8-channel": "int8 inputs and outputs, static per tensor, symmetric; supp",
 }
 
@@ -134,10 +134,10 @@ def test_refused(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "sizes", "reason"),
     [
-        ("w5a16-channel-asym", Sizes(4, 256, 520, 2), "N=520, .* fill whole words"),
+        ("w5a16-channel-asym", Sizes(4, 256, 520, 2), "N=520, .* fill whole int32"),
         ("w4a16-channel", Sizes(4, 256, 252, 2), "K=252; supported for int4: mult"),
         ("w4a16-g32", Sizes(1025, 32, 32, 2), "1025 experts; supported: 1 to 1024"),
-        ("w4a16-g128", Sizes(4, 256, 320, 2), "320 a rank, group_size=128; .*whole"),
+        ("w4a16-g128", Sizes(4, 256, 320, 2), "320 per rank, group_size=128; .*whole"),
     ],
 )
 def test_sizes_are_refused_before_loading(
@@ -150,7 +150,7 @@ def test_sizes_are_refused_before_loading(
 
 def test_chip_without_quantized_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "310P")
-    with pytest.raises(UnsupportedCheckpointError, match="no product of quantized"):
+    with pytest.raises(UnsupportedCheckpointError, match="no operator that multiplies"):
         build_with(SIZES["8-experts"], config_of("Linear", "w8a16-channel"), FP16)
 
 

@@ -94,7 +94,7 @@ def result(layout: str, fault: str | None, ratio: float, error: float) -> Result
 
 RIGHT, SLOW, FAST = (None, 1.0, 1e-3), (None, 0.99, 1e-3), (None, 0.5, 1e-3)
 WRONG, INEXACT = ("wrong", 0.5, 1.0), (None, 0.5, 4e-3)
-NOTHING = "Each default is right"
+NOTHING = "Every default is correct"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ NOTHING = "Each default is right"
         (RIGHT, SLOW, NOTHING),
         (RIGHT, WRONG, NOTHING),
         (RIGHT, INEXACT, NOTHING),
-        (WRONG, WRONG, "kind: no layout is right; do not serve"),
+        (WRONG, WRONG, "kind: no layout gives correct results; do not serve"),
     ],
 )
 def test_advice(default: Any, other: Any, text: str) -> None:

@@ -74,7 +74,7 @@ def test_refused(
     name = f"vLLM {vllm_release}"
     if vllm_ascend is not None:
         name = f"vllm-ascend {vllm_ascend} on {name}"
-    assert f"does not serve on {name}" in str(error.value)
+    assert f"does not support {name}" in str(error.value)
     assert f"Install {nearest}, or a later release" in str(error.value)
     monkeypatch.setenv("VLLM_ASCEND_CT_ANY_RELEASE", "1")
     releases.check(on_npu=vllm_ascend is not None)
@@ -92,7 +92,8 @@ def test_other_packages_are_named(
         releases.check(on_npu=True)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"torch_npu 2.10.0.post2 is installed; {_LATEST} was tested with 2.10.0.post4."
+        f"torch_npu 2.10.0.post2 is installed, but {_LATEST} was tested with version "
+        "2.10.0.post4."
     )
 
 

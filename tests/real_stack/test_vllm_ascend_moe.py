@@ -242,8 +242,12 @@ def test_weights_of_the_router_on_the_input(vllm_config: Any) -> None:
     ("scheme", "options", "reason"),
     [
         ("w4a16-g32", {"activation": "gelu"}, "activation gelu; vllm-ascend supports"),
-        ("w8a8-channel-dynamic", {"has_bias": True}, "biases of experts; vllm-ascend"),
-        ("w4a16-g32", {"swiglu_limit": 7.0}, "swiglu_limit=7.0; vllm-ascend ignores"),
+        ("w8a8-channel-dynamic", {"has_bias": True}, "biases of experts, which vllm"),
+        (
+            "w4a16-g32",
+            {"swiglu_limit": 7.0},
+            "swiglu_limit=7.0, which vllm-ascend ignores",
+        ),
     ],
 )
 def test_what_it_would_not_compute_is_refused(

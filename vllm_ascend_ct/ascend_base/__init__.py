@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Everything that is taken from vllm-ascend, the production base.
+"""Everything this package uses of vllm-ascend, which runs the engine on NPU hosts.
 
-It is installed on NPU hosts only, so everything is imported where it is used.
+vllm-ascend is not installed elsewhere, so functions import it when they are called.
 """
 
 import os
@@ -22,14 +22,15 @@ logger = init_logger("vllm.ascend_ct.ascend_base")
 
 
 def prepare_process(load_plugins: bool) -> None:
-    """Do in this process what has to happen before our own registrations.
+    """Prepare this process for this package's registrations.
 
     Args:
         load_plugins: Whether to run vllm-ascend's general plugins, which
             `VLLM_PLUGINS=ascend_ct` filters out.
 
     Raises:
-        PlatformError: The environment names another chip than vllm-ascend.
+        PlatformError: `VLLM_ASCEND_CT_SOC` differs from the chip that vllm-ascend was
+            installed for.
 
     """
     from vllm_ascend.platform import NPUPlatform
@@ -37,31 +38,31 @@ def prepare_process(load_plugins: bool) -> None:
     _use_installed_chip()
     if load_plugins:
         _load_general_plugins()
-    # Registers vllm-ascend's config while a module is imported. The last registration
-    # counts, so that has to happen before ours; vLLM calls it in one process only.
+    # This imports the module that registers vllm-ascend's config. The last registration
+    # wins, so it has to come before ours, and vLLM calls it in one process only.
     NPUPlatform.pre_register_and_update()
 
 
 def _use_installed_chip() -> None:
-    """Take the limits of the chip that vllm-ascend was installed for."""
+    """Use the operator limits of the chip that vllm-ascend was installed for."""
     from vllm_ascend.utils import get_ascend_device_type
 
-    # Asking the device instead would start it.
+    # Querying the device instead would initialize it.
     installed = Soc(get_ascend_device_type().name.removeprefix("_"))
     if requested_soc() not in (None, installed):
         raise PlatformError(
-            f"{envs.SOC} names another chip than the one that vllm-ascend was "
+            f"{envs.SOC} names a different chip from the one that vllm-ascend was "
             "installed for",
             where=f"{envs.SOC}={os.environ[envs.SOC]}, vllm-ascend: {installed.value}",
-            supported=f"{envs.SOC} where the operators are emulated",
-            remedy=f"Unset {envs.SOC}, or install vllm-ascend for the chip that it "
-            "names (SOC_VERSION)",
+            supported=f"{envs.SOC} with emulated operators only",
+            remedy=f"Unset {envs.SOC}, or install vllm-ascend for that chip "
+            "(SOC_VERSION)",
         )
     set_default_soc(installed)
 
 
 def _load_general_plugins() -> None:
-    """Run vllm-ascend's general plugins, but for those that vLLM runs itself."""
+    """Run vllm-ascend's general plugins, except those that vLLM itself runs."""
     requested = envs.requested_plugins()
     for entry_point in entry_points(group="vllm.general_plugins"):
         distribution = entry_point.dist.name if entry_point.dist else ""
@@ -76,7 +77,7 @@ def _load_general_plugins() -> None:
 
 
 def init_config(vllm_config: object) -> None:
-    """Read vllm-ascend's settings, as its engine does first."""
+    """Initialize vllm-ascend's settings, as its engine does at startup."""
     from vllm_ascend.ascend_config import init_ascend_config
 
     init_ascend_config(vllm_config)
@@ -108,7 +109,7 @@ def join_groups(vllm_config: Any) -> None:
 
 
 def prefers_nz() -> bool:
-    """Whether vllm-ascend is configured to hold quantized weights in FRACTAL_NZ."""
+    """Whether vllm-ascend is configured to store quantized weights in FRACTAL_NZ."""
     if not runs_on_vllm_ascend():
         return False
     from vllm_ascend.ascend_config import get_ascend_config
@@ -117,27 +118,32 @@ def prefers_nz() -> bool:
 
 
 def fuses_norms(dtype: torch.dtype) -> bool:
-    """Whether vllm-ascend's passes may have norms quantize to given scales.
+    """Whether vllm-ascend's graph passes may fuse a norm with static quantization.
 
-    They look for its operator `quantize`, and hand what it is given, in the model's
-    dtype, to `npu_add_rms_norm_quant`, which for float16 documents others.
+    The passes match vllm-ascend's operator `quantize` and pass its arguments, in the
+    model's dtype, to `npu_add_rms_norm_quant`. For float16 that operator's
+    documentation requires other dtypes.
+
+    Args:
+        dtype: The model's dtype.
+
     """
     if not runs_on_vllm_ascend() or dtype != torch.bfloat16:
         return False
-    # Registers the operator.
+    # The import registers the operator.
     from vllm_ascend.ops import register_custom_ops  # noqa: F401
 
     return True
 
 
 def runs_on_vllm_ascend() -> bool:
-    """Whether vllm-ascend is what this process runs on."""
+    """Whether vllm-ascend runs the engine in this process."""
     from vllm.platforms import current_platform
 
     return current_platform.device_type == "npu"
 
 
 def graph_key() -> dict[str, dict[str, object]]:
-    """What tells graphs of this process from those of other chips and layouts."""
+    """Fields that keep compiled graphs for different chips and layouts apart."""
     key = {"soc": current_soc().value, "emulated": not runs_on_vllm_ascend()}
     return {"ascend_ct": {**key, "layouts": layouts.requested()}}

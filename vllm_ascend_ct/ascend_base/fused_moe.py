@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What vllm-ascend 0.23's runner of experts asks of a method, and offers it.
+"""The interface between vllm-ascend 0.23's MoE runner and a quantization method.
 
-It neither routes tokens nor uses upstream's modular kernel: a method routes, and hands
-tokens and weights to the communication method of the current batch.
+The runner does not route tokens and does not use upstream's modular kernel. The method
+routes, and passes tokens and weights to the communication method of the current batch.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ _ACTIVATIONS = ("silu", "swiglustep")
 
 
 def unquantized_class(tid2eid: Any) -> tuple[Any, dict[str, Any]] | None:
-    """vllm-ascend's method for experts that are not quantized; None off the NPU.
+    """vllm-ascend's method for unquantized experts; None without vllm-ascend.
 
     Args:
-        tid2eid: Experts by token, of a layer that is routed by hash.
+        tid2eid: Table from token ids to experts, if the layer is routed by hash.
 
     Returns:
-        The class and what it takes beside a layer's `moe_config`.
+        The class, and the arguments it takes besides the layer's `moe_config`.
 
     """
     if not runs_on_vllm_ascend():
@@ -41,21 +41,21 @@ def unquantized_class(tid2eid: Any) -> tuple[Any, dict[str, Any]] | None:
 
 
 def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None:
-    """Why vllm-ascend cannot compute experts, or None.
+    """Why vllm-ascend cannot compute a layer's experts, or None.
 
-    Refuses whatever vllm-ascend would ignore in silence.
+    Refuses whatever vllm-ascend would silently ignore.
 
     Args:
-        moe: The layer.
-        bits: Of the operator's weights, 4 or 8.
-        group_size: Elements that share a scale; 0 for one per channel.
-        quantized: Whether activations are.
+        moe: The layer's `FusedMoEConfig`.
+        bits: Weight width that the operator reads, 4 or 8.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
+        quantized: Whether activations are quantized to int8.
 
     """
     from vllm_ascend.ascend_config import get_ascend_config
 
     if moe.has_bias:
-        return "biases of experts; vllm-ascend supports none"
+        return "biases of experts, which vllm-ascend does not support"
     is_310p = current_soc() is Soc.ASCEND_310P
     activations = _ACTIVATIONS[:1] if is_310p else _ACTIVATIONS
     if moe.activation.value not in activations:
@@ -64,20 +64,26 @@ def refusal(moe: Any, bits: int, group_size: int, quantized: bool) -> str | None
             f"vllm-ascend supports {', '.join(activations)}"
         )
     if quantized and moe.in_dtype != torch.bfloat16 and not is_310p:
-        return f"int8 activations of a {moe.in_dtype} model; vllm-ascend's are bfloat16"
+        return (
+            f"int8 activations of a {moe.in_dtype} model; vllm-ascend supports bfloat16"
+        )
     if quantized and bits == 8 and current_soc() is Soc.A5:
-        return "int8 activations, whose operators vllm-ascend does not call on A5"
+        return "int8 activations, for which vllm-ascend calls no operators on A5"
     fuses = get_ascend_config().ascend_fusion_config.fusion_ops_gmmswigluquant
     clamps = quantized and (fuses if bits == 8 else group_size == 0) and not is_310p
     if moe.swiglu_limit and moe.activation.value == "silu" and not clamps:
-        return f"swiglu_limit={moe.swiglu_limit}; vllm-ascend ignores it"
+        return f"swiglu_limit={moe.swiglu_limit}, which vllm-ascend ignores"
     return None
 
 
 def fuses_gate(weight_dtype: torch.dtype, activation: Any) -> bool:
-    """Whether vllm-ascend fuses the first product of int8 activations and the gate.
+    """Whether vllm-ascend fuses the first int8 matmul with the activation.
 
-    int4 per channel goes to its own operator.
+    Args:
+        weight_dtype: int8, or int32 for packed int4, which vllm-ascend multiplies with
+            a custom operator of its own.
+        activation: The layer's `MoEActivation`.
+
     """
     from vllm_ascend.utils import enable_custom_op
 
@@ -87,14 +93,14 @@ def fuses_gate(weight_dtype: torch.dtype, activation: Any) -> bool:
 
 
 def quant_type(name: str) -> Any:
-    """A member of vllm-ascend's `QuantType`."""
+    """The member of vllm-ascend's `QuantType` with this name."""
     from vllm_ascend.quantization.quant_type import QuantType
 
     return QuantType[name]
 
 
 class QuantTypeHolder:
-    """What vllm-ascend looks for in a method, as its `quant_method`.
+    """Object that vllm-ascend's runner expects as a method's `quant_method`.
 
     Attributes:
         quant_type: Tells the runner how to prepare tokens.
@@ -108,7 +114,7 @@ class QuantTypeHolder:
 def has_adapters(layer: Any) -> bool:
     """Whether vllm-ascend wrapped a layer for LoRA.
 
-    It leaves the adapters on the layer, for the method to hand to the operators.
+    It stores the adapters on the layer and expects the method to apply them.
     """
     return getattr(layer, "_ascend_moe_lora_context", None) is not None
 
@@ -121,18 +127,19 @@ def select_experts(
     tid2eid: Any,
     **routing: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Route tokens as vllm-ascend does.
+    """Route tokens as vllm-ascend's own methods do.
 
     Args:
-        layer: vllm-ascend's.
+        layer: vllm-ascend's MoE layer.
         x: `[T, H]`.
         router_logits: `[T, E]`.
-        num_experts: Without redundant and shared ones.
-        tid2eid: Experts by token, of a layer that is routed by hash.
-        routing: As of vllm-ascend's `select_experts`.
+        num_experts: Number of experts, without redundant and shared ones.
+        tid2eid: Table from token ids to experts, if the layer is routed by hash.
+        routing: Arguments of vllm-ascend's `select_experts`.
 
     Returns:
-        Weights and ids, `[T, top-k]`, and what experts add that compute nothing.
+        Top-k weights and ids, both `[T, top-k]`, and the output of zero-computation
+        experts `[T, H]`, or None if there are none.
 
     """
     from vllm.forward_context import get_forward_context
@@ -141,12 +148,12 @@ def select_experts(
     from vllm_ascend.ops.fused_moe import experts_selector
 
     if get_ascend_config().multistream_overlap_gate:
-        # The runner did, on another stream.
+        # The runner has routed already, on another stream.
         context = flash_common3_context.get_flash_common3_context()
         assert context is not None
         weights, ids = context.topk_weights, context.topk_ids
     elif current_soc() is Soc.ASCEND_310P:
-        # Which has other operators for it.
+        # The 310P has different routing operators.
         from vllm_ascend._310p.fused_moe import experts_selector as selector_310p
 
         weights, ids = selector_310p.select_experts(
@@ -169,7 +176,7 @@ def select_experts(
         )
     capturer = getattr(layer, "_ascend_routed_experts_capturer", None)
     if capturer is not None:
-        # enable_return_routed_experts.
+        # The engine runs with enable_return_routed_experts.
         capturer.capture(layer_id=layer.layer_id, topk_ids=ids)
     zero_expert_type = getattr(layer, "zero_expert_type", None)
     if getattr(layer, "zero_expert_num", 0) == 0 or zero_expert_type is None:
@@ -185,10 +192,10 @@ def select_experts(
 
 
 def fused_experts(**arguments: Any) -> Any:
-    """Compute experts where vllm-ascend sends the tokens of this batch.
+    """Compute experts by the communication method that vllm-ascend chose for the batch.
 
     Args:
-        arguments: As of vllm-ascend's `build_fused_experts_input`.
+        arguments: Arguments of vllm-ascend's `build_fused_experts_input`.
 
     Returns:
         vllm-ascend's `FusedExpertsResult`.

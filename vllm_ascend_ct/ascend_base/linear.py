@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What vllm-ascend 0.23 does with the weights of linear layers by itself."""
+"""How vllm-ascend uses the weights of linear layers outside of their methods."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def unquantized_class() -> "type[LinearMethodBase] | None":
-    """vllm-ascend's method for layers that are not quantized; None off the NPU."""
+    """vllm-ascend's method for unquantized layers; None without vllm-ascend."""
     if not runs_on_vllm_ascend():
         return None
     from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
@@ -21,8 +21,12 @@ def unquantized_class() -> "type[LinearMethodBase] | None":
 
 
 def reads_weight(prefix: str) -> bool:
-    """Whether an operator of vllm-ascend's is handed a layer's 16-bit weight.
+    """Whether vllm-ascend passes a layer's 16-bit weight directly to an operator.
 
-    That is so in the compressors of DeepSeek-V4's attention.
+    It does so in the compressors of DeepSeek-V4's attention.
+
+    Args:
+        prefix: Name of the layer.
+
     """
     return runs_on_vllm_ascend() and ".compressor." in prefix

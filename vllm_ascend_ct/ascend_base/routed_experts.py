@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What vllm-ascend 0.30's runner of experts asks of a method, and offers it.
+"""The interface between vllm-ascend 0.30's MoE runner and a quantization method.
 
-It routes tokens and sends them to where their experts are; there it has the method
-multiply them, and brings the results back.
+The runner routes tokens, sends them to the ranks of their experts, calls the method to
+multiply them there, and brings the results back.
 """
 
 import inspect
@@ -16,13 +16,13 @@ from vllm_ascend_ct.ascend_base.fused_moe import quant_type
 from vllm_ascend_ct.errors import PlatformError, Remedy
 
 _CUMULATED = 0
-# Fields of a call that no served release sets.
+# Fields of `MoEMlpComputeInput` that no supported release sets.
 _UNUSED = ("topk_scales", "need_trans", "dynamic_eplb", "lora_context")
 
 
 @cache
 def asks_for_products() -> bool:
-    """Whether the runner has a method multiply; else it multiplies itself."""
+    """Whether vllm-ascend's runner calls the method to multiply (since 0.28)."""
     from vllm_ascend.ops.fused_moe.moe_comm_method import MoECommMethod
 
     arguments = inspect.signature(MoECommMethod.fused_experts).parameters
@@ -37,18 +37,19 @@ def compute(
     topk_ids: torch.Tensor,
     sent_as: str,
 ) -> Any:
-    """Compute experts where vllm-ascend sends the tokens of this batch.
+    """Compute experts by the communication method that vllm-ascend chose for the batch.
 
-    Limits and factors of activations are not passed on: vllm-ascend takes them from
-    the layer that was made last.
+    The activation's clamp limit, alpha and beta are not passed on: vllm-ascend reads
+    them from the layer that was created last.
 
     Args:
-        method: Has `apply_gmm1_act_quant` and `apply_gmm2`.
-        layer: vllm-ascend's.
+        method: Implements `apply_gmm1_act_quant` and `apply_gmm2`.
+        layer: vllm-ascend's MoE layer.
         x: `[T, H]`.
         topk_weights: `[T, top-k]`.
         topk_ids: `[T, top-k]`.
-        sent_as: The `QuantType` by which what is sent is quantized.
+        sent_as: Name of the `QuantType` that tokens are quantized to before they are
+            sent.
 
     Returns:
         vllm-ascend's `FusedExpertsResult`.
@@ -76,19 +77,20 @@ def compute(
 
 
 def check(call: Any) -> None:
-    """Refuse what would change the result and is not computed.
+    """Refuse options that would change the result and are not implemented here.
 
     Args:
         call: vllm-ascend's `MoEMlpComputeInput`.
 
     Raises:
-        PlatformError: vllm-ascend asks for it.
+        PlatformError: vllm-ascend has set one of them.
 
     """
     for name in _UNUSED:
         if (value := getattr(call, name)) is not None and value is not False:
             raise PlatformError(
-                "vllm-ascend asks of experts what this package does not compute",
+                "vllm-ascend uses an option of experts that vllm-ascend-ct does not "
+                "implement",
                 where=f"layer {call.layer.layer_name}, {name}={type(value).__name__}",
                 supported=f"no {name}",
                 remedy=Remedy.WITHOUT_PLUGIN,
@@ -96,7 +98,7 @@ def check(call: Any) -> None:
 
 
 def counts(call: Any) -> torch.Tensor:
-    """int64 rows of each expert, of vllm-ascend's `MoEMlpComputeInput`."""
+    """Number of rows of each expert, int64 `[E]`, from a `MoEMlpComputeInput`."""
     groups: torch.Tensor = call.group_list
     if call.group_list_type == _CUMULATED:
         groups = torch.diff(groups, prepend=groups.new_zeros(1))

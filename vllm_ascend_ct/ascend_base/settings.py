@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Settings under which vllm-ascend reads weights as its own methods lay them out."""
+"""Settings that make vllm-ascend read weights in the layout of its own methods."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def check_linear(prefix: str) -> None:
         prefix: Name of the layer.
 
     Raises:
-        UnsupportedCheckpointError: One is set.
+        UnsupportedCheckpointError: One of these settings is enabled for the layer.
 
     """
     if not runs_on_vllm_ascend():
@@ -28,21 +28,21 @@ def check_linear(prefix: str) -> None:
     name = prefix.rpartition(".")[2]
     if config.xlite_graph_config.enabled:
         raise _refused(prefix, "xlite_graph_config.enabled", True, "False")
-    # These two went in 0.25.1 and 0.24.
+    # vllm-ascend 0.25.1 and 0.24 removed the next two.
     if getattr(config, "enable_matmul_allreduce", False):
         raise _refused(prefix, "enable_matmul_allreduce", True, "False")
     sharded = getattr(config, "layer_sharding", None) or ()
     if name in sharded:
-        raise _refused(prefix, "layer_sharding", sharded, "layers of 16 bits")
+        raise _refused(prefix, "layer_sharding", sharded, "unquantized layers only")
     if _gathers_weight(name):
         raise _refused(prefix, "enable_dsa_cp", True, "False")
 
 
 def _gathers_weight(name: str) -> bool:
-    """Whether vllm-ascend gathers the ranks' weights of a layer, and no scales."""
+    """Whether vllm-ascend all-gathers a layer's weight, without its scales."""
     from vllm_ascend import utils
 
-    # Before 0.28 and since.
+    # Up to 0.27.
     if hasattr(utils, "enable_dsa_cp_with_o_proj_tp"):
         return name in ("o_proj", "wo_b") and utils.enable_dsa_cp_with_o_proj_tp()
     gathered = ("o_proj", "wo_b") if current_soc() is Soc.A5 else ("o_proj",)
@@ -50,16 +50,17 @@ def _gathers_weight(name: str) -> bool:
 
 
 def check_latent_query(prefix: str, is_mixed: bool, is_packed: bool) -> None:
-    """Refuse settings under which vllm-ascend 0.30 takes a query's weight for 16 bits.
+    """Refuse settings that make vllm-ascend 0.30 treat a query projection as 16-bit.
 
     Args:
-        prefix: Name of latent attention's `q_b_proj` or its indexer's `wq_b`, which is
-            quantized.
-        is_mixed: Whether `fused_qkv_a_proj`, by which vllm-ascend judges both, is not.
+        prefix: Name of a quantized `q_b_proj` of latent attention, or of its indexer's
+            quantized `wq_b`.
+        is_mixed: Whether `fused_qkv_a_proj` is not quantized. vllm-ascend looks only at
+            that layer to decide whether the query projections are quantized.
         is_packed: Whether the weight is packed.
 
     Raises:
-        UnsupportedCheckpointError: One is set.
+        UnsupportedCheckpointError: One of these settings is enabled for the layer.
 
     """
     if not runs_on_vllm_ascend() or not asks_for_products():
@@ -89,16 +90,16 @@ def check_experts(layer_name: str) -> None:
     """Refuse settings that assume vllm-ascend's own layout of experts' weights.
 
     Args:
-        layer_name: Of the experts.
+        layer_name: Name of the layer of experts.
 
     Raises:
-        UnsupportedCheckpointError: One is set.
+        UnsupportedCheckpointError: One of these settings is enabled.
 
     """
     from vllm_ascend.ascend_config import get_ascend_config
 
     config = get_ascend_config()
-    # 0.30 turns 2, another operator that takes its own weights, into 1 as well.
+    # 2 selects another operator with a weight layout of its own; 0.30 replaces it by 1.
     if config.enable_fused_mc2 == 1:
         raise _refused(layer_name, "enable_fused_mc2", 1, "0")
     if config.eplb_config.dynamic_eplb:

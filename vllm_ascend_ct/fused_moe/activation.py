@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Activations of gated experts, as upstream's `fused_moe/activation.py`."""
+"""Activations of gated experts; counterpart of upstream's `fused_moe/activation.py`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from vllm_ascend_ct.fused_moe.functional import Activation
 
-# The operators gate by SiLU; others are upstream's compositions of torch operators.
+# NPU operators exist for SiLU only. Upstream composes the others of torch operators.
 _MODULES: dict[str, Callable[[Any], Any]] = {
     "silu": lambda c: layers.SiluAndMulWithClamp(c.clamp_limit),
     "gelu": lambda c: layers.GeluAndMul(),
@@ -28,21 +28,25 @@ _MODULES: dict[str, Callable[[Any], Any]] = {
 
 
 def supports(activation: MoEActivation) -> bool:
-    """Whether experts may have an activation."""
+    """Whether this package can compute the activation between the two products."""
     return activation.value in _MODULES
 
 
 def activation_function(
     moe: FusedMoEConfig, quant_config: FusedMoEQuantConfig
 ) -> Activation | None:
-    """Make the function that computes a layer's activation; None for SwiGLU.
+    """Make the function that computes a layer's activation.
 
     Args:
-        moe: The layer.
-        quant_config: Has the limits and factors that the model names.
+        moe: The layer's config.
+        quant_config: Has the activation's clamp limit, alpha and beta.
+
+    Returns:
+        A function from `[M, 2 * I]` to `[M, I]`; None for SwiGLU without a clamp limit,
+        which the NPU operators compute.
 
     """
-    # Later than vLLM 0.23, where vllm-ascend computes it.
+    # vLLM 0.23 does not have it; there vllm-ascend computes the activation.
     from vllm.model_executor.layers.fused_moe import ApplyMoEActivationConfig
 
     config = ApplyMoEActivationConfig.from_configs(moe, quant_config)

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Experts of mixture-of-experts layers as functions of tensors.
 
-Sort tokens by expert, multiply twice, bring the rows back: nothing else, so that any
-quantization tool's method can call them. No loop over experts, and nothing that waits
-for the device.
+They sort tokens by expert, multiply twice and restore the token order, and depend on
+torch only, so that the methods of any quantization tool can call them. There is no
+loop over experts and no synchronization with the device.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,20 @@ from vllm_ascend_ct.ops.traced import moe_init_routing
 Activation = Callable[[torch.Tensor], torch.Tensor]
 _CUMULATIVE, _COUNTS = 0, 1
 _DYNAMIC = 1
-# Row-major, and an index may be -1.
+# Index is token-major, and may contain -1 for rows that are missing.
 _DROP_PAD_BY_TOKEN = 3
 
 
 class Operands(NamedTuple):
-    """What all experts of a rank multiply by, in one of their two products.
+    """Weights of all experts of a rank, for one of the two products.
 
     Attributes:
         weight: int8 `[E, K, N]`, or int4 packed eight to an int32 along the axis that
             is contiguous in memory.
-        scale: `[E, N]`, or `[E, G, N]` for groups of K.
-        offset: Like the scale; added to the integers before it.
-        bias: `[E, N]`. Of int8 rows by int4 weights no bias but the assist term of
-            `weights.int4.pack_outputs_with_assist`.
+        scale: `[E, N]`, or `[E, G, N]` for G groups of K.
+        offset: Shape of the scale; added to the integers before scaling.
+        bias: `[E, N]`. For int8 rows and int4 weights this is not the layer's bias but
+            the assist term of `weights.int4.pack_outputs_with_assist`.
 
     """
 
@@ -45,13 +45,14 @@ class Operands(NamedTuple):
 
 
 class SortedTokens(NamedTuple):
-    """Tokens by expert, each as often as experts chose it.
+    """Tokens sorted by expert, one row for each expert that a token is routed to.
 
     Attributes:
-        rows: `[T * top-k, H]`; those behind the last expert's are not written.
-        row_index: int32 `[T * top-k]`, the row of each choice, -1 if it is not here.
-        counts: int64 `[E]`, rows of each expert.
-        scale: fp32 `[T * top-k]` of quantized rows.
+        rows: `[T * top-k, H]`; rows after those of the last expert are uninitialized.
+        row_index: int32 `[T * top-k]`, token-major: the row of each (token, choice), -1
+            if the expert is on another rank.
+        counts: int64 `[E]`, number of rows of each expert.
+        scale: fp32 `[T * top-k]`, scales of the rows if they are quantized.
 
     """
 
@@ -69,16 +70,16 @@ def sort_tokens(
     quantize: bool,
     counted: bool = True,
 ) -> SortedTokens:
-    """Sort tokens by expert, and quantize them to int8. One launch.
+    """Sort tokens by expert, and optionally quantize them to int8. One launch.
 
     Args:
         x: `[T, H]` fp16 or bf16.
         topk_ids: int32 `[T, top-k]`.
-        experts: The first of this rank's experts, and the one behind the last.
-        num_experts: Of all ranks.
-        quantize: Whether to quantize rows, dynamically and symmetric.
-        counted: Whether the chip counts rows; else it says where they end, which
-            takes some launches more.
+        experts: Range `(start, end)` of this rank's experts.
+        num_experts: Number of experts of all ranks.
+        quantize: Whether to quantize the rows to int8 (dynamic per token, symmetric).
+        counted: Whether the chip's operator returns counts. Otherwise it returns
+            cumulative counts, and converting them takes a few more launches.
 
     """
     mode = _DYNAMIC if quantize else -1
@@ -93,13 +94,13 @@ def weight_only_gate(
     w13: Operands,
     activation: Activation | None,
 ) -> torch.Tensor:
-    """Multiply 16-bit rows by gates and ups, and apply the activation.
+    """Multiply 16-bit rows by the gate and up projections, and apply the activation.
 
     Args:
-        rows: As of `weight_only_product`.
-        counts: As of `weight_only_product`.
-        w13: As of `weight_only_product`; gate and up in N.
-        activation: From `[M, N]` to `[M, I]`; None for SwiGLU.
+        rows: As in `weight_only_product`.
+        counts: As in `weight_only_product`.
+        w13: As in `weight_only_product`; gate and up are concatenated along N.
+        activation: Function from `[M, N]` to `[M, I]`; None for SwiGLU.
 
     Returns:
         `[M, I]`, dtype of the rows.
@@ -118,9 +119,9 @@ def weight_only_product(
 
     Args:
         rows: `[M, K]` fp16 or bf16, sorted by expert.
-        counts: int64 `[E]`.
-        experts: Scale and offset of the rows' dtype, bias fp32 for bf16 rows, fp16 for
-            fp16 rows.
+        counts: int64 `[E]`, number of rows of each expert.
+        experts: Scale and offset have the rows' dtype; the bias is fp32 for bf16 rows
+            and fp16 for fp16 rows.
 
     Returns:
         `[M, N]`, dtype of the rows.
@@ -150,20 +151,22 @@ def int8_gate(
     activation: Activation | None,
     fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply int8 rows by gates and ups, apply the activation, and quantize.
+    """Multiply int8 rows by the gate and up projections, activate, and quantize again.
 
     Two launches if fused.
 
     Args:
         rows: int8 `[M, H]`, sorted by expert.
         row_scale: fp32 `[M]`.
-        counts: int64 `[E]`.
-        w13: Gate and up in N. Not fused as of `int8_product`. Fused: int8 is in
-            FRACTAL_NZ, its scale fp32; the scale of int4 per channel is `[E, N]`.
-        dtype: Of what is not fused, bf16 or fp16.
-        activation: From `[M, N]` to `[M, I]`; None for SwiGLU, as if fused.
-        fused: Whether one operator does it all. Its numbers are known from a chip for
-            a list that says where each expert's rows end.
+        counts: int64 `[E]`, number of rows of each expert.
+        w13: Gate and up, concatenated along N. If not fused, as in `int8_product`. If
+            fused, int8 weights are in FRACTAL_NZ with an fp32 scale, and the scale of
+            per-channel int4 weights is `[E, N]`.
+        dtype: bf16 or fp16, dtype of the intermediate result if not fused.
+        activation: Function from `[M, N]` to `[M, I]`; None for SwiGLU. Must be None if
+            fused.
+        fused: Whether to use the fused operator. It is given cumulative counts, the
+            form for which a test on a chip publishes expected values.
 
     Returns:
         int8 `[M, I]` and its fp32 scale `[M]`.
@@ -178,7 +181,7 @@ def int8_gate(
             counts.cumsum(0),
             weight_assist_matrix=None if w13.bias is None else [w13.bias],
             dequant_mode=int(w13.scale.dim() == 3),
-            # An earlier default is one that the operator itself refuses.
+            # Earlier releases default to a value that the operator rejects.
             dequant_dtype=torch.float32,
             group_list_type=_CUMULATIVE,
         )
@@ -202,11 +205,11 @@ def int8_product(
     Args:
         rows: int8 `[M, K]`, sorted by expert.
         row_scale: fp32 `[M]`.
-        counts: int64 `[E]`.
-        experts: int8 with a scale `[E, N]`, bf16 for bf16 results, fp32 for fp16. int4
-            is packed along N and contiguous; its scale is fp32 bits in int64,
-            `[E, G, N]`, G at least 1.
-        dtype: Of the result, bf16 or fp16.
+        counts: int64 `[E]`, number of rows of each expert.
+        experts: int8 weights have a scale `[E, N]`, bf16 for bf16 results and fp32 for
+            fp16 results. int4 weights are packed along N and contiguous; their scale
+            `[E, G, N]`, G >= 1, is int64 and holds fp32 bits.
+        dtype: bf16 or fp16, dtype of the result.
 
     Returns:
         `[M, N]`.
@@ -230,13 +233,13 @@ def int8_product(
 def quant_dequant_product(
     rows: torch.Tensor, counts: torch.Tensor, experts: Operands
 ) -> torch.Tensor:
-    """Quantize rows per token, symmetric, and multiply them by int8 experts.
+    """Quantize rows to int8 per token (symmetric), and multiply them by int8 experts.
 
-    One launch of the product, and one of where rows end. 310P has it.
+    Two launches: one for cumulative counts and one to multiply. 310P only.
 
     Args:
         rows: fp16 `[M, K]`, sorted by expert.
-        counts: int64 `[E]`.
+        counts: int64 `[E]`, number of rows of each expert.
         experts: int8 `[E, N, K]`, contiguous or in FRACTAL_NZ, scale fp32 `[E, N]`.
 
     Returns:
@@ -256,14 +259,16 @@ def combine(
     topk_ids: torch.Tensor,
     all_here: bool,
 ) -> torch.Tensor:
-    """Sum the rows of each token. One launch, or with some not here two.
+    """Top-k reduction: sum the weighted rows of each token.
+
+    One launch, or two if some rows are missing.
 
     Args:
         rows: `[T * top-k, H]` fp16 or bf16, sorted by expert.
-        index: int32 `[T * top-k]`, token-major.
-        weights: `[T, top-k]`; None for one row a token, unweighted.
+        index: int32 `[T * top-k]`, token-major: the row of each (token, choice).
+        weights: `[T, top-k]`; None for one unweighted row per token.
         topk_ids: `[T, top-k]`.
-        all_here: Whether no index is -1.
+        all_here: Whether all experts are on this rank, so that no index is -1.
 
     Returns:
         `[T, H]`, dtype of the rows.
@@ -271,8 +276,8 @@ def combine(
     """
     if all_here:
         return torch.ops.npu.npu_moe_token_unpermute(rows, index, weights)
-    # Each row as an expert of one: those who ran this mode on a chip call it so, ids
-    # included, which without a bias are not read.
+    # Pass each row as an expert with a capacity of 1, and the ids although they are not
+    # read without a bias: code known to run this mode on a chip calls it like this.
     return torch.ops.npu.npu_moe_finalize_routing(
         rows.unsqueeze(1),
         None,

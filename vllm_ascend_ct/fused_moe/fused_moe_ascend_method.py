@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Methods for vllm-ascend's runners of experts, and which of all is called."""
+"""Methods for vllm-ascend's MoE runners, and the choice among all methods."""
 
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
-# Of `apply`'s arguments what says how to route.
+# The arguments of `apply` that control routing.
 _ROUTING = frozenset(
     (
         "top_k",
@@ -45,7 +45,16 @@ def runner_refusal(
     group_size: int,
     symmetric: bool,
 ) -> str | None:
-    """Why experts cannot be run in this process, or None; see `AscendExperts`."""
+    """Why this process cannot run a layer's experts, or None.
+
+    Args:
+        experts_cls: The experts to check, in addition to vllm-ascend's limits.
+        moe: The layer's config.
+        bits: Weight width in the checkpoint, 2 to 8.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
+        symmetric: Whether the weights have no zero points.
+
+    """
     reason = None
     if runs_on_vllm_ascend() and not routed_experts.asks_for_products():
         quantized = experts_cls.quantizes_activations
@@ -54,16 +63,17 @@ def runner_refusal(
 
 
 def ascend_method(weights: Any, layer: Any, tid2eid: Any) -> "AscendMethod":
-    """Make what this process's runner of experts calls.
+    """Make the method that this process's MoE runner calls.
 
     Args:
-        weights: A method that creates parameters, checks what was loaded and lays it
-            out.
-        layer: The layer.
-        tid2eid: Experts by token, of a layer that is routed by hash.
+        weights: Method that creates the parameters, checks the loaded tensors and
+            repacks them (`AscendCTMoEMixin`).
+        layer: The MoE layer.
+        tid2eid: Table from token ids to experts, if the layer is routed by hash.
 
     Raises:
-        UnsupportedCheckpointError: vllm-ascend's settings are for its own weights.
+        UnsupportedCheckpointError: A setting of vllm-ascend assumes its own layout of
+            the weights.
 
     """
     if not runs_on_vllm_ascend():
@@ -75,27 +85,27 @@ def ascend_method(weights: Any, layer: Any, tid2eid: Any) -> "AscendMethod":
 
 
 class FusedMoEAscendMethod(AscendMethod):
-    """Routes tokens; vllm-ascend's communication methods multiply. Until 0.26."""
+    """Routes tokens; vllm-ascend's communication methods multiply. Up to 0.26."""
 
     def __init__(self, weights: Any, layer: Any, tid2eid: Any) -> None:
-        """Wrap a method; see `ascend_method`."""
+        """Wrap the method that holds the weights; see `ascend_method`."""
         super().__init__(weights)
         self.tid2eid = tid2eid
-        # vllm-ascend takes experts beside quantized ones to be quantized likewise.
+        # vllm-ascend assumes that shared experts are quantized like the routed ones.
         alone = getattr(layer, "_shared_experts", layer) is None
         self.quant_method = fused_moe.QuantTypeHolder(
             _quant_type(weights) if alone else "NONE"
         )
 
     def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
-        """vllm-ascend's runner has its own."""
+        """Make none: vllm-ascend's runner prepares and finalizes by itself."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         fuses = partial(fused_moe.fuses_gate, activation=self.moe.activation)
         self.experts = self.weights.lay_out_weights(layer, fuses=fuses)
 
     def _operands(self) -> dict[str, Any]:
-        """What of `build_fused_experts_input`'s arguments is known of the weights."""
+        """Arguments of `build_fused_experts_input` that describe the weights."""
         w13, w2 = self.experts.operands("w13"), self.experts.operands("w2")
         operands: dict[str, Any] = {
             "w1": w13.weight,
@@ -104,11 +114,11 @@ class FusedMoEAscendMethod(AscendMethod):
             "w2_scale": w2.scale,
         }
         if not self.experts.quantizes_activations:
-            # Which vllm-ascend tells by the offsets; of int8 weights too.
+            # vllm-ascend recognizes weight-only experts, int8 ones too, by the offsets.
             operands |= {"w1_offset": w13.offset, "w2_offset": w2.offset}
             return operands | {"quant_type": fused_moe.quant_type("W4A16")}
         if self.experts.takes_int8:
-            # 310P's runner has no lists.
+            # vllm-ascend takes lists for int8 activations, except on 310P.
             operands = {name: [tensor] for name, tensor in operands.items()}
         if w13.is_int4:
             operands |= {
@@ -128,21 +138,22 @@ class FusedMoEAscendMethod(AscendMethod):
         enable_force_load_balance: bool = False,
         **call: Any,
     ) -> Any:
-        """Compute experts.
+        """Route tokens and compute their experts.
 
         Args:
-            layer: vllm-ascend's.
+            layer: vllm-ascend's MoE layer.
             x: `[T, H]` of the model's dtype, or int8 with `pertoken_scale`.
             router_logits: `[T, E]`.
-            num_experts: With redundant and shared ones.
+            num_experts: Number of experts, including redundant and shared ones.
             enable_force_load_balance: Whether to route at random, for profiling.
-            call: As of vllm-ascend's `AscendUnquantizedFusedMoEMethod.apply`.
+            call: Other arguments of vllm-ascend's
+                `AscendUnquantizedFusedMoEMethod.apply`.
 
         Returns:
             vllm-ascend's `FusedExpertsResult`.
 
         Raises:
-            PlatformError: vllm-ascend gave the layer LoRA adapters.
+            PlatformError: vllm-ascend attached LoRA adapters to the layer.
 
         """
         _refuse_adapters(layer)
@@ -155,7 +166,7 @@ class FusedMoEAscendMethod(AscendMethod):
             order = torch.rand(len(ids), logical, device=ids.device).argsort(dim=1)
             ids = order[:, : ids.shape[1]].to(ids.dtype)
         if call.pop("apply_router_weight_on_input", False):
-            # vllm-ascend's dispatchers weigh the output, and some the input as well.
+            # vllm-ascend's dispatchers weight the output; some weight the input too.
             if call.get("pertoken_scale") is None:
                 x = x * weights.to(x.dtype)
             else:
@@ -176,20 +187,21 @@ class FusedMoEAscendMethod(AscendMethod):
 
 
 class RoutedExpertsAscendMethod(AscendMethod):
-    """Multiplies tokens that vllm-ascend routed and sent. Since 0.28.
+    """Multiplies tokens that vllm-ascend has routed and dispatched. Since 0.28.
 
-    Its runner prepares them for no quantization: it would quantize tokens before it
-    knows whose they are, and take shared experts to be quantized likewise.
+    The runner's own preparation is told "NONE" as the quantization: otherwise it would
+    quantize tokens before it routes them, and assume that shared experts are quantized
+    like the routed ones.
     """
 
     _counts: torch.Tensor
 
     def __init__(self, weights: Any) -> None:
-        """Wrap a method; see `ascend_method`."""
+        """Wrap the method that holds the weights; see `ascend_method`."""
         super().__init__(weights)
         self.quant_method = fused_moe.QuantTypeHolder("NONE")
-        # The `QuantType` by which vllm-ascend quantizes what it sends. Of A5's int8
-        # operators of communication nothing is known.
+        # The `QuantType` that vllm-ascend quantizes dispatched tokens to. Not used on
+        # A5, whose int8 communication operators are unproven.
         sends_int8 = weights.experts_cls.takes_int8 and current_soc() is not Soc.A5
         self.sent_as = _quant_type(weights) if sends_int8 else "NONE"
 
@@ -206,10 +218,10 @@ class RoutedExpertsAscendMethod(AscendMethod):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> Any:
-        """Compute experts.
+        """Compute experts of routed tokens.
 
         Args:
-            layer: vllm-ascend's.
+            layer: vllm-ascend's MoE layer.
             x: `[T, H]`.
             topk_weights: `[T, top-k]`.
             topk_ids: `[T, top-k]`.
@@ -220,12 +232,12 @@ class RoutedExpertsAscendMethod(AscendMethod):
             vllm-ascend's `FusedExpertsResult`.
 
         Raises:
-            PlatformError: vllm-ascend gave the layer LoRA adapters.
+            PlatformError: vllm-ascend attached LoRA adapters to the layer.
 
         """
         _refuse_adapters(layer)
         if layer.apply_router_weight_on_input:
-            # vllm-ascend's dispatchers weigh the output, and some the input as well.
+            # vllm-ascend's dispatchers weight the output; some weight the input too.
             x = x * topk_weights.to(x.dtype)
             topk_weights = torch.ones_like(topk_weights)
         return routed_experts.compute(
@@ -233,13 +245,13 @@ class RoutedExpertsAscendMethod(AscendMethod):
         )
 
     def supports_fused_activation(self, activation: Any) -> bool:
-        """Whether `apply_gmm1_act_quant` has the activation, as always."""
+        """Whether `apply_gmm1_act_quant` applies the activation: always."""
         return True
 
     def apply_gmm1_act_quant(
         self, call: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Multiply rows by gates and ups; see `AscendExperts.gate`.
+        """Compute the first product and the activation; see `AscendExperts.gate`.
 
         Args:
             call: vllm-ascend's `MoEMlpComputeInput`.
@@ -252,18 +264,25 @@ class RoutedExpertsAscendMethod(AscendMethod):
     def apply_gmm2(
         self, call: Any, hidden: torch.Tensor, scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """Multiply by downs what `apply_gmm1_act_quant` returned for the same call."""
+        """Multiply the result of `apply_gmm1_act_quant` by the down projections.
+
+        Args:
+            call: vllm-ascend's `MoEMlpComputeInput`, the same as in the first call.
+            hidden: `[M, I]`.
+            scale: fp32 `[M]` if `hidden` is int8.
+
+        """
         return self.experts.down(hidden, scale, self._counts)
 
 
 def _refuse_adapters(layer: Any) -> None:
-    """Refuse LoRA adapters that vllm-ascend gave a layer."""
+    """Refuse a layer that vllm-ascend attached LoRA adapters to."""
     if fused_moe.has_adapters(layer):
         raise lora.refused(f"layer {layer.layer_name}, a LoRA context")
 
 
 def _quant_type(weights: Any) -> str:
-    """vllm-ascend's `QuantType` of int8 activations, or "NONE"."""
+    """Name of vllm-ascend's `QuantType` for int8 activations; "NONE" for 16 bits."""
     if not weights.experts_cls.quantizes_activations:
         return "NONE"
     return f"W{operator_bits(weights.num_bits)}A8"

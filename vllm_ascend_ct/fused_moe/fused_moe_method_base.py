@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Methods that run experts, as upstream's `fused_moe/fused_moe_method_base.py`."""
+"""Base of the methods that run experts, as upstream's `fused_moe_method_base.py`."""
 
 from typing import Any
 
@@ -15,18 +15,19 @@ from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 
 
 class AscendMethod(FusedMoEMethodBase):
-    """Runs experts whose weights another method has.
+    """Runs experts whose weights another method creates and repacks.
 
     Attributes:
-        weights: Creates parameters, checks what was loaded and lays it out.
-        experts: What it laid out.
+        weights: Method that creates the parameters, checks the loaded tensors and
+            repacks them (`AscendCTMoEMixin`).
+        experts: The repacked experts, after loading.
 
     """
 
     experts: AscendExperts
 
     def __init__(self, weights: Any) -> None:
-        """Wrap that method."""
+        """Wrap the method that holds the weights."""
         super().__init__(weights.moe)
         self.weights = weights
 
@@ -43,7 +44,8 @@ class AscendMethod(FusedMoEMethodBase):
         self.experts = self.weights.lay_out_weights(layer, activation=activation)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
-        # Scales are the layer's parameters; nothing is quantized before the experts.
+        # The experts read their scales from the layer and quantize activations
+        # themselves.
         return FusedMoEQuantConfig.make(
             gemm1_alpha=getattr(layer, "swiglu_alpha", None),
             gemm1_beta=getattr(layer, "swiglu_beta", None),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""LoRA adapters of quantized experts, which no kernel takes."""
+"""Refusal of LoRA adapters for quantized experts, which no kernel supports."""
 
 from vllm.config import get_current_vllm_config_or_none
 
@@ -8,15 +8,15 @@ from vllm_ascend_ct.errors import PlatformError, Remedy
 
 
 def check_experts(layer_name: str) -> None:
-    """Refuse experts that vLLM would wrap for adapters.
+    """Refuse experts that vLLM would wrap for LoRA.
 
-    It wraps whatever adapters may be for, before it knows any.
+    vLLM wraps every module that adapters may target before it loads any adapter.
 
     Args:
-        layer_name: As vLLM calls the experts, `<block>.experts`.
+        layer_name: vLLM's name of the experts, `<block>.experts`.
 
     Raises:
-        PlatformError: Adapters may be for these.
+        PlatformError: LoRA is enabled and may target these experts.
 
     """
     vllm_config = get_current_vllm_config_or_none()
@@ -26,7 +26,7 @@ def check_experts(layer_name: str) -> None:
     from vllm.lora.utils import is_in_target_modules
 
     targets = lora.target_modules
-    # vLLM takes each projection of an expert, `experts.0.up_proj`, for all of them.
+    # For vLLM a projection of one expert, `experts.0.up_proj`, targets all of them.
     last = layer_name.rpartition(".")[2]
     projections = [name for name in targets or [] if name.startswith(f"{last}.")]
     if is_in_target_modules(layer_name, targets, {last: projections}):
@@ -35,15 +35,15 @@ def check_experts(layer_name: str) -> None:
 
 
 def refused(where: str) -> PlatformError:
-    """Refuse adapters of experts.
+    """Make the error for LoRA adapters on experts.
 
     Args:
-        where: The layer, and what says that it has adapters.
+        where: The layer, and the setting or attribute that shows its adapters.
 
     """
     return PlatformError(
-        "No kernel of quantized experts takes LoRA adapters",
+        "LoRA adapters are not supported on quantized experts",
         where=where,
-        supported="adapters of other modules",
+        supported="adapters on other modules",
         remedy=Remedy.LORA_TARGETS,
     )

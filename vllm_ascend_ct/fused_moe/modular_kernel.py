@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Experts in upstream's modular kernel, `fused_moe/modular_kernel.py`."""
+"""Experts for upstream's modular kernel (`fused_moe/modular_kernel.py`)."""
 
 from typing import Any
 
@@ -28,12 +28,12 @@ from vllm_ascend_ct.ops.limits import current_limits
 
 
 class AscendModularExperts(mk.FusedMoEExpertsModular):
-    """Sorts tokens by expert, has them multiplied twice and brings the rows back.
+    """Sorts tokens by expert, multiplies them and reduces the rows of each token.
 
     Attributes:
-        experts: Their weights, laid out.
-        defers_finalize: Whether the caller of the modular kernel calls `finalize`;
-            otherwise the kernel's output is a buffer, to which rows are copied.
+        experts: The layer's repacked experts.
+        defers_finalize: Whether the caller of the modular kernel calls `finalize`.
+            Otherwise `apply` does, and copies the result to the kernel's output buffer.
 
     """
 
@@ -49,13 +49,14 @@ class AscendModularExperts(mk.FusedMoEExpertsModular):
         announce(experts, *experts.forms())
 
     def _find_experts(self, expert_map: torch.Tensor | None) -> None:
-        """Find out which experts are here: a range, or a table to look them up in."""
+        """Determine this rank's experts: a range of ids, or a table to map ids with."""
         local_ids = None
         if expert_map is not None:
             here = (expert_map >= 0).nonzero().flatten()
             self._here = int(here[0]), int(here[-1]) + 1
             if self._here[1] - self._here[0] > len(here):
-                # Those of other ranks are behind the last.
+                # This rank's experts are not contiguous: renumber them from 0, and map
+                # all experts of other ranks to the number after the last.
                 self._here = 0, len(here)
                 local_ids = torch.where(expert_map >= 0, expert_map, len(here)).int()
         layer = self.experts.layer
@@ -79,10 +80,11 @@ class AscendModularExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: mk.ExpertTokensMetadata | None,
         apply_router_weight_on_input: bool,
     ) -> Any:
-        """Compute experts; see upstream's `FusedMoEExpertsModular.apply`.
+        """Compute the experts; see upstream's `FusedMoEExpertsModular.apply`.
 
         Returns:
-            None, the result being in `output`; or, deferred, what `finalize` takes.
+            None after writing the result to `output`; or an `UnfinalizedMoEOutput` if
+            `defers_finalize`.
 
         """
         experts = self.experts
@@ -114,12 +116,12 @@ class AscendModularExperts(mk.FusedMoEExpertsModular):
         weights: torch.Tensor | None,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum the rows of each token.
+        """Top-k reduction: sum the weighted rows of each token.
 
         Args:
-            rows: `[T * top-k, H]`.
-            index: int32, the row of each choice.
-            weights: `[T, top-k]`; None if they are in already, for one choice a token.
+            rows: `[T * top-k, H]`, sorted by expert.
+            index: int32, the row of each (token, choice).
+            weights: `[T, top-k]`; None with top-1 routing if the inputs were weighted.
             topk_ids: `[T, top-k]`.
 
         Returns:
@@ -164,7 +166,7 @@ class AscendModularExperts(mk.FusedMoEExpertsModular):
     def workspace_shapes(
         self, M: int, N: int, K: int, *args: Any, **kwargs: Any
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # The operators allocate what they return.
+        # No workspaces: the operators allocate their results.
         return (0,), (0,), (M, K)
 
 

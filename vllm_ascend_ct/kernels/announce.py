@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""One line in the log for each way in which operators are called."""
+"""Log lines that name the operators a layer calls."""
 
 from typing import Any
 
@@ -13,11 +13,14 @@ logger = init_logger("vllm.ascend_ct.kernels")
 
 
 def announce(server: Any, *forms: Form) -> None:
-    """Log what a kernel, experts or a scheme calls, and what of it is unproven.
+    """Log the operator calls of a kernel, experts or a scheme, once for each form.
+
+    Calls without a known precedent on the current chip are marked as unproven.
 
     Args:
-        server: Makes the calls. It gains the attribute `announced`: the forms.
-        forms: Of its calls.
+        server: The object that makes the calls; its class is logged. It gains the
+            attribute `announced`: the forms.
+        forms: The forms of its calls.
 
     """
     if not forms:

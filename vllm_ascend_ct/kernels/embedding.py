@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Look-ups in a quantized table, as functions of tensors.
+"""Embedding look-ups in a quantized table, as functions of tensors.
 
-The table is in the layout of the weight-only matrix product, so that an embedding can
-be an output head as well. No NPU operator reads it by rows.
+The table has the layout of the weight-only matmul, so that an output head can be tied
+to the embedding. No NPU operator looks up rows in that layout.
 """
 
 import torch
@@ -18,13 +18,13 @@ def dequantized_rows(
     scale: torch.Tensor,
     offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dequantize the columns of a weight that `ids` name: `(weight + offset) * scale`.
+    """Dequantize selected columns of a weight: `(weight + offset) * scale`.
 
     Args:
-        ids: Integers of any shape, each below N.
+        ids: Column indices: integers of any shape, each below N.
         weight: Transposed view: int8 `[K, N]`, or int4 packed to int32 `[K / 8, N]`.
-        scale: Transposed view `[G, N]`, G equal parts of K.
-        offset: Like the scale.
+        scale: Transposed view `[G, N]`, for G groups of K.
+        offset: Shape and layout of the scale.
 
     Returns:
         `[*ids.shape, K]`, dtype of the scale.
@@ -35,7 +35,8 @@ def dequantized_rows(
     if weight.dtype == torch.int32:
         device = values.device
         up = torch.arange(_WORD - _BITS, -1, -_BITS, dtype=torch.int32, device=device)
-        # torch_npu copies a number to shift by from the host, which breaks a capture.
+        # Shift by a tensor: torch_npu would copy a Python number from the host, which
+        # cannot be captured in a graph.
         down = torch.full_like(up, _WORD - _BITS)
         values = (values.unsqueeze(-1) << up >> down).flatten(1)
     groups = values.float().unflatten(1, (len(scale), -1))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Tensors that layers hold after their weights are laid out."""
+"""Storing repacked tensors on layers."""
 
 import torch
 
@@ -8,10 +8,16 @@ import torch
 def set_parameter(
     layer: torch.nn.Module, name: str, tensor: torch.Tensor | None
 ) -> None:
-    """Hold a tensor as a parameter, as sleep mode and reload expect.
+    """Register a tensor as a parameter, as sleep mode and weight reload expect.
 
-    What the layer held under that name it lets go of. Upstream's `replace_parameter`
-    may copy to it instead (since vLLM 0.33), in the old memory format.
+    Frees the layer's previous parameter of that name. Upstream's `replace_parameter`
+    may instead copy into it (since vLLM 0.33), and so keep its memory format.
+
+    Args:
+        layer: The layer.
+        name: Name of the parameter.
+        tensor: Its new value; None to register no tensor under the name.
+
     """
     parameter = None
     if tensor is not None:

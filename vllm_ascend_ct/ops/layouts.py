@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which of several named layouts kernels take, for who has a chip to compare them."""
+"""Named layouts that users with a chip can choose between, to compare them."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ from vllm_ascend_ct.ops.precedents import (
 )
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
-# One scale a channel, or the same in each group of 256.
+# A per-channel scale passed once, or repeated for each group of 256.
 SINGLE, REPEATED = "single", "repeated"
-# Activations quantized by an operator of their own, or by that which multiplies.
+# Activations quantized by a separate operator, or by the operator that multiplies.
 SPLIT, DEQUANT = "split", "dequant"
 
 
@@ -25,8 +25,8 @@ class Choice:
     """Layouts of one kind of linear layer.
 
     Attributes:
-        names: The first is the default.
-        chips: Where there is a choice.
+        names: Names of the layouts; the first is the default.
+        chips: Chips on which the user can choose.
 
     """
 
@@ -43,10 +43,10 @@ CHOICES = {
 
 
 def requested() -> dict[str, str]:
-    """What `VLLM_ASCEND_CT_LAYOUT` asks for, by kind.
+    """Layouts that `VLLM_ASCEND_CT_LAYOUT` requests, by kind.
 
     Raises:
-        PlatformError: The chip in use has no such choice.
+        PlatformError: The current chip does not offer a requested layout.
 
     """
     soc = current_soc()
@@ -65,5 +65,5 @@ def requested() -> dict[str, str]:
 
 
 def chosen(kind: str) -> str:
-    """The layout that kernels take for a kind."""
+    """The layout that kernels use for a kind: the requested one or the default."""
     return requested().get(kind, CHOICES[kind].names[0])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What the NPU operators accept, by chip: the one place that holds these numbers.
+"""Limits of the NPU operators by chip. No other file holds these numbers.
 
-Kernels ask before weights are read, the emulation asks at each call. Sources: the
-torch_npu operator documents (op-plugin, `docs/zh/custom_APIs/torch_npu`) and the
-CANN 9.1.0 aclnn documents and host checks.
+Kernels check them before weights are loaded, the emulation checks them in each call.
+Sources: the torch_npu operator documents (op-plugin, `docs/zh/custom_APIs/torch_npu`),
+and the aclnn documents and host checks of CANN 9.1.0.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,10 +23,10 @@ from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 @dataclass(frozen=True)
 class ActivationQuantLimits:
-    """`npu_dynamic_quant`, `npu_dynamic_quant_asymmetric`, `npu_quantize`.
+    """Limits of `npu_dynamic_quant`, `npu_dynamic_quant_asymmetric`, `npu_quantize`.
 
     Attributes:
-        dst_dtypes: What the first two quantize to.
+        dst_dtypes: Output dtypes of the first two.
 
     """
 
@@ -35,7 +35,7 @@ class ActivationQuantLimits:
     dst_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
 
     def refusal(self, x_dtype: torch.dtype, k: int) -> str | None:
-        """Why rows of `k` elements of `x_dtype` cannot be quantized, or None."""
+        """Why activations `[..., k]` of `x_dtype` cannot be quantized, or None."""
         if x_dtype not in self.x_dtypes:
             return f"x dtype {x_dtype}; supported: {names(self.x_dtypes)}"
         if k % self.k_multiple:
@@ -45,11 +45,11 @@ class ActivationQuantLimits:
 
 @dataclass(frozen=True)
 class WeightQuantBatchMatmulLimits:
-    """`npu_weight_quant_batchmatmul`: 16-bit activations, int8 or int4 weights.
+    """Limits of `npu_weight_quant_batchmatmul`, the weight-only matmul (int8, int4).
 
     Attributes:
-        groups: Whether elements of K may share a scale; op-plugin's
-            `LinearWeightQuant.md` excludes the 310P.
+        groups: Whether per-group scales are supported; op-plugin's
+            `LinearWeightQuant.md` excludes them on the 310P.
 
     """
 
@@ -67,9 +67,9 @@ class WeightQuantBatchMatmulLimits:
         Args:
             x_dtype: dtype of the activations, scales and offsets.
             weight_bits: 4 or 8.
-            k: input features.
-            n: output features.
-            group_size: elements of K that share a scale; 0 for one per channel.
+            k: Input features.
+            n: Output features.
+            group_size: Elements of K that share a scale; 0 for per-channel scales.
 
         """
         if x_dtype not in self.x_dtypes:
@@ -83,7 +83,8 @@ class WeightQuantBatchMatmulLimits:
         if weight_bits == 4 and k % INT4_PER_INT32:
             return f"K={k}; supported for int4: multiples of {INT4_PER_INT32}"
         if weight_bits == 4 and n == 1:
-            # torch_npu's meta function takes the transposed view for a [K, 8] weight.
+            # torch_npu's meta function mistakes the transposed view for a [K, 8]
+            # weight.
             return "N=1; supported for int4: 2 and more"
         if group_size and not self.groups:
             return f"group_size={group_size}; supported: per channel"
@@ -98,13 +99,13 @@ class WeightQuantBatchMatmulLimits:
         return None
 
     def bias_dtype(self, x_dtype: torch.dtype) -> torch.dtype:
-        """Dtype that the bias must have."""
+        """The required dtype of the bias, given the dtype of the activations."""
         return torch.float32 if x_dtype == torch.bfloat16 else x_dtype
 
 
 @dataclass(frozen=True)
 class QuantMatmulOperands:
-    """Dtypes that the operands of `npu_quant_matmul` may have; bias may be absent."""
+    """Allowed dtypes of operands of `npu_quant_matmul`; the bias is optional."""
 
     scale: tuple[torch.dtype, ...]
     bias: tuple[torch.dtype, ...] = (torch.int32,)
@@ -112,7 +113,7 @@ class QuantMatmulOperands:
 
 
 _FLOAT32_BFLOAT16 = (torch.float32, torch.bfloat16)
-# int8 x int8, by output dtype and whether there is a pertoken_scale.
+# For int8 x int8, by output dtype and whether pertoken_scale is given.
 OperandTable = dict[tuple[torch.dtype, bool], QuantMatmulOperands]
 _OPERANDS: OperandTable = {
     (torch.float16, False): QuantMatmulOperands((torch.int64, torch.float32)),
@@ -138,7 +139,7 @@ _OPERANDS_310P: OperandTable = {
 
 
 def _inner_refusal(sizes: list[int], most: int) -> str | None:
-    """Why operands cannot have contiguous axes of these sizes, or None."""
+    """Why operands cannot have these sizes along their contiguous axes, or None."""
     for size in sizes:
         if not 1 <= size <= most:
             return f"inner axis of size {size}; supported: 1 to {most}"
@@ -147,14 +148,14 @@ def _inner_refusal(sizes: list[int], most: int) -> str | None:
 
 @dataclass(frozen=True)
 class QuantMatmulLimits:
-    """`npu_quant_matmul` with int8 activations and int8 weights.
+    """Limits of `npu_quant_matmul` with int8 activations and int8 weights.
 
     Attributes:
-        operands: What the other operands may be, by output dtype and whether there is
-            a pertoken_scale.
-        max_size: Of the axis of an operand that is contiguous in memory.
-        transposed_nz: Whether the weight has to be the transposed view of a
-            FRACTAL_NZ tensor.
+        operands: Allowed dtypes of the other operands, by output dtype and whether
+            pertoken_scale is given.
+        max_size: Largest size of an operand's contiguous axis.
+        transposed_nz: Whether the weight must be the transposed view of a FRACTAL_NZ
+            tensor.
 
     """
 
@@ -167,7 +168,7 @@ class QuantMatmulLimits:
 
         Args:
             out_dtype: dtype of the result.
-            inner_sizes: size of the contiguous axis of each operand.
+            inner_sizes: Size of the contiguous axis of each operand.
 
         """
         out_dtypes = tuple(dict.fromkeys(dtype for dtype, _ in self.operands))
@@ -178,17 +179,17 @@ class QuantMatmulLimits:
 
 @dataclass(frozen=True)
 class Fp8MatmulLimits:
-    """`npu_quant_matmul` with FP8 (E4M3) activations, per token, and FP8 weights.
+    """Limits of `npu_quant_matmul` with FP8 (E4M3) weights and per-token activations.
 
-    Without a bias: the documents add it before the scales, and vllm-ascend passes none
-    for a fault of the operator.
+    No bias: according to the documents it is added before scaling, and vllm-ascend
+    passes none because of a fault of the operator.
     """
 
     out_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     max_size: int = 65535
 
     def refusal(self, out_dtype: torch.dtype, inner_sizes: list[int]) -> str | None:
-        """Why a product cannot be computed, or None; as of `QuantMatmulLimits`."""
+        """Why a product cannot be computed, or None; see `QuantMatmulLimits`."""
         if out_dtype not in self.out_dtypes:
             return f"output dtype {out_dtype}; supported: {names(self.out_dtypes)}"
         return _inner_refusal(inner_sizes, self.max_size)
@@ -196,9 +197,9 @@ class Fp8MatmulLimits:
 
 @dataclass(frozen=True)
 class QuantMatmulDequantLimits:
-    """`npu_quant_matmul_dequant` and `npu_quant_grouped_matmul_dequant`.
+    """Limits of `npu_quant_matmul_dequant` and `npu_quant_grouped_matmul_dequant`.
 
-    Activations quantized per token by the operator.
+    These operators quantize activations per token and multiply.
     """
 
     x_dtypes: tuple[torch.dtype, ...] = FLOAT16
@@ -216,7 +217,7 @@ class QuantMatmulDequantLimits:
 
 @dataclass(frozen=True)
 class A8W4Limits:
-    """`npu_quant_matmul` with int8 activations and int4 weights packed along N."""
+    """Limits of `npu_quant_matmul` with int8 activations and int4 weights (W4A8)."""
 
     out_dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     group_sizes: tuple[int, ...] = (256,)
@@ -230,9 +231,9 @@ class A8W4Limits:
 
         Args:
             out_dtype: dtype of the result.
-            k: input features.
-            n: output features.
-            group_size: elements of K that share a scale; 0 for one per channel.
+            k: Input features.
+            n: Output features.
+            group_size: Elements of K that share a scale; 0 for per-channel scales.
 
         """
         if out_dtype not in self.out_dtypes:
@@ -253,7 +254,7 @@ _Dtypes = tuple[torch.dtype | None, ...]
 
 @dataclass(frozen=True)
 class GroupedMatmulOperands:
-    """Dtypes that the operands may have; None in them where one may be absent."""
+    """Allowed dtypes of the operands of `npu_grouped_matmul`; None means optional."""
 
     scale: _Dtypes = (None,)
     antiquant_scale: _Dtypes = (None,)
@@ -264,13 +265,13 @@ class GroupedMatmulOperands:
 
 @dataclass(frozen=True)
 class GroupedMatmulMode:
-    """`npu_grouped_matmul` for one pair of dtypes: rows split among experts.
+    """Limits of `npu_grouped_matmul` for one pair of activation and weight dtypes.
 
     Attributes:
-        by_output: What the operands may be, by output dtype.
-        groups: Elements of K that may share a scale; None for any even number that
-            divides K, empty for scales per channel only.
-        raw_scale: Whether the scale is int64 that holds fp32 bits, `[E, G, N]`.
+        by_output: Allowed dtypes of the operands, by output dtype.
+        groups: Supported group sizes; None for any even number that divides K, empty
+            for per-channel scales only.
+        raw_scale: Whether the scale `[E, G, N]` is int64 that holds fp32 bits.
         transposable: Whether the weight may be the transposed view of `[E, N, K]`.
         group_list_types: 0 for cumulative counts, 1 for counts.
 
@@ -288,7 +289,15 @@ class GroupedMatmulMode:
     max_experts: int = 1024
 
     def refusal(self, experts: int, k: int, n: int, group_size: int) -> str | None:
-        """Why `[experts, k, n]` weights cannot be multiplied, or None."""
+        """Why `[experts, k, n]` weights cannot be multiplied, or None.
+
+        Args:
+            experts: Number of experts on this rank.
+            k: Input features.
+            n: Output features.
+            group_size: Elements of K that share a scale; 0 for per-channel scales.
+
+        """
         if not 1 <= experts <= self.max_experts:
             return f"{experts} experts; supported: 1 to {self.max_experts}"
         for name, size, most, multiple in (
@@ -300,7 +309,7 @@ class GroupedMatmulMode:
         if group_size and k % group_size:
             return f"group_size={group_size} of K={k}; supported: whole groups"
         if self.groups is None:
-            # An odd number of int4 values ends within a byte of a transposed weight.
+            # In a transposed weight, an odd group of int4 values ends within a byte.
             if group_size % 2:
                 return f"group_size={group_size}; supported: even numbers"
         elif group_size and group_size not in self.groups:
@@ -348,21 +357,21 @@ _GROUPED_A8W4 = GroupedMatmulMode(
     groups=(256,),
     raw_scale=True,
     transposable=False,
-    # Cumulative counts are taken for counts, with a warning in a log at most.
+    # Cumulative counts would be misread as counts, with at most a warning in a log.
     group_list_types=(1,),
     max_k=18432,
     k_multiple=64,
     n_multiple=INT4_PER_INT32,
 )
-# By the dtypes of x and of the weight; int4 weights are int32.
+# By dtype of x and dtype of the weight; packed int4 weights are int32.
 GroupedModes = dict[tuple[torch.dtype, torch.dtype], GroupedMatmulMode]
 _GROUPED_WEIGHT_ONLY: GroupedModes = {
-    # Without an offset the kernel of int8 weights is missing, and int4 weights are
-    # refused (`aclnn_grouped_matmul.cpp`).
+    # Offsets are required: without one there is no kernel for int8 weights, and int4
+    # weights are rejected (`aclnn_grouped_matmul.cpp`).
     **{(x, torch.int8): _grouped_weight_only(x) for x in FLOAT16_BFLOAT16},
     **{(x, torch.int32): _grouped_weight_only(x, None) for x in FLOAT16_BFLOAT16},
 }
-# No kernel of this package calls these: vllm-ascend does, of what is not quantized.
+# Not called by this package, but by vllm-ascend for unquantized experts.
 _GROUPED_16_BITS: GroupedModes = {
     (x, x): GroupedMatmulMode({x: GroupedMatmulOperands(bias=_grouped_bias(x))})
     for x in FLOAT16_BFLOAT16
@@ -382,7 +391,7 @@ GROUPED_A5: GroupedModes = {
 
 @dataclass(frozen=True)
 class GroupedMatmulSwigluQuantLimits:
-    """`npu_grouped_matmul_swiglu_quant_v2`; int4 weights are int32."""
+    """Limits of `npu_grouped_matmul_swiglu_quant_v2`; packed int4 weights are int32."""
 
     scale_dtypes: dict[torch.dtype, tuple[torch.dtype, ...]] = field(
         default_factory=lambda: {
@@ -399,7 +408,15 @@ class GroupedMatmulSwigluQuantLimits:
     def refusal(
         self, weight_dtype: torch.dtype, k: int, n: int, group_size: int
     ) -> str | None:
-        """Why experts of `[k, n]` weights cannot be multiplied, or None."""
+        """Why `[E, k, n]` weights cannot be multiplied, or None.
+
+        Args:
+            weight_dtype: int8, or int32 for packed int4.
+            k: Input features.
+            n: Output features, gate and up together.
+            group_size: Elements of K that share a scale; 0 for per-channel scales.
+
+        """
         if weight_dtype not in self.max_k:
             return f"weight {weight_dtype}; supported: {names(tuple(self.max_k))}"
         if not 1 <= k <= self.max_k[weight_dtype]:
@@ -414,16 +431,17 @@ class GroupedMatmulSwigluQuantLimits:
 
 @dataclass(frozen=True)
 class MoeInitRoutingLimits:
-    """`npu_moe_init_routing_v2`.
+    """Limits of `npu_moe_init_routing_v2`.
 
     Attributes:
-        counts: Whether it counts the rows of experts in any range; else it says where
-            those of all end, int32 (op-plugin calls another operator of aclnn).
+        counts: Whether it can return int64 counts, for any range of experts. Otherwise
+            it returns int32 cumulative counts of all experts (op-plugin then calls
+            another aclnn operator).
 
     """
 
     x_dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
-    # Without quantization, mode -1.
+    # For quant_mode -1, which does not quantize.
     copied_dtypes: tuple[torch.dtype, ...] = (*x_dtypes, torch.int8)
     quant_modes: tuple[int, ...] = (-1, 1)
     max_experts: int = 10240
@@ -436,7 +454,15 @@ class MoeInitRoutingLimits:
         expert_num: int,
         active: tuple[int, ...],
     ) -> str | None:
-        """Why tokens cannot be sorted to the experts in `[start, end)`, or None."""
+        """Why tokens cannot be sorted by expert, or None.
+
+        Args:
+            x_dtype: dtype of the tokens.
+            quant_mode: -1 to copy tokens, 1 to quantize them dynamically.
+            expert_num: Number of experts of all ranks.
+            active: Range `(start, end)` of this rank's experts.
+
+        """
         dtypes = self.copied_dtypes if quant_mode == -1 else self.x_dtypes
         if x_dtype not in dtypes:
             return f"x dtype {x_dtype}; supported: {names(dtypes)}"
@@ -450,13 +476,13 @@ class MoeInitRoutingLimits:
 
 @dataclass(frozen=True)
 class MoeTokenUnpermuteLimits:
-    """`npu_moe_token_unpermute`."""
+    """Limits of `npu_moe_token_unpermute`."""
 
     dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
     max_top_k: int = 512
 
     def refusal(self, dtype: torch.dtype, top_k: int) -> str | None:
-        """Why rows cannot be brought back to their tokens, or None."""
+        """Why rows of `dtype` cannot be summed for each token, or None."""
         if dtype not in self.dtypes:
             return f"dtype {dtype}; supported: {names(self.dtypes)}"
         if not 1 <= top_k <= self.max_top_k:
@@ -466,22 +492,22 @@ class MoeTokenUnpermuteLimits:
 
 @dataclass(frozen=True)
 class MoeFinalizeRoutingLimits:
-    """`npu_moe_finalize_routing`."""
+    """Limits of `npu_moe_finalize_routing`."""
 
     dtypes: tuple[torch.dtype, ...] = (*FLOAT16_BFLOAT16, torch.float32)
 
     def refusal(self, dtype: torch.dtype, experts: int, top_k: int) -> str | None:
-        """Why rows `[experts, C, H]` cannot be brought back, or None."""
+        """Why rows `[experts, C, H]` cannot be summed for each token, or None."""
         if dtype not in self.dtypes:
             return f"dtype {dtype}; supported: {names(self.dtypes)}"
         if experts < top_k:
-            return f"{experts} experts, top-k={top_k}; supported: as many experts"
+            return f"{experts} experts, top-k={top_k}; supported: experts >= top-k"
         return None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The operators of one chip; None where the chip lacks one."""
+    """Limits of all operators on one chip; None if the chip lacks the operator."""
 
     weight_quant_batchmatmul: WeightQuantBatchMatmulLimits = field(
         default_factory=WeightQuantBatchMatmulLimits
@@ -539,5 +565,5 @@ LIMITS = {
 
 
 def current_limits() -> Limits:
-    """The limits of the chip in use (`current_soc`)."""
+    """The limits of the current chip (`current_soc`)."""
     return LIMITS[current_soc()]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which calls of the operators are known to have run on which chip.
+"""Which operator calls are known to have run on which chip.
 
-One row for each form of a call that this package makes. Nothing of it was run on a chip
-by this project: a row names public code that makes the same call there. Where it names
-none, the call is unproven: it follows the documents and the host's checks alone.
+There is a row for each form of a call that this package makes. This project has not run
+any of them on a chip itself: a row names public code that makes the same call there. If
+a row names none, the call is unproven: it relies on the operator's documents and host
+checks only.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 
 class Form(NamedTuple):
-    """A way of calling an operator.
+    """A form of an operator call.
 
     Attributes:
-        operator: Of `torch.ops.npu`.
-        kind: Bits of weights and activations, and what shares a scale; or what is
-            routed, quantized or laid out.
-        layout: Of the weight; or how the other operands are given.
+        operator: Name of the operator in `torch.ops.npu`.
+        kind: For a matmul, the widths of weights and activations and the granularity of
+            the scales, like `w4a16-group`. For other operators, their purpose, like
+            `routing` or `dynamic`.
+        layout: For a matmul, the layout of the weight. For other operators, the form of
+            their operands.
 
     """
 
@@ -31,14 +34,15 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Precedent:
-    """What is known of one form of a call on some chips.
+    """What is known about one form of a call on some chips.
 
     Attributes:
         form: The call.
-        chips: Where it is made.
-        source: Public code that makes it there, a repository with a file or a pull
-            request; None if it is unproven.
-        shown: What that code ran it for; of an unproven call the nearest that ran.
+        chips: Chips on which this package makes the call.
+        source: Public code that makes the same call on such a chip: a repository with a
+            file or a pull request. None if the call is unproven.
+        shown: In which setting that code ran the call; for an unproven call, the most
+            similar call that is known to have run.
 
     """
 
@@ -60,7 +64,7 @@ QUANTIZE = "npu_quantize"
 
 CONTIGUOUS, TRANSPOSED = "contiguous", "transposed"
 NZ, TRANSPOSED_NZ = "nz", "transposed-nz"
-# Activations divided by an fp32 scale, or multiplied by reciprocals of their own dtype.
+# Activations divided by an fp32 scale, or multiplied by its reciprocal in their dtype.
 DIVIDED, RECIPROCAL = "divided", "reciprocal"
 ROWS = "rows"
 
@@ -83,7 +87,7 @@ def _row(
     return Precedent(Form(operator, kind, layout), chips, source, shown)
 
 
-# Of an operator and a kind, first what vllm-ascend's default settings lead to.
+# For each operator and kind, the layout of vllm-ascend's default settings comes first.
 PRECEDENTS: tuple[Precedent, ...] = (
     _row(
         WEIGHT_ONLY,
@@ -459,14 +463,30 @@ PRECEDENTS: tuple[Precedent, ...] = (
 
 
 def precedent(form: Form, soc: Soc | None = None) -> Precedent | None:
-    """Look a form up, on a chip or on the one in use."""
+    """Look up a form on a chip; None if there is no row for it.
+
+    Args:
+        form: The call.
+        soc: The chip; None for the current one.
+
+    """
     chip = soc or current_soc()
     rows = (row for row in PRECEDENTS if row.form == form and chip in row.chips)
     return next(rows, None)
 
 
 def unproven(operator: str, kind: str, soc: Soc) -> bool:
-    """Whether the default form of a call is unproven; not where there is none."""
+    """Whether the default form of a call is unproven on a chip.
+
+    Args:
+        operator: Name of the operator in `torch.ops.npu`.
+        kind: Kind of the call; see `Form`.
+        soc: The chip.
+
+    Returns:
+        False if the chip has no row for this operator and kind.
+
+    """
     for row in PRECEDENTS:
         if row.form[:2] == (operator, kind) and soc in row.chips:
             return row.source is None

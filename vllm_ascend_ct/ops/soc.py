@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which Ascend chip the operator limits are taken for."""
+"""The Ascend chip whose operator limits apply."""
 
 from enum import Enum
 
@@ -8,7 +8,7 @@ from vllm_ascend_ct import envs
 
 
 class Soc(Enum):
-    """Chip families; A2 and A3 run the same kernels."""
+    """Ascend chip families. A2 and A3 run the same kernels."""
 
     A2 = "A2"
     A3 = "A3"
@@ -17,21 +17,22 @@ class Soc(Enum):
 
 
 _default = Soc.A2
-# torch 2.10 cannot trace iterating over the class, which a compiled forward does.
+# A compiled forward looks up a chip, and torch 2.10 cannot trace iterating over an
+# Enum.
 _BY_NAME = {soc.value: soc for soc in Soc}
 
 
 def set_default_soc(soc: Soc) -> None:
-    """Make `soc` what `current_soc` answers when the environment names none."""
+    """Set the chip that `current_soc` returns if the environment names none."""
     global _default
     _default = soc
 
 
 def requested_soc() -> Soc | None:
-    """The chip named by `VLLM_ASCEND_CT_SOC`; None when it is not set.
+    """The chip named by `VLLM_ASCEND_CT_SOC`; None if it is not set.
 
     Raises:
-        ValueError: The variable names no chip.
+        ValueError: The variable does not name a supported chip.
 
     """
     value = envs.choice(envs.SOC, _BY_NAME)
@@ -39,10 +40,10 @@ def requested_soc() -> Soc | None:
 
 
 def current_soc() -> Soc:
-    """The chip named by `VLLM_ASCEND_CT_SOC`, else the default.
+    """The chip named by `VLLM_ASCEND_CT_SOC`, otherwise the default.
 
     Raises:
-        ValueError: The variable names no chip.
+        ValueError: The variable does not name a supported chip.
 
     """
     return requested_soc() or _default

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Operators that have another name in the graphs that torch traces.
+"""Operators that this package wraps in operators of its own when torch traces a graph.
 
-torch_npu's compiler of graphs, `npugraph_ex`, looks for
-`npu_weight_quant_batchmatmul` by its name, to work around a fault of its other
-compiler, and sets an option that its own config has not (2.10.0.post4 to 2.13.0,
-`npu_fx_compiler.py`): "'CompilerConfig' object has no attribute 'experimental_config'".
+`npu_weight_quant_batchmatmul`: torch_npu's graph compiler `npugraph_ex` matches it by
+name, for a workaround meant for torch_npu's other compiler, and sets an option that its
+own config lacks (2.10.0.post4 to 2.13.0, `npu_fx_compiler.py`): "'CompilerConfig'
+object has no attribute 'experimental_config'".
 
-`npu_moe_init_routing_v2` is told how many rows there are by a plain integer. A graph
-would hold that of the tokens it was traced with.
+`npu_moe_init_routing_v2`: it takes the number of rows as a plain integer, so a graph
+would be specialized to the number of tokens it was traced with.
 """
 
 from typing import Any
@@ -37,7 +37,10 @@ def weight_quant_batchmatmul(
     bias: torch.Tensor | None,
     antiquant_group_size: int,
 ) -> torch.Tensor:
-    """Call `npu_weight_quant_batchmatmul`, in a graph by another name."""
+    """Call `npu_weight_quant_batchmatmul`; while tracing, through our own operator.
+
+    See the emulated operator of that name for the arguments.
+    """
     operator = _multiply
     if torch.compiler.is_compiling():
         operator = torch.ops.ascend_ct.weight_quant_batchmatmul
@@ -82,9 +85,21 @@ def moe_init_routing(
     quant_mode: int,
     counted: bool = True,
 ) -> _Routed:
-    """Call `npu_moe_init_routing_v2` for counts, in a graph by another name.
+    """Call `npu_moe_init_routing_v2`; while tracing, through our own operator.
 
-    Where it does not count but says where rows end, those are turned into counts.
+    Args:
+        x: `[T, H]`.
+        expert_idx: int32 `[T, top-k]`.
+        active_expert_range: `[start, end)` of this rank's experts.
+        expert_num: Number of experts of all ranks.
+        quant_mode: -1 to copy rows, 1 to quantize them dynamically to int8.
+        counted: Whether the chip's operator returns counts. Otherwise it returns
+            cumulative counts, which this function converts.
+
+    Returns:
+        Rows `[T * top-k, H]`, row of each choice int32 `[T * top-k]`, counts int64
+        `[end - start]`, and scales fp32 `[T * top-k]`.
+
     """
     operator = _route
     if torch.compiler.is_compiling():

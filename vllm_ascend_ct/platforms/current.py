@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The platform that `VLLM_PLUGINS=ascend_ct` stands for on this machine.
+"""The platform that `VLLM_PLUGINS=ascend_ct` selects on this machine.
 
-Chosen while this module is imported: vLLM stops at an error here, whereas after an
-error in the plugin function it would go on with its own CPU platform.
+The choice is made while this module is imported: an error here stops vLLM, whereas an
+error in the plugin function would make it fall back to its own CPU platform.
 """
 
 import importlib
@@ -16,10 +16,14 @@ __all__ = ["AscendCTPlatform"]
 
 
 def is_emulated() -> bool:
-    """Choose between the two bases.
+    """Choose between emulated operators and vllm-ascend.
+
+    Returns:
+        True to emulate: if requested, or by default if torch_npu is not installed.
 
     Raises:
-        PlatformError: The NPU base is due and something that it needs is missing.
+        PlatformError: vllm-ascend should run the engine, and it or torch_npu cannot be
+            imported.
 
     """
     emulate = envs.emulate()
@@ -33,8 +37,8 @@ def is_emulated() -> bool:
             raise PlatformError(
                 f"{package} cannot be imported: {error}",
                 where=f"{envs.EMULATE}={'unset' if emulate is None else '0'}",
-                supported="a host with torch_npu, vllm-ascend and CANN's environment "
-                "set, or emulation on CPU",
+                supported="a host with torch_npu and vllm-ascend, and CANN's "
+                "environment set, or emulation on CPU",
                 remedy=f"Install {package} and source CANN's set_env.sh, or set "
                 f"{envs.EMULATE}=1 to emulate the operators",
             ) from error

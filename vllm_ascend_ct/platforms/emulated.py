@@ -19,15 +19,15 @@ logger = init_logger("vllm.ascend_ct.platforms")
 
 
 class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
-    """vLLM's CPU platform, out of tree, with the NPU operators emulated.
+    """vLLM's CPU platform as an out-of-tree platform, with emulated NPU operators.
 
-    `_enum` makes upstream's kernel registries offer our kernels. Everything else that
-    asks keeps CPU's branches: `is_out_of_tree` would lead to a device "cpu:<rank>" and
-    to experts that other platforms bring.
+    `_enum` makes upstream's kernel registries offer this package's kernels. All other
+    code should take the CPU branches: if `is_out_of_tree` were true, vLLM would use a
+    device "cpu:<rank>", and MoE kernels that other platforms provide.
     """
 
     _enum = PlatformEnum.OOT
-    # Others' CPU kernels are registered for vLLM's own CPU platform.
+    # CPU kernels of other methods are registered for vLLM's own CPU platform only.
     supported_quantization = ["compressed-tensors"]
 
     def is_cpu(self) -> bool:
@@ -38,10 +38,10 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
 
     @classmethod
     def verify_quantization(cls, quant: str) -> None:
-        """Refuse what is quantized in another way, when a model is configured.
+        """Refuse models of other quantization methods, when a model is configured.
 
         Raises:
-            PlatformError: It is.
+            PlatformError: The model's method is not compressed-tensors.
 
         """
         if quant not in cls.supported_quantization:
@@ -55,15 +55,15 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         super().check_and_update_config(vllm_config)
-        # vLLM's CPU operator rotates `[T, heads, size]` wrongly where pairs are
-        # interleaved (DeepSeek), so torch does it, as it does in compiled models.
+        # vLLM's CPU operator rotates `[T, heads, size]` incorrectly if pairs are
+        # interleaved (DeepSeek). Use the torch implementation, as compiled models do.
         compilation = vllm_config.compilation_config
         if not any(
             name.endswith("rotary_embedding") for name in compilation.custom_ops
         ):
             compilation.custom_ops.append("-rotary_embedding")
-        # torch 2.13 may move what reads the result of an operator that writes to an
-        # argument before it: with two ranks DeepSeek's router before its gate.
+        # torch 2.13 may move a reader of a mutated argument ahead of the operator that
+        # mutates it: with two ranks, DeepSeek's router ahead of its gate.
         compilation.inductor_compile_config.setdefault("reorder_for_peak_memory", False)
 
     @classmethod
@@ -77,7 +77,8 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
         super().announce()
         logger.warning_once(
             "Emulating the NPU operators on CPU: results and limits follow their "
-            "documents, speed does not. On an NPU host install torch_npu and "
-            "vllm-ascend, or set %s=0 to be refused instead.",
+            "documentation, but the speed says nothing about an NPU. On an NPU host, "
+            "install torch_npu and vllm-ascend, or set %s=0 to fail instead of "
+            "emulating.",
             envs.EMULATE,
         )

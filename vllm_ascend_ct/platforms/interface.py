@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What both platforms have in common."""
+"""The part that both platforms have in common."""
 
 import os
 from typing import TYPE_CHECKING
@@ -24,45 +24,46 @@ logger = init_logger("vllm.ascend_ct.platforms")
 
 
 class AscendCTPlatformMixin(_Base):
-    """First base of a platform class; vLLM's or vllm-ascend's platform follows."""
+    """Mixin placed before vLLM's CPU platform or vllm-ascend's platform in the MRO."""
 
     @classmethod
     def prepare_ascend_ct(cls) -> None:
-        """Make the NPU operators usable in this process; may be called again."""
+        """Make the NPU operators available in this process. Safe to call repeatedly."""
         raise NotImplementedError
 
     @classmethod
     def pre_register_and_update(
         cls, parser: "FlexibleArgumentParser | None" = None
     ) -> None:
-        """Register what general plugins register: some entry points skip those."""
+        """Run this package's registrations: some entry points skip general plugins."""
         super().pre_register_and_update(parser)
         from vllm_ascend_ct.register import register
 
         register()
-        # Without a parser an engine is being configured, and logging already is.
+        # Without a parser, vLLM is configuring an engine and logging is set up.
         if parser is None:
             cls.announce()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Stop an engine that another config would serve, and name what it traces."""
+        """Check that our config serves, and key compiled graphs by chip and layout."""
         super().check_and_update_config(vllm_config)
         from vllm_ascend_ct import compat
         from vllm_ascend_ct.ascend_base import graph_key
         from vllm_ascend_ct.register import check_in_charge
 
         check_in_charge(vllm_config.quant_config)
-        # Refuses unknown layouts as well.
+        # Also raises an error if unknown layouts are requested.
         key = graph_key()
         settings = vllm_config.additional_config
         if not compat.HASHES_ADDED_FIELDS and isinstance(settings, dict):
-            # In the model's config, where `AscendCTConfig` writes it, nothing reads it.
+            # `AscendCTConfig` adds the key to the model's config, which this vLLM does
+            # not hash.
             vllm_config.additional_config = {**settings, **key}
 
     @classmethod
     def announce(cls) -> None:
-        """Log which platform serves, in the process that configures the engine."""
+        """Log which platform runs, in the process that configures the engine."""
         logger.info_once(
             "Serving compressed-tensors models on %s, Ascend %s.",
             cls.__name__,
@@ -71,7 +72,7 @@ class AscendCTPlatformMixin(_Base):
 
     @classmethod
     def validate_environ(cls, hard_fail: bool) -> None:
-        """Check for unknown `VLLM_*` variables, knowing this package's own too."""
+        """Check for unknown `VLLM_*` variables, accepting this package's own."""
         known = {*vllm.envs.environment_variables, *envs.ENVIRONMENT_VARIABLES}
         for name in os.environ:
             if name.startswith("VLLM_") and name not in known:

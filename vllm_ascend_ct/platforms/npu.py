@@ -20,8 +20,8 @@ class NPUAscendCTPlatform(AscendCTPlatformMixin, NPUPlatform):
     @classmethod
     def announce(cls) -> None:
         super().announce()
-        # Asked of the process that configures the engine only: a frontend or a Ray head
-        # may well see no device.
+        # Check only in the process that configures the engine: an API server process or
+        # a Ray head may run without a device.
         if envs.emulate() is None and torch_npu.npu.device_count() == 0:
             raise PlatformError(
                 "torch_npu is installed but no NPU answers",

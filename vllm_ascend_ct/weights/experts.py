@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Layouts of experts' weights, which lie one behind the other: `[E, N, K]`.
+"""Repacking of experts' weights, stacked as `[E, N, K]`.
 
-What keeps its size is rewritten in its own memory, one expert at a time, so that beside
-a layer there is never more than one expert.
+A tensor that keeps its size is rewritten in place, one expert at a time, so that the
+peak memory is that of a layer and one expert.
 """
 
 import torch
@@ -14,15 +14,15 @@ _RAW_BITS = 0xFFFFFFFF
 
 
 def to_weight_only(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Turn packed weights into the weight-only operator's.
+    """Repack weights of the `pack-quantized` format for the weight-only operators.
 
     Args:
-        packed: int32 `[E, N, ceil(K * bits / 32)]`; of 4 and 8 bits it is overwritten.
+        packed: int32 `[E, N, ceil(K * bits / 32)]`; overwritten for 4 and 8 bits.
         bits: 2 to 8.
-        k: Input features; for up to 4 bits a multiple of 8.
+        k: Input features; a multiple of 8 for up to 4 bits.
 
     Returns:
-        A transposed view: int32 `[E, K / 8, N]` for up to 4 bits, else int8
+        A transposed view: int32 `[E, K / 8, N]` for up to 4 bits, otherwise int8
         `[E, K, N]`.
 
     """
@@ -31,16 +31,23 @@ def to_weight_only(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
 
 
 def to_int8(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Turn packed weights into int8 `[E, N, K]`, in their own memory for 8 bits."""
+    """Unpack weights to int8 `[E, N, K]`, in place for 8 bits.
+
+    Args:
+        packed: int32 `[E, N, ceil(K * bits / 32)]`.
+        bits: 2 to 8.
+        k: Input features.
+
+    """
     rows = pack_quantized.to_int8(packed.flatten(0, 1), bits, k)
     return rows.unflatten(0, packed.shape[:2])
 
 
 def pack_int4(stacked: torch.Tensor) -> torch.Tensor:
-    """Pack int4 values, each in an int8 of `[E, N, K]`: int32 `[E, N, K / 8]`.
+    """Pack int4 values, stored as int8 `[E, N, K]`, into int32 `[E, N, K / 8]`.
 
     Raises:
-        ValueError: A value is no int4.
+        ValueError: A value is out of int4's range.
 
     """
     experts, n, k = stacked.shape
@@ -51,7 +58,7 @@ def pack_int4(stacked: torch.Tensor) -> torch.Tensor:
 
 
 def transpose_(stacked: torch.Tensor) -> torch.Tensor:
-    """Turn contiguous `[E, R, C]` into contiguous `[E, C, R]` in the same memory."""
+    """Transpose contiguous `[E, R, C]` to contiguous `[E, C, R]` in place."""
     experts, rows, columns = stacked.shape
     transposed = stacked.view(experts, columns, rows)
     for old, new in zip(stacked, transposed):
@@ -60,13 +67,16 @@ def transpose_(stacked: torch.Tensor) -> torch.Tensor:
 
 
 def pack_outputs_(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Pack along N what is packed along K: int32 `[E, K, N / 8]`.
+    """Repack weights that are packed along K into int4 packed along N.
 
     Args:
-        packed: int32 `[E, N, ceil(K * bits / 32)]`, N a multiple of 8; of 4 bits it is
-            overwritten.
+        packed: int32 `[E, N, ceil(K * bits / 32)]`, N a multiple of 8; overwritten for
+            4 bits.
         bits: 2 to 4.
         k: Input features.
+
+    Returns:
+        int32 `[E, K, N / 8]`.
 
     """
     count, n, _ = packed.shape
@@ -81,17 +91,17 @@ def pack_outputs_(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
 def pack_outputs_with_assist(
     packed: torch.Tensor, scale: torch.Tensor, bits: int, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Pack along N what is packed along K, with what halving activations needs.
+    """Repack weights that are packed along K, and compute the operator's assist term.
 
     Args:
         packed: int32 `[E, N, ceil(K * bits / 32)]`.
-        scale: `[E, N, G]`, as the operator uses it.
+        scale: `[E, N, G]`, rounded as the operator uses it.
         bits: 2 to 4.
-        weight: int32 `[E, K, N / 8]`, K a multiple of 8: what to write to. It may be in
-            the memory of packed 4-bit weights.
+        weight: Output, int32 `[E, K, N / 8]`, K a multiple of 8. May share the memory
+            of `packed` if that has 4 bits.
 
     Returns:
-        fp32 `[E, N]` as of `int4.pack_outputs_with_assist`.
+        The assist term, fp32 `[E, N]`; see `int4.pack_outputs_with_assist`.
 
     """
     k = weight.shape[1]
@@ -101,15 +111,15 @@ def pack_outputs_with_assist(
         along_n, sums = int4.pack_outputs_with_assist(words, of_scale, k)
         new.copy_(along_n)
         of_assist.copy_(sums)
-        # Or there would be two of them while the next is packed.
+        # Free it before the next expert is packed.
         del along_n
     return assist
 
 
 def to_raw_scale(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn scales into fp32 bits in int64, as grouped int4 products read them.
+    """Convert scales to int64 that hold fp32 bits, the form of the grouped W4A8 matmul.
 
-    Rounded to the 10 mantissa bits that the operator keeps; it would truncate.
+    Rounds to the 10 mantissa bits that the operator uses; it would itself truncate.
 
     Args:
         scale: `[E, N, G]`.
@@ -126,26 +136,23 @@ def to_raw_scale(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_npu_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Turn scales `[E, N, G]` into `[E, G, N]`, or `[E, N]` for one group.
-
-    In their own memory.
-    """
+    """Transpose scales `[E, N, G]` in place to `[E, G, N]`, or `[E, N]` if G is 1."""
     return scale.squeeze(2) if scale.shape[2] == 1 else transpose_(scale)
 
 
 def to_npu_offset(
     packed_zero_point: torch.Tensor, bits: int, n: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Turn packed zero points into the offsets that the operators add.
+    """Convert packed zero points to the offsets that the operators add.
 
     Args:
         packed_zero_point: int32 `[E, ceil(N * bits / 32), G]`.
         bits: 2 to 8.
         n: Output features.
-        dtype: Of the scales.
+        dtype: dtype of the scales, in which the operators expect the offsets.
 
     Returns:
-        Negated zero points `[E, G, N]`, or `[E, N]` for one group.
+        Negated zero points `[E, G, N]`, or `[E, N]` if G is 1.
 
     """
     experts, _, groups = packed_zero_point.shape

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""From the floating-point formats to 16-bit weights.
+"""Dequantization of the floating-point formats to 16-bit weights.
 
-Values are looked up by their bytes: chips that do not multiply FP8 do not convert it
-either, and a table holds subnormal values, which conversions may flush to zero.
+Values are looked up in tables by their codes: chips that cannot multiply FP8 cannot
+convert it either, and a conversion might flush subnormal values to zero.
 """
 
 from functools import cache
 
 import torch
 
-# Their indices, values and scales take 4 MB each.
+# Values to dequantize at once; their indices, values and scales take 4 MB each.
 _VALUES_AT_ONCE = 1 << 20
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# But for the sign.
+# Without the sign bit.
 _E4M3_NAN = 0x7F
 _E8M0_BIAS, _E8M0_NAN = 127, 255
-# Files have exponents as bytes or as what they are.
+# Checkpoints store E8M0 exponents as bytes or in their own dtype.
 E8M0_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 
 
@@ -33,11 +33,17 @@ def _e2m1_values() -> torch.Tensor:
 
 
 def _indices(codes: torch.Tensor, packed: bool) -> torch.Tensor:
-    """The int32 indices of values in their table, flat."""
+    """Flat int32 indices of the values in their table.
+
+    Args:
+        codes: uint8, one FP8 code each, or two FP4 codes if packed.
+        packed: Whether they are packed.
+
+    """
     indices = codes.flatten().int()
     if not packed:
         return indices
-    # The first of two values is in the low half.
+    # The low half of a byte holds the first of its two values.
     return torch.stack((indices & 15, indices >> 4), dim=1).flatten()
 
 
@@ -45,10 +51,10 @@ def decoded_scale(scale: torch.Tensor) -> torch.Tensor:
     """Decode a scale on the host.
 
     Args:
-        scale: Floats, FP8 (E4M3), or exponents (E8M0) in bytes.
+        scale: Floats, FP8 (E4M3), or exponents (E8M0), also as uint8.
 
     Returns:
-        fp32, of the same shape.
+        fp32 of the same shape, on the CPU.
 
     """
     if scale.dtype not in E8M0_DTYPES:
@@ -59,7 +65,7 @@ def decoded_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 def has_nan(weight: torch.Tensor) -> bool:
-    """Whether an FP8 (E4M3) weight `[N, K]` has a value that is no number."""
+    """Whether an FP8 (E4M3) weight `[N, K]` contains NaN."""
     if weight.is_meta:
         return False
     codes = weight.view(torch.uint8)
@@ -75,16 +81,16 @@ def dequantize(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """Dequantize a weight; one rounding in fp32 for the scale, and one to the result.
+    """Dequantize a weight: multiply by the scale in fp32, then round to the result.
 
     Args:
-        weight: FP8 (E4M3) `[N, K]`, or uint8 `[N, K / 2]`, two FP4 (E2M1) in each.
-        scale: As of `decoded_scale`, one value for each block: `[ceil(N / rows),
-            ceil(K / columns)]`, or a single one.
-        block: Rows and columns that share a scale.
-        global_scale: What scales are divided by; None is 1.
-        dtype: Of the result.
-        device: Where it is computed.
+        weight: FP8 (E4M3) `[N, K]`, or uint8 `[N, K / 2]` with two FP4 (E2M1) each.
+        scale: Dtypes as in `decoded_scale`; one value per block, `[ceil(N / rows),
+            ceil(K / columns)]`, or a single value.
+        block: Number of rows and columns that share a scale.
+        global_scale: Divides the scales; None for 1.
+        dtype: dtype of the result.
+        device: Device to compute on.
 
     Returns:
         `[N, K]`.

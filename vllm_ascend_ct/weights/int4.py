@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""int4 weights as the operators read them: two's complement, lowest nibble first.
+"""int4 weights in the operators' format: two's complement, lowest nibble first.
 
 The packed axis is the one that is contiguous in memory: K or N for the weight-only
-operators, N for those that quantize activations. Weights come some rows at a time,
-packed along K, and are packed along N without being widened.
+operators, N for the operators with int8 activations. These functions take blocks of
+rows that are packed along K, and pack them along N without unpacking them to int8.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 ROWS_AT_ONCE = 128
-# The top bit of every value in an int32 word, as a signed number.
+# The top bit of all eight values of an int32 word, as a signed number.
 TOP_BITS = 0x88888888 - (1 << 32)
 _PER_INT32 = 8
 _LOW_NIBBLE_OFFSET = 8
@@ -20,7 +20,7 @@ _LOW_NIBBLES = 0x0F0F0F0F
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
-    """Pack int8 `[R, C]` along C: int32 `[R, ceil(C / 8)]`, what is left 0."""
+    """Pack int8 `[R, C]` along C into int32 `[R, ceil(C / 8)]`, padded with zeros."""
     values = torch.nn.functional.pad(values, (0, -values.shape[1] % _PER_INT32))
     low, high = values[:, ::2], values[:, 1::2]
     return (low.bitwise_and(15) | (high << 4)).view(torch.int32)
@@ -29,13 +29,13 @@ def pack(values: torch.Tensor) -> torch.Tensor:
 def pack_inputs(
     words: Iterable[torch.Tensor], n: int, k: int, device: torch.device
 ) -> torch.Tensor:
-    """Put rows that are packed along K together.
+    """Concatenate blocks of rows that are packed along K.
 
     Args:
-        words: int32 `[R, K / 8]`, in order.
-        n: Rows in all.
-        k: Their length, a multiple of 8.
-        device: Of the result.
+        words: Blocks of rows in order, int32 `[R, K / 8]`.
+        n: Number of rows of all blocks.
+        k: Values per row, a multiple of 8.
+        device: Device of the result.
 
     Returns:
         int32 `[N, K / 8]`.
@@ -54,14 +54,14 @@ def pack_inputs(
 def pack_outputs(
     words: Iterable[torch.Tensor], n: int, k: int, device: torch.device
 ) -> torch.Tensor:
-    """Pack along N.
+    """Repack blocks of rows from packed along K to packed along N.
 
     Args:
-        words: int32 `[R, ceil(K / 8)]`, packed along K, in order, R a multiple of 8;
-            they are overwritten.
-        n: Rows in all.
-        k: Their length.
-        device: Of the result.
+        words: Blocks of rows in order, int32 `[R, ceil(K / 8)]`, R a multiple of 8.
+            They are overwritten.
+        n: Number of rows of all blocks.
+        k: Values per row.
+        device: Device of the result.
 
     Returns:
         int32 `[K, N / 8]`.
@@ -86,7 +86,12 @@ def pack_outputs(
 
 
 def transpose_nibbles_(words: torch.Tensor) -> None:
-    """Exchange nibble i of word j with nibble j of word i, of int32 `[R, 8, C]`."""
+    """Swap nibble i of word j with nibble j of word i, in place.
+
+    Args:
+        words: int32 `[R, 8, C]`; j is the index along the second axis.
+
+    """
     for bits, distance, mask in (
         (4, 1, _LOW_NIBBLES),
         (8, 2, 0x00FF00FF),
@@ -102,18 +107,20 @@ def transpose_nibbles_(words: torch.Tensor) -> None:
 def pack_outputs_with_assist(
     words: Iterable[torch.Tensor], scale: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack along N, with what the operator has to add for halving activations.
+    """Repack to packed along N, and compute the W4A8 operator's assist term.
 
-    It computes with `x = 16 * high + low + 8` and multiplies by `high` and `low` only.
-    Source: `aclnnQuantMatmulV5.md`, yOffset.
+    The operator splits int8 activations into int4 halves, `x = 16 * high + low + 8`,
+    and multiplies `high` and `low` by the weight. The assist term adds the product by
+    8. Source: `aclnnQuantMatmulV5.md`, yOffset.
 
     Args:
-        words: As of `pack_outputs`; what is left of the last ones 0.
-        scale: `[N, G]`, one for each of G equal parts of K.
-        k: Length of a row.
+        words: As in `pack_outputs`; padding in the last word of a row must be 0.
+        scale: `[N, G]`, for G groups of K.
+        k: Values per row.
 
     Returns:
-        int32 `[K, N / 8]`, and fp32 `[N]`: 8 times the sum over K of weight * scale.
+        The weight, int32 `[K, N / 8]`, and the assist term, fp32 `[N]`: 8 times the sum
+        over K of weight * scale.
 
     """
     n, groups = scale.shape
@@ -132,7 +139,7 @@ def pack_outputs_with_assist(
 
 
 def _sums(words: torch.Tensor, groups: int) -> torch.Tensor:
-    """Sum the values of int32 `[R, W]` in equal parts: int32 `[R, groups]`."""
+    """Sum the int4 values of int32 `[R, W]` in each group: int32 `[R, groups]`."""
     unsigned = words.bitwise_xor(TOP_BITS)
     pairs = (unsigned >> 4).bitwise_and_(_LOW_NIBBLES)
     pairs += unsigned.bitwise_and_(_LOW_NIBBLES)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""From the `int-quantized` format to what the int8 operators read.
+"""Repacking of the `int-quantized` format for the int8 operators.
 
-On disk a weight is int8 `[N, K]`; the operators take its transposed view, or `[K, N]`
-in the memory format that the NPU's matrix unit reads fastest.
+On disk a weight is int8 `[N, K]`. The operators take its transposed view, or `[K, N]`
+in FRACTAL_NZ, the tile layout of the NPU's matrix unit.
 """
 
 from collections.abc import Iterator
@@ -14,39 +14,40 @@ from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.weights import int4
 
 _ROWS_AT_ONCE = 256
-# Leaves the int32 accumulator room for the product itself.
+# Leaves room for the product itself in the int32 accumulator.
 _MAX_INT32_BIAS = 2**30
 
 
 def to_npu_weight(weight: torch.Tensor, nz: bool, transposed_nz: bool) -> torch.Tensor:
-    """Turn a weight into an operator's.
+    """Repack a weight for the int8 operators.
 
     Args:
         weight: int8 `[N, K]`, contiguous.
-        nz: Whether to hold it in FRACTAL_NZ, which copies it.
-        transposed_nz: Whether to cast it as it is and transpose the view.
+        nz: Whether to transpose it and cast it to FRACTAL_NZ, which copies it.
+        transposed_nz: Whether to cast it to FRACTAL_NZ untransposed, and transpose the
+            view.
 
     Returns:
         int8 `[K, N]`.
 
     """
     if transposed_nz:
-        # Unpacked weights are views, which torch_npu does not cast.
+        # Unpacked weights are views, which torch_npu cannot cast.
         return to_nz(weight.clone()).t()
     return to_nz(weight.t().contiguous()) if nz else weight.t()
 
 
 def to_nz(weight: torch.Tensor) -> torch.Tensor:
-    """Copy a weight to the memory format that the matrix unit reads fastest.
+    """Copy weights to FRACTAL_NZ, the tile layout of the NPU's matrix unit.
 
     Args:
-        weight: int8, or int4 as bytes of two, of two or three axes. Not a view:
-            torch_npu (2.10.0, `FormatCastKernelNpu.cpp`) casts one by the sizes that
-            its memory was allocated with.
+        weight: int8 `[K, N]` or `[E, K, N]`, or int4 with two values per int8. Not a
+            view: torch_npu (2.10.0, `FormatCastKernelNpu.cpp`) casts with the sizes
+            that the memory was allocated with.
 
     """
     if weight.is_meta:
-        # For which torch_npu does not register the operator.
+        # torch_npu has no meta kernel for the cast.
         return weight
     cast: torch.Tensor = torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
     return cast
@@ -54,16 +55,16 @@ def to_nz(weight: torch.Tensor) -> torch.Tensor:
 
 def weight_sum(weight: torch.Tensor) -> torch.Tensor:
     """Sum int8 `[N, K]` over K, exactly: int32 `[N]`."""
-    # torch widens what it sums to a tensor of its own: some rows at a time.
+    # torch widens the whole input to int32 first, so sum blocks of rows.
     parts = [rows.sum(dim=1, dtype=torch.int32) for rows in weight.split(_ROWS_AT_ONCE)]
     return torch.cat(parts)
 
 
 def int4_rows(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Take int8 `[N, K]` some rows at a time, as int4 values.
+    """Yield blocks of rows of an int8 weight `[N, K]` that holds int4 values.
 
     Raises:
-        ValueError: A value is no int4.
+        ValueError: A value is out of int4's range.
 
     """
     for part in weight.split(int4.ROWS_AT_ONCE):
@@ -80,18 +81,18 @@ def int32_bias(
     bias: torch.Tensor | None,
     dequant_scale: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Fold a zero point and a bias into what is added to the int32 product.
+    """Fold the zero-point correction and the layer's bias into one int32 bias.
 
     Args:
-        zero_point_share: int32 `[N]`, what the activations' zero point adds.
-        bias: `[N]`.
-        dequant_scale: fp32 `[N]`, scale of the activations times that of the weight.
+        zero_point_share: int32 `[N]`, the correction for the activations' zero point.
+        bias: `[N]`, the layer's bias.
+        dequant_scale: fp32 `[N]`, the activations' scale times the weight's.
 
     Returns:
-        int32 `[N]`, None if there is nothing to add.
+        int32 `[N]` to add to the int32 product; None if there is nothing to add.
 
     Raises:
-        ValueError: The sum does not fit next to the product.
+        ValueError: The sum is too large for the int32 accumulator.
 
     """
     if bias is None:

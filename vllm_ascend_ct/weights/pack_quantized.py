@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""From the `pack-quantized` format to what the weight-only operators read.
+"""Repacking of the `pack-quantized` format for the weight-only operators.
 
-On disk a weight is int32 `[N, K * bits / 32]`: consecutive inputs as one stream of
-bits, lowest first, each value stored with 2 ** (bits - 1) added. The operators want
-two's complement in the same order, int4 or int8. So for 8 bits, and for 4 with scales
-per channel, a layout is a flipped top bit and a transposed view: nothing is widened and
-nothing copied. For int4 with groups the operator's document recommends what
-`int4.pack_outputs` makes. Other widths go to the next that an operator
-has.
+On disk a weight is int32 `[N, K * bits / 32]`: a stream of bits along K, lowest bits
+first, each value stored with 2 ** (bits - 1) added. The operators read int4 or int8 in
+two's complement, in the same order. For 8 bits, and for 4 bits with per-channel scales,
+it is therefore enough to flip the top bit of each value in place and transpose the
+view. For per-group int4 the operator's document recommends the layout that
+`int4.pack_outputs` creates. Other widths are widened to int4 or int8.
 """
 
 from collections.abc import Iterator
@@ -17,29 +16,29 @@ import torch
 
 from vllm_ascend_ct.weights import int4, int_quantized
 
-# The top bit of every value in an int32 word, as a signed number.
+# The top bit of all values of an int32 word, as a signed number, by width.
 _TOP_BITS = {4: int4.TOP_BITS, 8: 0x80808080 - (1 << 32)}
 _WORD = 32
 
 
 def operator_bits(bits: int) -> int:
-    """Width that holds `bits` in an operator's layout: 4 or 8."""
+    """Width that the operators read weights of `bits` bits in: 4 or 8."""
     return 4 if bits <= 4 else 8
 
 
 def unpack(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
     """Unpack the dense bit stream of each row.
 
-    Values may lie across two words, as compressed-tensors 0.18 and later write 3, 5, 6
-    and 7 bits.
+    A value may span two words: compressed-tensors 0.18 and later write 3, 5, 6 and 7
+    bits that way.
 
     Args:
         packed: int32 `[R, ceil(size * bits / 32)]`.
         bits: 2 to 8.
-        size: Values in a row.
+        size: Number of values per row.
 
     Returns:
-        int8 `[R, size]`, signed.
+        int8 `[R, size]`, signed values.
 
     """
     if bits == 4:
@@ -62,7 +61,7 @@ def unpack(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
-    """Pack int4 values, each in an int8, as the format does.
+    """Pack int4 values, stored as int8, into the `pack-quantized` format.
 
     Args:
         values: int8 `[N, K]`, K a multiple of 8.
@@ -71,7 +70,7 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
         int32 `[N, K / 8]`.
 
     Raises:
-        ValueError: A value is no int4.
+        ValueError: A value is out of int4's range.
 
     """
     parts = [int4.pack(part) for part in int_quantized.int4_rows(values)]
@@ -79,13 +78,27 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
 
 
 def rows(packed: torch.Tensor, bits: int, k: int) -> Iterator[torch.Tensor]:
-    """Unpack a weight some rows at a time: int8 `[R, K]` each."""
+    """Yield blocks of unpacked rows, int8 `[R, K]`.
+
+    Args:
+        packed: int32 `[N, ceil(K * bits / 32)]`.
+        bits: 2 to 8.
+        k: Input features.
+
+    """
     for part in packed.split(int4.ROWS_AT_ONCE):
         yield unpack(part, bits, k)
 
 
 def int4_words(packed: torch.Tensor, bits: int, k: int) -> Iterator[torch.Tensor]:
-    """Take a weight of up to 4 bits some rows at a time, as `int4` packs along K."""
+    """Yield blocks of rows as int4 in two's complement, packed along K.
+
+    Args:
+        packed: int32 `[N, ceil(K * bits / 32)]`.
+        bits: 2 to 4.
+        k: Input features.
+
+    """
     for part in packed.split(int4.ROWS_AT_ONCE):
         if bits < 4:
             yield int4.pack(unpack(part, bits, k))
@@ -97,7 +110,14 @@ def int4_words(packed: torch.Tensor, bits: int, k: int) -> Iterator[torch.Tensor
 
 
 def to_int8(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Turn a packed weight into int8 `[N, K]`, in its own memory for 8 bits."""
+    """Unpack a weight to int8 `[N, K]`; for 8 bits in place if K is a multiple of 4.
+
+    Args:
+        packed: int32 `[N, ceil(K * bits / 32)]`.
+        bits: 2 to 8.
+        k: Input features.
+
+    """
     if bits == 8 and k % 4 == 0:
         return packed.bitwise_xor_(_TOP_BITS[bits]).view(torch.int8)
     values = packed.new_empty((len(packed), k), dtype=torch.int8)
@@ -107,16 +127,16 @@ def to_int8(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
 
 
 def to_npu_weight(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Turn a packed weight into the weight-only operator's.
+    """Repack a weight for the weight-only operator.
 
     Args:
-        packed: int32 `[N, ceil(K * bits / 32)]`, contiguous; of 4 and 8 bits it is
-            overwritten.
+        packed: int32 `[N, ceil(K * bits / 32)]`, contiguous; overwritten for 4 and 8
+            bits.
         bits: 2 to 8.
-        k: Input features; for up to 4 bits a multiple of 8.
+        k: Input features; a multiple of 8 for up to 4 bits.
 
     Returns:
-        A transposed view: int32 `[K / 8, N]` for up to 4 bits, else int8 `[K, N]`.
+        A transposed view: int32 `[K / 8, N]` for up to 4 bits, otherwise int8 `[K, N]`.
 
     """
     if operator_bits(bits) == 8:
@@ -128,18 +148,18 @@ def to_npu_weight(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
 
 
 def to_npu_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Turn a scale `[N, G]` into the transposed view `[G, N]`."""
+    """Transpose a scale `[N, G]` to the view `[G, N]`."""
     return scale.t()
 
 
 def to_npu_offset(
     packed_zero_point: torch.Tensor, scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """Turn packed zero points into the offsets that the operators add.
+    """Convert packed zero points to the offsets that the operators add.
 
     Args:
         packed_zero_point: int32 `[ceil(N * bits / 32), G]`.
-        scale: `[N, G]`; the operators want the offset in its dtype and layout.
+        scale: `[N, G]`; the operators require its dtype and layout for offsets too.
         bits: 2 to 8.
 
     Returns:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The weights of one layer's experts on Ascend: what all kinds of them share."""
+"""Base of the kinds of quantized experts on Ascend."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from vllm_ascend_ct.ops.precedents import Form
 
 
 class AscendExperts(ABC):
-    """A rank's experts of one layer: their weights, and the two products by them.
+    """A rank's experts of one layer: their weights and the two products with them.
 
-    Weights come as they are in the checkpoint, `[E, N, K]`, and are laid out by
-    `lay_out`; the layer's parameters are what is read later, so that they can be loaded
-    again under a captured graph.
+    `lay_out` repacks the weights from the checkpoint's layout `[E, N, K]`. The products
+    read the layer's parameters at each call, so that a reload can replace the values
+    under a captured graph.
 
     Attributes:
-        quantizes_activations: Whether rows are multiplied in int8.
-        takes_int8: Whether `gate` takes rows that are int8 already.
+        quantizes_activations: Whether activations are quantized to int8.
+        takes_int8: Whether `gate` accepts rows that are int8 already.
 
     """
 
@@ -38,15 +38,15 @@ class AscendExperts(ABC):
         activation: Activation | None = None,
         fuses: Callable[[torch.dtype], bool] | None = None,
     ) -> None:
-        """Take the weights that a layer was loaded with.
+        """Take over the weights that were loaded into a layer.
 
         Args:
-            layer: Has them.
-            moe: Its config.
-            activation: From `[M, N]` to `[M, I]`; None for SwiGLU.
-            fuses: Whether who multiplies fuses the first product of int8 rows by
-                weights of a dtype, the gate and quantizing what it returns. None: as
-                the operator can.
+            layer: The layer; its parameters are in the checkpoint's layout.
+            moe: The layer's config.
+            activation: Function from `[M, N]` to `[M, I]`; None for SwiGLU.
+            fuses: Whether vllm-ascend fuses the first int8 product, the activation and
+                the quantization of the result, by dtype of the weights. None if this
+                package multiplies: it fuses them if the operator supports it.
 
         """
         self.layer = layer
@@ -62,18 +62,24 @@ class AscendExperts(ABC):
         """Why a layer cannot be computed, or None.
 
         Args:
-            moe: The layer.
-            bits: Of its weights, 2 to 8.
-            group_size: Elements of K that share a scale; 0 for one per channel.
-            symmetric: Whether weights have no zero points.
+            moe: The layer's config.
+            bits: Weight width in the checkpoint, 2 to 8.
+            group_size: Elements of K that share a scale; 0 for per-channel scales.
+            symmetric: Whether the weights have no zero points.
 
         """
 
     @classmethod
     def _common_refusal(cls, moe: FusedMoEConfig, product: Any) -> str | None:
-        """As `refusal`; `product` is what the limits have of the operator, if any."""
+        """The part of `refusal` that all kinds share.
+
+        Args:
+            moe: The layer's config.
+            product: Limits of the operator that multiplies; falsy if the chip lacks it.
+
+        """
         if not product:
-            return "the chip has no product of quantized experts"
+            return "the chip has no operator that multiplies quantized experts"
         if not supports(moe.activation):
             return f"activation {moe.activation.value}"
         limits = current_limits().moe_token_unpermute
@@ -81,44 +87,51 @@ class AscendExperts(ABC):
 
     @staticmethod
     def products(moe: FusedMoEConfig) -> dict[str, tuple[int, int]]:
-        """K and N of the two products, by the prefix of their parameters."""
+        """`(K, N)` of the two products, by prefix of their parameters."""
         hidden, intermediate = moe.hidden_dim, moe.intermediate_size_per_partition
         return {"w13": (hidden, 2 * intermediate), "w2": (intermediate, hidden)}
 
     def lay_out(self) -> None:
-        """Lay out the weights, once."""
+        """Repack the loaded weights for the NPU; call it once after each load."""
         bias = getattr(self.layer, "w2_bias", None)
         if bias is not None and self.moe.tp_rank > 0:
-            # What ranks compute is summed.
+            # The ranks' outputs are summed: only one rank may add the bias.
             bias.data.zero_()
         for name, (k, n) in self.products(self.moe).items():
             self._lay_out(name, k, n)
 
     @abstractmethod
     def _lay_out(self, name: str, k: int, n: int) -> None:
-        """Lay out one product's weights."""
+        """Repack one product's weights.
+
+        Args:
+            name: Prefix of its parameters, "w13" or "w2".
+            k: Input features on this rank.
+            n: Output features on this rank.
+
+        """
 
     @abstractmethod
     def operands(self, name: str) -> Operands:
-        """What `_lay_out` left in the layer."""
+        """The repacked weights of one product, "w13" or "w2"."""
 
     @abstractmethod
     def forms(self) -> list[Form]:
-        """The calls that multiply, and quantize in between."""
+        """The operator calls of `gate` and `down` that multiply or quantize."""
 
     @abstractmethod
     def gate(
         self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Multiply by gates and ups, and apply the activation.
+        """Multiply by the gate and up projections, and apply the activation.
 
         Args:
             rows: `[M, H]` of the model's dtype, or int8, sorted by expert.
-            row_scale: fp32 `[M]` of int8 rows.
-            counts: int64, rows of each expert.
+            row_scale: fp32 `[M]` if the rows are int8.
+            counts: int64 `[E]`, number of rows of each expert.
 
         Returns:
-            `[M, I]`, and its scale if it is int8.
+            `[M, I]`, and its scale fp32 `[M]` if it is int8.
 
         """
 
@@ -126,7 +139,12 @@ class AscendExperts(ABC):
     def down(
         self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Multiply what `gate` returned by downs.
+        """Multiply the result of `gate` by the down projections.
+
+        Args:
+            hidden: `[M, I]`.
+            scale: fp32 `[M]` if `hidden` is int8.
+            counts: int64 `[E]`, number of rows of each expert.
 
         Returns:
             `[M, H]` of the model's dtype.
@@ -135,9 +153,16 @@ class AscendExperts(ABC):
 
 
 def stored_weight(layer: Any, name: str) -> tuple[str, torch.Tensor]:
-    """The parameter that holds a product's weights, and what it holds.
+    """Name and tensor of the parameter that holds a product's weights.
 
-    `weight_packed` where the checkpoint's format packs, else `weight`.
+    Args:
+        layer: The layer.
+        name: Prefix of the product's parameters, "w13" or "w2".
+
+    Returns:
+        `<name>_weight_packed` if the checkpoint's format is packed, otherwise
+        `<name>_weight`.
+
     """
     packed = getattr(layer, f"{name}_weight_packed", None)
     if packed is not None:

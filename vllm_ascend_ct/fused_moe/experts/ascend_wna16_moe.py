@@ -20,7 +20,7 @@ from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
 
 class AscendWNA16Experts(AscendExperts):
-    """16-bit activations by weights of 2 to 8 bits, in five launches."""
+    """16-bit activations multiplied by weights of 2 to 8 bits, in five launches."""
 
     @classmethod
     def refusal(
@@ -31,7 +31,7 @@ class AscendWNA16Experts(AscendExperts):
         is_int4 = operator_bits(bits) == 4
         mode = _mode(moe.in_dtype, torch.int32 if is_int4 else torch.int8)
         if mode is None:
-            return f"{bits}-bit experts of a {moe.in_dtype} model"
+            return f"{bits}-bit experts in a {moe.in_dtype} model"
         for k, n in cls.products(moe).values():
             if is_int4 and k % INT4_PER_INT32:
                 return f"K={k}; supported for int4: multiples of {INT4_PER_INT32}"
@@ -50,7 +50,7 @@ class AscendWNA16Experts(AscendExperts):
         else:
             bits = weight.shape[2] * 32 // k
             if operator_bits(bits) == 4 and n % INT4_PER_INT32 == 0:
-                # Older releases of aclnn refuse int4 weights that are transposed
+                # Older releases of aclnn reject transposed int4 weights
                 # (`aclnn_grouped_matmul.cpp`, `UnpackInt32ToInt4`).
                 npu_weight = experts.pack_outputs_(weight, bits, k)
             else:
@@ -62,7 +62,7 @@ class AscendWNA16Experts(AscendExperts):
         npu_scale = experts.to_npu_scale(scale)
         set_parameter(layer, f"{name}_weight_scale", npu_scale)
         if zero_point is None:
-            # The operator asks for some.
+            # The operator requires offsets.
             zeros = shared_zeros(npu_scale)
             layer.register_buffer(f"{name}_zero_offset", zeros, persistent=False)
         bias = getattr(layer, f"{name}_bias", None)
@@ -112,7 +112,7 @@ _zeros: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
 def shared_zeros(like: torch.Tensor) -> torch.Tensor:
-    """Zeros that all layers share, for an operator that has to be given some."""
+    """Zeros with the shape and dtype of `like`, in memory that all layers share."""
     key = like.dtype, like.device
     known = _zeros.get(key)
     if known is None or known.numel() < like.numel():

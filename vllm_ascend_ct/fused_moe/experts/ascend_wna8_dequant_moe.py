@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""int8 experts by the operator that quantizes activations and multiplies, on 310P."""
+"""int8 experts on 310P, by an operator that quantizes activations and multiplies."""
 
 import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -14,9 +14,9 @@ from vllm_ascend_ct.weights import experts, int_quantized
 
 
 class AscendWNA8DequantExperts(AscendExperts):
-    """Activations quantized to int8 per token, by int8 weights.
+    """int8 activations (dynamic per token) multiplied by int8 weights.
 
-    Five launches with SwiGLU, and those that turn counts into where rows end.
+    Five launches with SwiGLU, plus those that compute cumulative counts.
     """
 
     quantizes_activations = True
@@ -34,10 +34,16 @@ class AscendWNA8DequantExperts(AscendExperts):
         if moe.has_bias:
             return "int8 activations with biases of experts"
         if moe.num_local_experts != moe.num_experts:
-            return "experts of other ranks, which the chip does not sort tokens by"
+            return (
+                "experts on other ranks: the chip's operator sorts tokens only if all "
+                "experts are on one rank"
+            )
         for k, n in cls.products(moe).values():
             if reason := product.refusal(moe.in_dtype, k, n):
-                return f"int8 by {bits}-bit experts of K={k}, N={n}: {reason}"
+                return (
+                    f"int8 activations with {bits}-bit experts of K={k}, N={n}: "
+                    f"{reason}"
+                )
         return None
 
     def _lay_out(self, name: str, k: int, n: int) -> None:
@@ -46,7 +52,7 @@ class AscendWNA8DequantExperts(AscendExperts):
         weight = parameter.data
         if weight.dtype != torch.int8:
             bits = weight.shape[2] * 32 // k
-            # A view of int32, which torch_npu does not cast.
+            # `to_int8` may return a view of int32, which torch_npu cannot cast.
             weight = experts.to_int8(weight, bits, k).clone()
             set_parameter(layer, weight_name, weight)
         del parameter

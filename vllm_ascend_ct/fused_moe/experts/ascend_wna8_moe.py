@@ -25,10 +25,10 @@ from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
 
 class AscendWNA8Experts(AscendExperts):
-    """Activations quantized to int8 per token, by int4 or int8 weights.
+    """int8 activations (dynamic per token) multiplied by int4 or int8 weights.
 
-    Five launches with SwiGLU. The layer gains `w13_assist` and `w2_assist` where the
-    weights are int4.
+    Five launches with SwiGLU. If the weights are int4, `lay_out` adds the parameters
+    `w13_assist` and `w2_assist` to the layer.
     """
 
     quantizes_activations = True
@@ -41,7 +41,7 @@ class AscendWNA8Experts(AscendExperts):
         if reason := cls._common_refusal(moe, current_limits().grouped_matmul):
             return reason
         if not symmetric:
-            return "int8 activations by weights with zero points"
+            return "int8 activations with weights that have zero points"
         if moe.has_bias:
             return "int8 activations with biases of experts"
         limits = current_limits()
@@ -49,15 +49,18 @@ class AscendWNA8Experts(AscendExperts):
         weight_dtype = torch.int32 if is_int4 else torch.int8
         mode = limits.grouped_matmul.get((torch.int8, weight_dtype))
         if mode is None or moe.in_dtype not in mode.by_output:
-            return f"int8 activations by {bits}-bit experts of a {moe.in_dtype} model"
+            return f"int8 activations with {bits}-bit experts in a {moe.in_dtype} model"
         for k, n in cls.products(moe).values():
             if reason := mode.refusal(moe.num_local_experts, k, n, group_size):
-                return f"int8 by {bits}-bit experts of K={k}, N={n}: {reason}"
+                return (
+                    f"int8 activations with {bits}-bit experts of K={k}, N={n}: "
+                    f"{reason}"
+                )
         width = moe.intermediate_size_per_partition
         return limits.dynamic_quant.refusal(moe.in_dtype, width)
 
     def _fuses_gate(self, weight_dtype: torch.dtype, group_size: int) -> bool:
-        """Whether the first product gates and quantizes as well."""
+        """Whether one operator multiplies, activates and quantizes in `gate`."""
         if self.fuses is not None:
             return self.fuses(weight_dtype)
         limits = current_limits().grouped_matmul_swiglu_quant
@@ -78,7 +81,8 @@ class AscendWNA8Experts(AscendExperts):
             group_size = k // groups if groups > 1 else 0
             self._fused = self._fuses_gate(weight_dtype, group_size)
         fused = self._fused and name == "w13"
-        # They let go of what was loaded as soon as it is copied.
+        # So that the methods below free the loaded tensor as soon as they have copied
+        # it.
         del parameter
         if is_int4:
             self._lay_out_int4(name, bits, k, fused)
@@ -103,7 +107,7 @@ class AscendWNA8Experts(AscendExperts):
         set_parameter(layer, scale_name, scale.to(self._scale_dtype(fused)))
 
     def _scale_dtype(self, fused: bool) -> torch.dtype:
-        """Dtype of an int8 product's scale."""
+        """Dtype that the operator requires for the scale of int8 weights."""
         if fused:
             return torch.float32
         mode = current_limits().grouped_matmul[torch.int8, torch.int8]
@@ -158,7 +162,8 @@ class AscendWNA8Experts(AscendExperts):
     def gate(
         self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # A scale says nothing: vllm-ascend's MC2 has one that it did not write.
+        # Check the dtype and not the scale: for unquantized rows vllm-ascend's MC2 may
+        # pass a scale that it never wrote.
         if rows.dtype != torch.int8:
             rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows)
         assert row_scale is not None

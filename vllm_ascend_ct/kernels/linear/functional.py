@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Quantized linear layers as functions of tensors.
 
-Activation quantization and matrix multiplication, nothing else: no layers, no file
-formats, so that any quantization tool's linear method can call them. Leading axes of x
-are flattened for the operators, which take matrices.
+They quantize activations and multiply, and know neither layers nor file formats, so
+that the linear methods of any quantization tool can call them. They flatten the leading
+axes of x, because the operators take matrices.
 """
 
 import torch
@@ -14,7 +14,7 @@ from vllm_ascend_ct.ops.traced import weight_quant_batchmatmul
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:
-    """Flatten leading axes; a view of a matrix would keep passes from matching."""
+    """Flatten the leading axes. Leaves a matrix as is: graph passes match no views."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -31,21 +31,22 @@ def weight_quant_matmul(
     group_size: int = 0,
     max_n: int | None = None,
 ) -> torch.Tensor:
-    """16-bit activations by int8 or int4 weights: `x @ ((weight + offset) * scale)`.
+    """Weight-only matmul: `x @ ((weight + offset) * scale) + bias`.
 
-    One launch, or one for each `max_n` outputs and one to join them.
-    `npu_weight_quant_batchmatmul` states the layouts.
+    One launch; if N exceeds `max_n`, one for each part of N and one to concatenate.
+    See the document of `npu_weight_quant_batchmatmul` for the layouts.
 
     Args:
         x: `[..., K]` fp16 or bf16.
         weight: int8 `[K, N]`, or int4 packed eight to an int32 along the axis that is
             contiguous in memory: a transposed view `[K / 8, N]`, or `[K, N / 8]`.
-        scale: `[1, N]`, or `[K / group_size, N]` laid out like the weight; dtype of x.
-        offset: Like the scale.
+        scale: Dtype of x; `[1, N]`, or `[K / group_size, N]`, contiguous or transposed
+            like the weight.
+        offset: Dtype, shape and layout of the scale.
         bias: `[N]`, fp32 for bf16 x, fp16 for fp16 x.
-        group_size: Elements of K that share a scale; 0 for one scale per channel.
-        max_n: Outputs that the operator can compute at once, if fewer than N; then
-            the weight has to be int8, and scale and offset transposed views like it.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
+        max_n: Largest N that the operator supports; None for no limit. If N is larger,
+            the weight must be int8, and scale and offset transposed views like it.
 
     Returns:
         `[..., N]`, dtype of x.
@@ -78,7 +79,7 @@ def dynamic_quant_matmul(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Activations quantized per token, symmetric, by int8 weights. Two launches.
+    """W8A8 matmul with dynamic per-token symmetric activations. Two launches.
 
     Args:
         x: `[..., K]` fp16 or bf16.
@@ -108,10 +109,10 @@ def dynamic_fp8_matmul(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Activations quantized per token to FP8 (E4M3), by FP8 weights.
+    """FP8 (E4M3) matmul with dynamic per-token activations.
 
-    Two launches, and one to add a bias: vllm-ascend knows a fault of the operator's
-    own.
+    Two launches, and one to add a bias: vllm-ascend documents a fault of the operator's
+    bias argument.
 
     Args:
         x: `[..., K]` fp16 or bf16.
@@ -138,7 +139,7 @@ def quant_matmul_dequant(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Take `dynamic_quant_matmul` by one operator, which 310P has.
+    """W8A8 matmul with dynamic per-token activations in one operator. 310P only.
 
     One launch, and one to add a bias.
 
@@ -168,9 +169,9 @@ def dynamic_quant_int4_matmul(
     bias: torch.Tensor | None = None,
     group_size: int = 0,
 ) -> torch.Tensor:
-    """Activations quantized per token, symmetric, by int4 weights.
+    """W4A8 matmul with dynamic per-token symmetric activations.
 
-    Two launches, and one to add a bias: the operator's own is no bias of the layer.
+    Two launches, and one to add a bias: this mode of the operator takes none.
 
     Args:
         x: `[..., K]` fp16 or bf16.
@@ -179,7 +180,7 @@ def dynamic_quant_int4_matmul(
             `[K / group_size, N]`.
         assist: fp32 `[N]`, from `weights.int4.pack_outputs_with_assist`.
         bias: `[N]`, dtype of x.
-        group_size: Elements of K that share a scale; 0 for one scale per channel.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
 
     Returns:
         `[..., N]`, dtype of x.
@@ -201,11 +202,11 @@ def dynamic_quant_int4_matmul(
 
 
 def static_fake_quant(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round to a static int8 grid and back, symmetric. Three launches.
+    """Quantize to a static symmetric int8 grid and dequantize. Three launches.
 
     Args:
         x: `[..., K]` fp16 or bf16.
-        scale: fp32 `[1]`, or `[K]`.
+        scale: fp32 `[1]` per tensor, or `[K]` per channel.
 
     Returns:
         Shape and dtype of x.
@@ -222,17 +223,17 @@ def dynamic_asymmetric_quant_matmul(
     weight_sum: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Activations quantized per token over their own range, by int8 weights.
+    """W8A8 matmul with dynamic per-token asymmetric activations.
 
-    The offset of a token is a float, so its share `offset * weight_sum` is taken from
-    the int32 product in fp32: behind a product already rounded to x's dtype it would
-    cancel digits that are gone.
+    A token's zero point is a float. Its contribution `offset * weight_sum` is
+    subtracted from the int32 product in fp32: subtracting it from a product that is
+    already rounded to x's dtype would cancel most of the significant digits.
 
     Args:
         x: `[..., K]` fp16 or bf16.
         weight: int8 `[K, N]`, contiguous or a transposed view.
         weight_scale: fp32 `[N]`.
-        weight_sum: fp32 `[N]`, the weight summed over K.
+        weight_sum: fp32 `[N]`, the integer weight summed over K.
         bias: `[N]`.
 
     Returns:
@@ -260,21 +261,23 @@ def static_quant_matmul(
     divides: bool = True,
     divisor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Activations quantized with given parameters, by int8 weights. Two launches.
+    """W8A8 matmul with static per-tensor activations.
 
-    One where vllm-ascend's compiler makes one of the norm before and the first.
+    Two launches; one if vllm-ascend's compiler fuses the quantization into the
+    preceding norm.
 
     Args:
         x: `[..., K]` fp16 or bf16.
         weight: int8 `[K, N]`, contiguous or a transposed view.
-        dequant_scale: `[N]`, `x_scale` times the weight's scale: fp32 for bf16 x, int64
-            from `npu_trans_quant_param` for fp16 x.
-        x_scale: fp32 `[1]`, which divides x; or its reciprocal `[K]`, dtype of x.
-        x_zero_point: int32 `[1]`; or `[K]`, dtype of x.
+        dequant_scale: `[N]`, the activations' scale times the weight's: fp32 for bf16
+            x, int64 from `npu_trans_quant_param` for fp16 x.
+        x_scale: fp32 `[1]`, the scale, if `divides`; otherwise its reciprocal, `[K]`
+            and dtype of x.
+        x_zero_point: int32 `[1]` if `divides`; otherwise `[K]` and dtype of x.
         bias: int32 `[N]`, added to the int32 product.
-        divides: Whether `x_scale` divides.
-        divisor: `[K]`, dtype of x, what norms that quantize divide by; then `x_scale`
-            is a reciprocal, and there is a zero point.
+        divides: Whether x is divided by `x_scale`, or multiplied by it.
+        divisor: `[K]`, dtype of x: the scale itself, for norms that quantize. If given,
+            `x_scale` must be a reciprocal, and `x_zero_point` must be given.
 
     Returns:
         `[..., N]`, dtype of x.
@@ -285,7 +288,7 @@ def static_quant_matmul(
             _matrix(x), x_scale, x_zero_point, torch.qint8, -1, divides
         )
     else:
-        # vllm-ascend's name for it, which its passes look for.
+        # vllm-ascend's operator, which its graph passes match.
         q = torch.ops.vllm.quantize(_matrix(x), divisor, x_scale, x_zero_point)
     y = torch.ops.npu.npu_quant_matmul(
         q, weight, dequant_scale, bias=bias, output_dtype=x.dtype

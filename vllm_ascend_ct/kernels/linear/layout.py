@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Which weights linear kernels are asked about."""
+"""Check that a kernel is asked about compressed-tensors weights."""
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
@@ -9,10 +9,11 @@ from vllm_ascend_ct.compat import QUANTIZATION, is_ours
 
 
 def foreign_layout() -> str | None:
-    """Why the current model's weights are not for these kernels, or None.
+    """Why these kernels do not support the current model's weight layout, or None.
 
-    What upstream tells a kernel of a layer says nothing of its layout. Methods of other
-    quantization that the platform serves do not ask.
+    The config that upstream passes to a kernel does not describe the weight layout, so
+    look at the model's quantization method. Methods that the platform supports with
+    kernels of their own never ask these.
     """
     vllm_config = get_current_vllm_config_or_none()
     quant_config = None if vllm_config is None else vllm_config.quant_config
@@ -21,4 +22,4 @@ def foreign_layout() -> str | None:
     name = quant_config.get_name()
     if name in current_platform.supported_quantization:
         return None
-    return f"weights as {name} lays them out; supported: {QUANTIZATION}"
+    return f"weights in the layout of {name}; supported: {QUANTIZATION}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The NPU operators on CPU: same names and schemas, exact where the NPU is.
+"""Emulation of the NPU operators on CPU, with the same names and schemas.
 
-They refuse what the NPU would refuse (`ops/limits.py`).
+Integer results are exact, like the NPU's. A call that the NPU would reject raises an
+error (`ops/limits.py`).
 """
 
 import contextlib
@@ -30,15 +31,15 @@ from vllm_ascend_ct.ops.emulated.registry import OPERATORS
 def install() -> torch.library.Library:
     """Make the emulated operators available as `torch.ops.npu.*` on CPU tensors.
 
-    Where torch_npu can be imported its operator definitions and meta functions stay and
-    only CPU kernels are added. A second call does nothing.
+    If torch_npu can be imported, its operator definitions and meta functions stay, and
+    only CPU kernels are added. Further calls do nothing.
 
     Returns:
-        The library that holds the registrations; they last as long as it does.
+        The library that holds the registrations and keeps them alive.
 
     """
     if importlib.util.find_spec("torch_npu") is not None:
-        # Without CANN it cannot be imported, and defines nothing.
+        # Without CANN the import fails, and torch_npu defines nothing.
         with contextlib.suppress(ImportError):
             import torch_npu  # noqa: F401
     library = torch.library.Library("npu", "FRAGMENT")

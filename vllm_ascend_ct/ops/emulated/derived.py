@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""What is derived from weights, kept as long as the weights live unchanged."""
+"""A cache of values derived from weights, valid while the weights are unchanged."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeVar
@@ -22,14 +22,15 @@ _Value = TypeVar("_Value", bound=_Sized)
 
 
 class DerivedWeights:
-    """A cache keyed by where tensors lie in memory, not by Python identity.
+    """A cache keyed by the memory addresses of tensors, not by Python identity.
 
-    An operator sees new tensor objects at each call, over storage that stays. An entry
-    dies with any of its sources and is computed anew when one was written: torch counts
-    writes, but for those through `.data`, so some values are compared as well.
+    An operator gets new tensor objects in each call, over the same storage. An entry
+    expires with the storage of any of its sources, and is recomputed if a source was
+    written to. torch counts writes except those through `.data`, so the cache compares
+    some sampled values as well.
 
-    All values together have at most `envs.emulate_keep_bytes`. Nothing is dropped to
-    make room: layers take turns, so each would find its own dropped.
+    All values together take at most `envs.emulate_keep_bytes`. Nothing is evicted to
+    make room: layers run in turn, so each would find its own entry evicted.
     """
 
     def __init__(self) -> None:
@@ -42,16 +43,16 @@ class DerivedWeights:
         nbytes: int,
         compute: Callable[[], _Value],
     ) -> _Value | None:
-        """Return `compute()`, from the cache if `sources` are as they were.
+        """Return `compute()`, from the cache if the sources have not changed.
 
         Args:
-            key: Tells apart what is derived from the same sources.
-            sources: Contiguous, or transposed views.
-            nbytes: The least that the value has.
-            compute: Makes the value, which may not share memory with the sources.
+            key: Distinguishes values derived from the same sources.
+            sources: Tensors that the value depends on, contiguous or transposed views.
+            nbytes: Lower bound of the value's size in bytes.
+            compute: Computes the value, which must not share memory with the sources.
 
         Returns:
-            None if there is no room.
+            The value; None if it is not cached and there is no room for it.
 
         """
         places = (key, *map(_place, sources))
@@ -75,14 +76,14 @@ class DerivedWeights:
 
     @property
     def nbytes(self) -> int:
-        """What is kept."""
+        """Size of all cached values in bytes."""
         return sum(entry.value.nbytes for entry in self._entries.values())
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         self._entries.clear()
 
 
@@ -103,7 +104,7 @@ class _Entry:
         return any(storage.expired() for storage in self.storages)
 
 
-# What all operators of a process keep: one bound for them together.
+# Shared by all operators of a process, so that they have one limit together.
 derived = DerivedWeights()
 
 
@@ -116,6 +117,6 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    # Contiguous or transposed, its elements lie side by side.
+    # Contiguous or transposed, the tensor's elements fill one range of memory.
     step = max(1, tensor.numel() // _SAMPLES)
     return tensor.as_strided((tensor.numel() // step,), (step,))

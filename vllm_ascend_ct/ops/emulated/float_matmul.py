@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Products in float32 of narrower operands, on CPU."""
+"""float32 matmul of narrower operands on CPU."""
 
 import torch
 
-# float32 holds every integer up to here.
+# float32 represents every integer up to this exactly.
 EXACT_INTEGERS = 1 << 24
-# Values widened at once: 4 MB, which stay in the cache until they are multiplied. That
-# is faster than to read a widened copy of the whole weight from memory.
+# Values to widen at once: 4 MB, which stay in the CPU's cache until they are
+# multiplied. This is faster than reading a widened copy of the whole weight from
+# memory.
 _VALUES = 1 << 20
 
 
 def float_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiply `[M, K]` by `[K, N]` in float32, whatever both are held in."""
+    """Multiply in float32.
+
+    Args:
+        x: `[M, K]` of any dtype.
+        weight: `[K, N]` of any dtype.
+
+    Returns:
+        fp32 `[M, N]`.
+
+    """
     x = x.float()
     columns = max(1, _VALUES // len(weight))
     if columns >= weight.shape[1]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The matrix products of experts: each takes its part of the rows."""
+"""The grouped matmul of experts: each expert multiplies its own rows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +36,17 @@ _Tensors = list[torch.Tensor] | None
 def _mode(
     x: torch.Tensor, weight: torch.Tensor, group_size: int
 ) -> tuple[GroupedMatmulMode, int, int]:
-    """The mode that a call is of, with experts and N; sizes and layouts checked."""
+    """Find the mode of a call, and check its sizes and layouts.
+
+    Args:
+        x: `[M, K]`.
+        weight: `[E, K, N]`, or packed along K or N.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
+
+    Returns:
+        The mode, E and N.
+
+    """
     if (x.dim(), weight.dim()) != (2, 3) or not x.is_contiguous():
         refuse(
             _NAME,
@@ -67,7 +77,7 @@ def _check(argument: str, tensor: torch.Tensor | None, dtypes: Any, shape: Any) 
 
 
 def _group_size(k: int, scale: torch.Tensor | None) -> int:
-    """Elements of K that share one of the scales `[E, G, N]`, 0 for all of K."""
+    """Elements of K that share one of the scales `[E, G, N]`; 0 if all do."""
     if scale is None or scale.dim() != 3 or scale.shape[1] == 1:
         return 0
     return -(-k // scale.shape[1])
@@ -76,7 +86,13 @@ def _group_size(k: int, scale: torch.Tensor | None) -> int:
 def parts(
     group_list: torch.Tensor, group_list_type: int
 ) -> Iterator[tuple[int, slice]]:
-    """The rows of each expert that has any."""
+    """Yield each expert that has rows, with those rows.
+
+    Args:
+        group_list: int64 `[E]`.
+        group_list_type: 0 for cumulative counts, 1 for counts.
+
+    """
     start = 0
     for expert, value in enumerate(group_list.tolist()):
         stop = start + value if group_list_type == _COUNTS else value
@@ -176,28 +192,30 @@ def npu_grouped_matmul(
 ) -> list[torch.Tensor]:
     """Multiply each expert's rows by its weight.
 
-    int8 rows: as `npu_quant_matmul`; the int4 mode there overwrites x on the NPU, which
-    is not emulated. 16-bit rows: as `npu_weight_quant_batchmatmul`, or by 16-bit
-    weights. Rows that no expert has are not written.
+    int8 rows: as `npu_quant_matmul`. (With int4 weights, the NPU overwrites x; this is
+    not emulated.) 16-bit rows: as `npu_weight_quant_batchmatmul`, or by 16-bit weights.
+    Rows that belong to no expert are not written.
 
     Source: op-plugin `torch_npu-npu_grouped_matmul.md`, `test_npu_grouped_matmul.py`;
     ops-transformer `gmm/grouped_matmul`.
 
     Args:
-        x: One `[M, K]`, rows sorted by expert.
-        weight: One `[E, K, N]`, or transposed view; int4 as int32 like there.
-        bias: One `[E, N]`; of int4 weights with int8 rows, the assist term.
-        scale: One `[E, N]`; of that mode fp32 bits in int64, `[E, G, N]`.
+        x: One tensor `[M, K]`, rows sorted by expert.
+        weight: One tensor `[E, K, N]`, or its transposed view; int4 packed as int32 as
+            in those operators.
+        bias: One tensor `[E, N]`; for int4 weights with int8 rows, the assist term.
+        scale: One tensor `[E, N]`; for int4 weights with int8 rows `[E, G, N]`, int64
+            that holds fp32 bits.
         offset: Not emulated.
-        antiquant_scale: One `[E, N]`, or `[E, G, N]` for int4.
-        antiquant_offset: Like it.
-        per_token_scale: One fp32 `[M]`.
+        antiquant_scale: One tensor `[E, N]`, or `[E, G, N]` for int4.
+        antiquant_offset: Like `antiquant_scale`.
+        per_token_scale: One tensor, fp32 `[M]`.
         group_list: int64 `[E]`.
-        group_list_type: 0: where each expert's rows end; 1: how many they are.
+        group_list_type: 0 for cumulative counts, 1 for counts.
         options: group_type 0, split_item 2 or 3, output_dtype; others are defaults.
 
     Returns:
-        One `[M, N]`.
+        One tensor `[M, N]`.
 
     Raises:
         OperatorLimitError: The call is outside the operator's limits.
@@ -247,7 +265,7 @@ class _Experts(list[torch.Tensor]):
 def _experts(
     weight: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None
 ) -> Callable[[int], torch.Tensor]:
-    """The weights of 16 bits, `[N, K]`, by expert."""
+    """A function that returns the 16-bit weight `[N, K]` of an expert."""
     if scale is None:
         return lambda expert: weight[expert].t()
     kept = _kept_experts(weight, scale, offset)
@@ -259,7 +277,7 @@ def _experts(
 def _kept_experts(
     weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None
 ) -> _Experts | None:
-    """All experts dequantized, to look them up once; None if there is no room."""
+    """All experts, dequantized and cached; None if the cache has no room for them."""
     k, n = weight_size(weight[0])
     return derived.get(
         "16-bit experts",
@@ -291,7 +309,20 @@ def int8_products(
     group_list: torch.Tensor,
     group_list_type: int,
 ) -> torch.Tensor:
-    """Products of int8 rows that experts have, fp32, before scales of tokens."""
+    """Multiply int8 rows by their experts, without per-token scales.
+
+    Args:
+        x: int8 `[M, K]`, rows sorted by expert.
+        weight: int8 `[E, K, N]`, or int4 as int32 `[E, K, N / 8]`.
+        scale: `[E, N]`, or int64 `[E, G, N]` for int4.
+        bias: int32 `[E, N]`; for int4 the assist term, fp32.
+        group_list: int64 `[E]`.
+        group_list_type: 0 for cumulative counts, 1 for counts.
+
+    Returns:
+        fp32, `[rows that belong to an expert, N]`.
+
+    """
     n = weight_size(weight[0])[1]
     result = torch.empty((len(x), n), dtype=torch.float32)
     end = 0
@@ -310,7 +341,7 @@ def _int8_product(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One expert's product of int8 rows, fp32."""
+    """Multiply int8 rows by one expert, in fp32."""
     if weight.dtype == torch.int32:
         assert bias is not None
         scale = unpack_raw_scale(scale).reshape(-1, scale.shape[-1])

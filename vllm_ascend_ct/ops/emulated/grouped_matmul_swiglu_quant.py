@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The first products of gated experts, with activation and quantization fused."""
+"""The first product of gated experts, fused with SwiGLU and quantization."""
 
 from typing import Any
 
@@ -114,25 +114,26 @@ def npu_grouped_matmul_swiglu_quant_v2(
     group_list_type: int = 0,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply each expert's rows, gate them, and quantize them again.
+    """Multiply each expert's rows, apply SwiGLU, and quantize the result per row.
 
     `c = product * x_scale`, `s = silu(c[:, :N / 2]) * c[:, N / 2:]`, per row
-    `scale = amax|s| / 127` and `q = rint(s * (1 / scale))`, all in fp32. Rows that no
-    expert has are not written.
+    `scale = amax|s| / 127` and `q = rint(s * (1 / scale))`, all in fp32. Rows that
+    belong to no expert are not written.
 
     Source: op-plugin `torch_npu-npu_grouped_matmul_swiglu_quant_v2.md`; ops-transformer
     `gmm/grouped_matmul_swiglu_quant_v2`.
 
     Args:
         x: int8 `[M, K]`, rows sorted by expert.
-        weight: One int8 `[E, K, N]` in FRACTAL_NZ, or int4 as int32 `[E, K, N / 8]`.
-        weight_scale: One `[E, N]`; of int4 fp32 bits in int64, `[E, N]`, or with
-            dequant_mode 1 `[E, K / 256, N]`.
+        weight: One tensor, int8 `[E, K, N]` in FRACTAL_NZ, or int4 as int32
+            `[E, K, N / 8]`.
+        weight_scale: One tensor `[E, N]`. For int4, int64 that holds fp32 bits, `[E,
+            N]`, or `[E, K / 256, N]` with dequant_mode 1.
         x_scale: fp32 `[M]`.
         group_list: int64 `[E]`.
-        weight_assist_matrix: Of int4 weights, one fp32 `[E, N]`.
-        group_list_type: 0: where each expert's rows end; 1: how many they are.
-        options: dequant_mode; of others only the defaults are emulated.
+        weight_assist_matrix: For int4 weights, one tensor, fp32 `[E, N]`.
+        group_list_type: 0 for cumulative counts, 1 for counts.
+        options: dequant_mode; for others only the defaults are emulated.
 
     Returns:
         int8 `[M, N / 2]` and fp32 scales `[M]`.

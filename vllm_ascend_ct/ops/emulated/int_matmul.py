@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Exact products of integers on CPU, by what is fast with its instructions.
+"""Exact integer matmul on CPU, by the method that is fast with its instruction set.
 
-Those are asked for and not measured, so a process does what the others do.
+The choice depends on the CPU's features and not on measurements, so that all processes
+on a machine choose the same.
 """
 
 from collections.abc import Iterable
@@ -22,13 +23,13 @@ from vllm_ascend_ct.ops.emulated.packed_int8 import (
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
 _PACKED_K = 4096
-# torch's int8 matmul packs a weight at each call, but for one row of a transposed one.
-# That costs less than a call of oneDNN's if the weight is no larger than this.
+# torch's int8 matmul packs the weight in each call, except for one row by a transposed
+# weight. Up to this many values, packing is cheaper than a call of oneDNN's matmul.
 _PACKED_AT_ONCE = 1 << 20
 
 
 class Blocks(list[PackedInt8 | torch.Tensor]):
-    """An integer weight in blocks of K, each packed or an int8 tensor."""
+    """An integer weight split along K into blocks, each packed or an int8 tensor."""
 
     @property
     def nbytes(self) -> int:
@@ -36,13 +37,17 @@ class Blocks(list[PackedInt8 | torch.Tensor]):
 
 
 def int_matmul(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
-    """Exact product of int8 `[M, K]` and a weight `[K, N]`.
+    """Exact product of int8 matrices.
 
-    Where CPUs are slow with the weight as it is, a packed one is kept, of one byte a
-    value and little more.
+    If the CPU is slow with an unpacked weight, a packed copy is cached, which takes
+    little more than one byte per value.
+
+    Args:
+        x1: int8 `[M, K]`.
+        x2: The weight, int8 `[K, N]`.
 
     Returns:
-        int32, or float32 that holds the same integers.
+        `[M, N]`, int32, or float32 that holds the same integers.
 
     """
     blocks = _blocks(x1, x2)
@@ -54,7 +59,17 @@ def int_matmul(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
 def scaled_int_matmul(
     x1: torch.Tensor, x2: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Multiply the exact product, in fp32, by an fp32 scale `[N]` or `[1]`."""
+    """Multiply the exact product by a scale in fp32.
+
+    Args:
+        x1: int8 `[M, K]`.
+        x2: The weight, int8 `[K, N]`.
+        scale: fp32 `[N]` or `[1]`.
+
+    Returns:
+        fp32 `[M, N]`.
+
+    """
     blocks = _blocks(x1, x2)
     if len(blocks) == 1 and len(scale) == x2.shape[1]:
         (block,) = blocks
@@ -67,15 +82,15 @@ def scaled_int_matmul(
 def int4_products(
     x1: torch.Tensor, x2: torch.Tensor, group_size: int
 ) -> Iterable[torch.Tensor]:
-    """Exact products of int4 `[M, K]`, as int8, and a weight, in groups of K.
+    """Exact products of int4 matrices, one for each group of K.
 
     Args:
-        x1: Values in [-8, 7].
-        x2: int32 `[K, N / 8]`; kept as int8.
-        group_size: The K of each product.
+        x1: int8 `[M, K]`, values in [-8, 7].
+        x2: The weight, int4 as int32 `[K, N / 8]`; an int8 copy is cached.
+        group_size: Elements of K in each product.
 
     Yields:
-        `[M, N]`, as `int_matmul`.
+        `[M, N]` for each group, dtypes as in `int_matmul`.
 
     """
 
@@ -92,7 +107,7 @@ def int4_products(
 
 
 def _blocks(x: torch.Tensor, weight: torch.Tensor) -> Blocks:
-    """What to multiply parts of K by."""
+    """The weight, packed in blocks of K if that is faster; otherwise as one block."""
     blocks = None
     if packing_pays() and not _takes_int_mm(len(x), weight):
         size = weight.numel()
@@ -102,7 +117,7 @@ def _blocks(x: torch.Tensor, weight: torch.Tensor) -> Blocks:
 
 def _packed_int8(weight: torch.Tensor) -> Blocks:
     blocks = list(map(pack, weight.split(_PACKED_K)))
-    # Of what cannot be packed nothing is kept: it would keep the weight alive.
+    # If a block cannot be packed, cache nothing: the block would keep the weight alive.
     packed = [block for block in blocks if block is not None]
     return Blocks(packed if len(packed) == len(blocks) else ())
 
@@ -110,13 +125,20 @@ def _packed_int8(weight: torch.Tensor) -> Blocks:
 def _product(
     x: torch.Tensor, weight: PackedInt8 | torch.Tensor, bits: int = 8
 ) -> torch.Tensor:
-    """Multiply by one block; `bits` is what all values fit into."""
+    """Multiply by one block of K.
+
+    Args:
+        x: int8 `[M, K]`.
+        weight: The block, `[K, N]`.
+        bits: Width that all values of both fit into.
+
+    """
     if isinstance(weight, PackedInt8):
         return weight.product(x)
-    # Of one value a row, torch's leaves results unwritten.
+    # With K=1, torch's int8 matmul leaves results unwritten.
     if weight.shape[0] > 1 and int_mm_is_fast():
         return torch._int_mm(x.contiguous(), weight)
-    # So much of K at once that float32 rounds no sum.
+    # The largest K for which float32 represents every sum exactly.
     size = EXACT_INTEGERS >> 2 * (bits - 1)
     if x.shape[1] <= size:
         return float_matmul(x, weight)
@@ -131,16 +153,16 @@ def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _takes_int_mm(rows: int, weight: torch.Tensor) -> bool:
-    """Whether torch's int8 matmul is better than with a packed weight."""
+    """Whether torch's int8 matmul is faster than oneDNN's with a packed weight."""
     one_row = rows == 1 and weight.stride(0) == 1
     return (one_row or weight.numel() <= _PACKED_AT_ONCE) and int_mm_is_fast()
 
 
 @cache
 def int_mm_is_fast() -> bool:
-    """Whether torch's int8 matmul has the instructions that it is fast with.
+    """Whether torch's int8 matmul is fast and exact on this CPU, which needs VNNI.
 
-    And whether it is exact: without them it adds pairs of products in 16 bits.
+    Without VNNI it adds pairs of products in 16 bits, which may saturate.
     """
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
         return False

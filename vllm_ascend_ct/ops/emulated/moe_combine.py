@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Operators that bring the rows of experts back to their tokens."""
+"""Operators that sum the experts' rows of each token."""
 
 import torch
 
@@ -37,7 +37,7 @@ def _unpermute_fake(
         refuse(_UNPERMUTE, reason)
     tokens = sorted_indices.shape[0] // top_k
     if probs is not None and probs.numel() != sorted_indices.shape[0]:
-        refuse(_UNPERMUTE, f"probs is {describe(probs)}; supported: one an index")
+        refuse(_UNPERMUTE, f"probs is {describe(probs)}; supported: one per index")
     return permuted_tokens.new_empty((tokens, permuted_tokens.shape[1]))
 
 
@@ -53,17 +53,17 @@ def npu_moe_token_unpermute(
     padded_mode: bool = False,
     restore_shape: list[int] | None = None,
 ) -> torch.Tensor:
-    """Bring rows back to their tokens: `sum over j of probs[t, j] * row[index[t, j]]`.
+    """Sum the rows of each token: `sum over j of probs[t, j] * row[index[t, j]]`.
 
-    Accumulated in fp32 in the order of j, rounded once.
+    Accumulates in fp32 in the order of j, and rounds once.
 
     Source: op-plugin `MoeTokenUnpermuteKernelNpuOpApi.cpp`; ops-transformer
     `moe/moe_token_unpermute`.
 
     Args:
         permuted_tokens: `[R, H]` fp16, bf16 or fp32.
-        sorted_indices: int32 `[T * top-k]`, token-major, each in `[0, R)` and once.
-        probs: `[T, top-k]`; None for one row a token, unweighted.
+        sorted_indices: int32 `[T * top-k]`, token-major, in `[0, R)`, no duplicates.
+        probs: `[T, top-k]`; None for one unweighted row per token.
         padded_mode: False.
         restore_shape: None.
 
@@ -83,7 +83,7 @@ def npu_moe_token_unpermute(
         and max(indices) < len(permuted_tokens)
         and len(set(indices)) == len(indices)
     ):
-        refuse(_UNPERMUTE, "sorted_indices must be in range and different")
+        refuse(_UNPERMUTE, "sorted_indices must be in range and unique")
     rows = permuted_tokens[sorted_indices].view(len(result), -1, result.shape[1])
     rows = rows.float()
     if probs is not None:
@@ -108,7 +108,7 @@ def _finalize_fake(
     if any(argument is not None for argument in (skip1, skip2, bias)):
         refuse(_FINALIZE, "skip1, skip2 and bias are not emulated")
     if drop_pad_mode != _DROP_PAD_BY_TOKEN or k != 1:
-        # Without a capacity an index may not be -1.
+        # Only this mode (an expert capacity) allows an index of -1.
         refuse(_FINALIZE, f"drop_pad_mode={drop_pad_mode}, k={k}; emulated: 3, 1")
     rows, index = expanded_permuted_rows, expanded_src_to_dst_row
     top_k = 1 if scales is None else scales.shape[-1]
@@ -130,7 +130,7 @@ def _finalize_fake(
         refuse(
             _FINALIZE,
             f"export_for_source_row is {describe(export_for_source_row)}; supported: "
-            "int32, one an index",
+            "int32, one per index",
         )
     if scales is not None and (scales.dtype, scales.shape) != (
         rows.dtype,
@@ -138,7 +138,7 @@ def _finalize_fake(
     ):
         refuse(
             _FINALIZE,
-            f"scales is {describe(scales)}; supported: {rows.dtype}, one an index",
+            f"scales is {describe(scales)}; supported: {rows.dtype}, one per index",
         )
     return rows.new_empty((tokens, rows.shape[2]))
 
@@ -160,10 +160,9 @@ def npu_moe_finalize_routing(
     drop_pad_mode: int | None = 0,
     k: int | None = 1,
 ) -> torch.Tensor:
-    """Bring rows back to their tokens, some of which may be missing.
+    """Sum the rows of each token, some of which may be missing.
 
-    Accumulated in the order of the choices, bf16 in fp32 and rounded once, fp16 in
-    fp16.
+    Accumulates in the order of the choices: bf16 in fp32, rounded once; fp16 in fp16.
 
     Source: op-plugin `torch_npu-npu_moe_finalize_routing.md`; ops-transformer
     `moe/moe_finalize_routing_v2`.
@@ -173,10 +172,10 @@ def npu_moe_finalize_routing(
         skip1: Not emulated.
         skip2: Not emulated.
         bias: Not emulated.
-        scales: `[T, top-k]`, dtype of the rows; None for one row a token, unweighted.
-        expanded_src_to_dst_row: int32 `[T * top-k]`, token-major, each a row of the
-            flattened `[E * C, H]`, or -1 for none.
-        export_for_source_row: int32 `[T, top-k]`; without a bias, not read.
+        scales: `[T, top-k]`, dtype of the rows; None for one unweighted row per token.
+        expanded_src_to_dst_row: int32 `[T * top-k]`, token-major: a row of the
+            flattened `[E * C, H]`, or -1 if it is missing.
+        export_for_source_row: int32 `[T, top-k]`; not read without a bias.
         drop_pad_mode: 3.
         k: 1.
 

@@ -34,8 +34,8 @@ def _check_options(
     for argument, value, supported in (
         ("quant_mode", quant_mode, limits.quant_modes),
         ("expert_tokens_num_type", expert_tokens_num_type, num_types),
-        # Without the counts, torch_npu's meta function and kernel differ in shape;
-        # the operator that does not count has no such flag.
+        # If false, torch_npu's meta function and kernel disagree on the shape. The
+        # 310P's operator has no such flag.
         ("expert_tokens_num_flag", expert_tokens_num_flag, flags),
         ("row_idx_type", row_idx_type, (_GATHER, _SCATTER)),
     ):
@@ -83,7 +83,7 @@ def _init_routing_fake(
     if reason := limits.refusal(x.dtype, quant_mode, expert_num, active):
         refuse(_INIT, reason)
     dims = (x.dim(), expert_idx.dim(), expert_idx.dtype)
-    # Not len(): while a model is traced it would fix the number of tokens.
+    # Not len(), which would specialize a traced graph to the number of tokens.
     if dims != (2, 2, torch.int32) or x.shape[0] != expert_idx.shape[0]:
         refuse(
             _INIT,
@@ -134,37 +134,39 @@ def npu_moe_init_routing_v2(
     row_idx_type: int = 0,
     x_dtype: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort tokens by expert, and quantize them.
+    """Sort tokens by expert, and optionally quantize them.
 
-    Quantized dynamically, a row is `q = rint(v / scale)` with `v = x * smooth` and
-    `scale = amax|v| / 127`, by a true division. (For wide rows the NPU's kernel rounds
-    otherwise; not emulated.) What no expert in the range takes is not written.
+    With dynamic quantization a row is `q = rint(v / scale)`, where `v = x * smooth` and
+    `scale = amax|v| / 127`, with a true division. (For wide rows the NPU's kernel
+    rounds differently, which is not emulated.) Rows without an expert in the range are
+    not written.
 
     Source: op-plugin `torch_npu-npu_moe_init_routing_v2.md`; ops-transformer
     `moe/moe_init_routing_v3`.
 
     Args:
-        x: `[T, H]` fp16, bf16 or fp32; to copy, also int8.
+        x: `[T, H]` fp16, bf16 or fp32; also int8 with quant_mode -1.
         expert_idx: int32 `[T, top-k]`.
-        scale: With dynamic quantization, smoothing fp32 `(end - start, H)` or `(1, H)`;
-            else fp32 `(T,)`, a token's, which is copied with it.
+        scale: With dynamic quantization, smoothing factors, fp32 `(end - start, H)` or
+            `(1, H)`. Otherwise scales of the tokens, fp32 `(T,)`, which are copied
+            along.
         offset: Not emulated.
-        active_num: All rows.
+        active_num: Number of all rows.
         expert_capacity: Not emulated.
-        expert_num: Experts in all.
+        expert_num: Number of experts of all ranks.
         drop_pad_mode: 0.
         expert_tokens_num_type: 0 for cumulative counts, 1 for counts.
         expert_tokens_num_flag: True.
         quant_mode: -1 to copy, 1 to quantize dynamically.
-        active_expert_range: `[start, end)`, always required: torch_npu keeps the first
-            default of a process.
-        row_idx_type: 0: position of each (token, choice), -1 outside the range; 1: the
-            (token, choice) at each position.
+        active_expert_range: `[start, end)`. Always required: torch_npu computes the
+            default once per process and keeps it.
+        row_idx_type: 0 for the position of each (token, choice), -1 outside the range;
+            1 for the (token, choice) at each position.
         x_dtype: None or the dtype of x.
 
     Returns:
         Rows `[T * top-k, H]`, indices int32 `[T * top-k]`, counts int64 `[end - start]`
-        (310P: int32) and scales fp32 `[T * top-k]`.
+        (310P: int32), and scales fp32 `[T * top-k]`.
 
     Raises:
         OperatorLimitError: The call is outside the operator's limits.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Exact products by int8 weights with oneDNN, also where it saturates.
+"""Exact matmul by int8 weights with oneDNN, also on CPUs where it saturates.
 
-Without VNNI, oneDNN's int8 kernels add two products, of neighbours in K, in 16 bits
-(its document "Nuances of int8 Computations"). There a weight is split into a part whose
-neighbours cannot overflow, whatever they are multiplied by, and a sparse rest.
+Without VNNI, oneDNN's int8 kernels add the products of two neighbours in K in 16 bits
+(see "Nuances of int8 Computations" in its documentation). On such CPUs a weight is
+split into a dense part, whose neighbours cannot overflow for any activations, and a
+sparse rest.
 """
 
 import warnings
@@ -16,14 +17,14 @@ import torch
 
 from vllm_ascend_ct.ops.emulated.float_matmul import EXACT_INTEGERS
 
-# oneDNN gets activations as uint8, and 255 * 128 < 2**15.
+# oneDNN takes activations as uint8, and 255 * 128 < 2**15.
 _SHIFT = _LARGEST_PAIR = 128
 EXTREMES = ((127, 127), (-128, -128), (127, -128))
 _BOUNDED = ((127, 1), (-128, 0), (64, 64), (-64, -64))
-# Normally distributed weights leave 0.8 % in the rest. From some 10 % on, it alone
-# takes as long as all of the product in float32.
+# Normally distributed weights leave 0.8 % of their values in the rest. From about 10 %,
+# multiplying by the rest alone takes as long as the whole matmul in float32.
 _DENSEST_REST = 0.03
-# Its product is transposed, which has to happen within the cache.
+# Small enough to transpose the rest's product within the CPU's cache.
 _ROWS_AT_ONCE = 64
 
 
@@ -32,8 +33,8 @@ class PackedInt8:
     """An int8 weight `[K, N]` in oneDNN's layout.
 
     Attributes:
-        packed: All of the weight but the rest.
-        rest: fp32 `[N, K]` in CSR; None if there is none.
+        packed: The dense part of the weight.
+        rest: The sparse rest, fp32 `[N, K]` in CSR; None if it is empty.
         size: `(K, N)`.
 
     """
@@ -53,11 +54,14 @@ class PackedInt8:
     def product(
         self, x: torch.Tensor, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Multiply int8 `[M, K]`: fp32 `[M, N]`, exact.
+        """Multiply activations by the weight, exactly.
 
         Args:
-            x: Activations.
+            x: int8 `[M, K]`.
             scale: fp32 `[N]` to multiply the exact product by.
+
+        Returns:
+            fp32 `[M, N]`.
 
         """
         x = x.contiguous()
@@ -94,12 +98,12 @@ def _multiply(
 
 @cache
 def _per_channel(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points that change nothing."""
+    """Neutral scales and zero points."""
     return torch.ones(n, device="cpu"), torch.zeros(n, dtype=torch.int64, device="cpu")
 
 
 def pack(weight: torch.Tensor) -> PackedInt8 | None:
-    """Pack an int8 weight `[K, N]`; None if float32 is at least as good for it."""
+    """Pack an int8 weight `[K, N]`; None if multiplying in float32 is no slower."""
     k, n = weight.shape
     rows = weight.t()
     if rows.to(torch.int16).abs().sum(1).max() > EXACT_INTEGERS // _SHIFT:
@@ -117,13 +121,22 @@ def pack(weight: torch.Tensor) -> PackedInt8 | None:
 
 
 def split_pairs(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split int16 `[..., 2]`, so that the first part does not overflow; the sum stays.
+    """Split pairs of weights into a part that does not overflow and a rest.
 
-    Of that, the positive values of a pair add up to 128 at most, so do the negative.
+    In the first part the positive values of a pair sum to at most 128, and so do the
+    magnitudes of the negative values.
+
+    Args:
+        pairs: int16 `[..., 2]`, neighbours in K.
+
+    Returns:
+        The bounded part and the rest, which add up to `pairs`.
+
     """
     above = (pairs.clamp(min=0).sum(-1) - _LARGEST_PAIR).clamp_(min=0)
     below = (pairs.clamp(max=0).sum(-1) + _LARGEST_PAIR).clamp_(max=0)
-    # Only values of one sign have an excess, and the first alone is more than that.
+    # Only two values of the same sign exceed the bound, and the first value is always
+    # larger than the excess.
     excess = (above + below).to(torch.int16)
     rest = torch.stack((excess, torch.zeros_like(excess)), dim=-1)
     return pairs - rest, rest
@@ -147,9 +160,9 @@ def _prepack(rows: torch.Tensor) -> torch.Tensor:
 
 @cache
 def packing_pays() -> bool:
-    """Whether this CPU has the instructions that oneDNN's int8 kernels are fast with.
+    """Whether oneDNN's int8 kernels are fast and exact on this CPU, which needs AVX2.
 
-    And whether they are exact with neighbours that just do not overflow.
+    Exactness is tested with neighbours that just do not overflow.
     """
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()):
         return False
@@ -158,7 +171,7 @@ def packing_pays() -> bool:
 
 @cache
 def saturates() -> bool:
-    """Whether oneDNN is wrong with neighbours of any size, so that they are split."""
+    """Whether oneDNN saturates with large neighbours, so that weights must be split."""
     return not is_exact(_multiply_packed, EXTREMES)
 
 
@@ -166,7 +179,13 @@ def is_exact(
     multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     pairs: tuple[tuple[int, int], ...],
 ) -> bool:
-    """Whether a product is, of few rows and of many, with these neighbours in K."""
+    """Test whether a matmul is exact, for few and for many rows.
+
+    Args:
+        multiply: Multiplies int8 `[M, K]` by int8 `[K, N]`.
+        pairs: Neighbours in K to fill the weight with.
+
+    """
     signs = ((127, 127), (-128, -128), (127, -128), (-128, 127))
     x = torch.tensor(signs, dtype=torch.int8).repeat(16, 256)
     rows = torch.tensor(pairs, dtype=torch.int8).repeat(128, 256)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The operator that multiplies quantized matrices."""
+"""The quantized matmul operator, `npu_quant_matmul`."""
 
 from typing import Any
 
@@ -114,22 +114,23 @@ def npu_quant_matmul(
     """Multiply int8 by int8 or int4, or FP8 by FP8, and dequantize.
 
     `(x1 @ x2 + bias_int32) * scale * pertoken_scale + bias_float`, accumulated in
-    int32, then one rounding in fp32 a step and one to the output. fp16 and int8 outputs
-    without `pertoken_scale` see a scale of 10 mantissa bits. An int32 output is the
-    accumulator: the scale is required and ignored.
+    int32; then each step rounds in fp32, and the result rounds to the output dtype. For
+    fp16 and int8 outputs without `pertoken_scale`, the scale is truncated to 10
+    mantissa bits. For an int32 output, the result is the accumulator: the scale is
+    required but ignored.
 
     Source: op-plugin `torch_npu-npu_quant_matmul.md`, `QuantMatmulKernelNpuOpApi.cpp`;
     ops-nn `matmul/quant_batch_matmul_v3`, `aclnnQuantMatmulV5.md`.
 
     Args:
         x1: int8 `[M, K]`.
-        x2: int8 `[K, N]`, contiguous or a transposed view; or int4, as int32
-            `[K, N / 8]`, with what `quant_matmul_a8w4.py` says of the other operands;
-            or FP8, with what `quant_matmul_fp8.py` says.
-        scale: `(1,)` or `(N,)`, dtype as `ops/limits.py` tells.
+        x2: int8 `[K, N]`, contiguous or a transposed view. For int4, as int32
+            `[K, N / 8]`, and for FP8 `[K, N]`, see `quant_matmul_a8w4.py` and
+            `quant_matmul_fp8.py` for the other operands.
+        scale: `(1,)` or `(N,)`; dtype as in `ops/limits.py`.
         offset: fp32 `(1,)` or `(N,)`, int8 output only.
         pertoken_scale: fp32 `(M,)`.
-        bias: `(N,)`; int32 is added to the accumulator, others after the scales.
+        bias: `(N,)`; int32 is added to the accumulator, others after scaling.
         output_dtype: Defaults to int8.
         options: Only their defaults are emulated.
 
@@ -174,6 +175,6 @@ def npu_quant_matmul(
 def _accumulated(
     x1: torch.Tensor, x2: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The integers, as `int_matmul`; a bias is int32."""
+    """The accumulator `[M, N]`: exact integers, plus the int32 bias if there is one."""
     accumulator = int_matmul(x1, x2)
     return accumulator if bias is None else accumulator.to(torch.int32) + bias

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The int4 mode of the int8 matrix multiplication operator.
+"""The W4A8 mode of `npu_quant_matmul`: int8 activations and int4 weights.
 
 Source: op-plugin `torch_npu-npu_quant_matmul.md` and `test_npu_quant_matmul.py`; ops-nn
 `aclnnQuantMatmulV5.md`.
@@ -40,7 +40,7 @@ def a8w4_fake(
     if x2.shape[0] != k:
         refuse(_NAME, f"K of x1 is {k}, of x2 {x2.shape[0]}")
     if group_sizes is None or len(group_sizes) != 3 or any(group_sizes[:2]):
-        # Without them, torch_npu's meta function takes the scale for one in groups.
+        # Without it, torch_npu's meta function mistakes the scale for a per-group one.
         refuse(_NAME, f"group_sizes={group_sizes}; supported: [0, 0, group size]")
     group_size = group_sizes[2]
     out_dtype = torch.int8 if output_dtype is None else as_dtype(_NAME, output_dtype)
@@ -73,7 +73,16 @@ def a8w4(
 ) -> torch.Tensor:
     """Multiply as the NPU does: two int4 products, groups summed in fp16.
 
-    `x = 16 * high + low + 8`, so `offset` has to be `8 * sum over k of x2 * scale`.
+    `x = 16 * high + low + 8`, so `offset` must be `8 * sum over k of x2 * scale`.
+
+    Args:
+        result: Output, `[M, N]`.
+        x1: int8 `[M, K]`.
+        x2: int4 as int32 `[K, N / 8]`.
+        scale: int64 from `npu_trans_quant_param`, `[N]` or `[G, N]`.
+        offset: The assist term, fp32 `[N]`.
+        pertoken_scale: fp32 `[M]` or `[M, 1]`.
+
     """
     scales, _ = unpack_quant_param(scale.reshape(-1, scale.shape[-1]))
     values = a8w4_product(x1, x2, scales, offset)
@@ -83,13 +92,16 @@ def a8w4(
 def a8w4_product(
     x1: torch.Tensor, x2: torch.Tensor, scales: torch.Tensor, assist: torch.Tensor
 ) -> torch.Tensor:
-    """Multiply int8 `[M, K]` by int4 `[K, N / 8]`: fp32 `[M, N]`.
+    """Multiply int8 activations by an int4 weight, without per-token scales.
 
     Args:
-        x1: Activations.
-        x2: Weight, as int32.
-        scales: fp32 `[G, N]`, of 10 mantissa bits.
-        assist: fp32 `[N]`.
+        x1: int8 `[M, K]`.
+        x2: int4 as int32 `[K, N / 8]`.
+        scales: fp32 `[G, N]` with 10 mantissa bits.
+        assist: The assist term, fp32 `[N]`.
+
+    Returns:
+        fp32 `[M, N]`.
 
     """
     group_size = x1.shape[1] // len(scales)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The operators that quantize activations and multiply them."""
+"""The operators that quantize activations and multiply in one call (310P)."""
 
 from typing import Any
 
@@ -34,7 +34,19 @@ def _check(
     options: dict[str, Any],
     axes: str,
 ) -> torch.Tensor:
-    """What a call returns, or its refusal; `axes` are those of the weight."""
+    """Check a call, and allocate its result `[M, N]`.
+
+    Args:
+        name: Name of the operator.
+        limits: Its limits; None if the chip lacks it.
+        x: `[M, K]`.
+        weight: int8, with the axes in `axes`.
+        weight_scale: fp32, shape of the weight without K.
+        quant_mode: Must be "pertoken".
+        options: Arguments that must have their defaults.
+        axes: Names of the weight's axes, for an error text.
+
+    """
     if limits is None:
         refuse(name, "the chip does not have this operator")
     if quant_mode != "pertoken" or any(v is not None for v in options.values()):
@@ -66,7 +78,7 @@ def _check(
 def _product(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Rows by `[N, K]`, in fp32."""
+    """Quantize rows `[M, K]` and multiply by int8 `[N, K]`: fp32 `[M, N]`."""
     values = x.float()
     scale = values.abs().amax(dim=1, keepdim=True) / _INT8_MAX
     q = int8_values(values * torch.where(scale > 0, 1 / scale, 0)).to(torch.int8)
@@ -100,7 +112,7 @@ def npu_quant_matmul_dequant(
     """Quantize each row to int8, multiply, and dequantize.
 
     `scale = amax / 127`, `q = rint(x * (1 / scale))`, `q @ weight.t() * weight_scale *
-    scale`, in fp32, rounded once.
+    scale`, computed in fp32 and rounded once.
 
     Source: op-plugin `test_npu_quant_matmul_dequant.py`; ops-nn
     `aclnnQuantMatmulDequant.md`.
@@ -157,9 +169,9 @@ def npu_quant_grouped_matmul_dequant(
     group_list: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """Take `npu_quant_matmul_dequant` of each expert's rows.
+    """Apply `npu_quant_matmul_dequant` to each expert's rows.
 
-    Rows that no expert has are not written.
+    Rows that belong to no expert are not written.
 
     Source: op-plugin `QuantGroupedMatmulDequantNpuOpApi.cpp`,
     `test_quant_grouped_matmul_dequant.py`; ops-nn `aclnnQuantGroupedMatmulDequant.md`.
@@ -168,7 +180,7 @@ def npu_quant_grouped_matmul_dequant(
         x: fp16 `[M, K]`, rows sorted by expert.
         quantized_weight: int8 `[E, N, K]`, contiguous or in FRACTAL_NZ.
         weight_scale: fp32 `[E, N]`.
-        group_list: int64 `[E]`, where each expert's rows end.
+        group_list: int64 `[E]`, cumulative counts of the experts' rows.
         options: Only their defaults are emulated.
 
     Returns:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The FP8 (E4M3) mode of the operator that multiplies quantized matrices.
+"""The FP8 (E4M3) mode of `npu_quant_matmul`.
 
 Source: ops-nn `aclnnQuantMatmulV5.md`, quantization K-C and K-T on Ascend 950;
 op-plugin `torch_npu-npu_quant_matmul.md` for sizes.
@@ -63,8 +63,8 @@ def fp8_matmul_fake(
             got = "missing" if vector is None else describe(vector)
             refuse(
                 _NAME,
-                f"{argument} is {got}; supported beside FP8: contiguous 1-D float32 of "
-                f"a size in {sizes}",
+                f"{argument} is {got}; supported with FP8: contiguous 1-D float32 of a "
+                f"size in {sizes}",
             )
     return x1.new_empty((m, n), dtype=out_dtype)
 
@@ -76,6 +76,15 @@ def fp8_matmul(
     scale: torch.Tensor,
     pertoken_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Multiply in fp32, by the scales too; one rounding to the result."""
+    """Multiply and scale in fp32, and round once to the result.
+
+    Args:
+        result: Output, `[M, N]`.
+        x1: FP8 `[M, K]`.
+        x2: FP8 `[K, N]`.
+        scale: fp32 `[1]` or `[N]`.
+        pertoken_scale: fp32 `[M]`.
+
+    """
     values = float_matmul(x1, x2).mul_(scale).mul_(pertoken_scale.unsqueeze(1))
     return result.copy_(values)

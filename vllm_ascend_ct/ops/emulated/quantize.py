@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Activation quantization operators."""
+"""The operators that quantize activations."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _DYNAMIC_ARGUMENTS = (
     "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.)"
 )
 FP8_MAX = torch.finfo(FP8).max
-# A number would be made a tensor at each call.
+# A Python number would be converted to a tensor in each call.
 _ZERO = torch.zeros((), device="cpu")
 
 
@@ -35,7 +35,7 @@ def _check_dynamic(
     quant_mode: str = "pertoken",
     dst_type_max: float = 0.0,
 ) -> torch.dtype:
-    """Refuse a call, or tell the dtype that it quantizes to."""
+    """Check a call of a dynamic quantization operator; return its output dtype."""
     if limits is None:
         refuse(name, "the chip does not have this operator")
     if reason := limits.refusal(x.dtype, x.shape[-1]):
@@ -81,19 +81,19 @@ def _dynamic_quant_fake(
 def npu_dynamic_quant(
     input: torch.Tensor, smooth_scales: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each row to int8, or on A5 to FP8 (E4M3), symmetric.
+    """Quantize each row symmetrically to int8, or on A5 to FP8 (E4M3).
 
     `scale = amax / 127`, for FP8 `amax / 448`. A2 and A3 multiply by the rounded
-    reciprocal, `q = rint(x * (127 / amax))`; A5 divides, `rint(x / scale)`; 310P does
-    it in fp16 and rounds half away from zero. FP8 is rounded half to even and
-    saturates. A row of zeros gives scale 0 and q 0, which for FP8 no document says.
+    reciprocal, `q = rint(x * (127 / amax))`. A5 divides, `rint(x / scale)`. The 310P
+    multiplies in fp16 and rounds half away from zero. FP8 rounds half to even and
+    saturates. A row of zeros gives scale 0 and q 0; for FP8, no document states this.
 
     Source: op-plugin `torch_npu-npu_dynamic_quant.md`; ops-nn `quant/dynamic_quant`.
 
     Args:
         input: `[..., K]` fp16 or bf16.
-        smooth_scales: `[K]`, dtype of the input, multiplied into the rows first.
-        options: `dst_type`, and of the others only their defaults.
+        smooth_scales: `[K]`, dtype of the input; the rows are multiplied by it first.
+        options: `dst_type`; for others only the defaults are emulated.
 
     Returns:
         int8 or FP8 `[..., K]` and fp32 scales `[...]`.
@@ -114,7 +114,7 @@ def npu_dynamic_quant(
         rows = (values.half() * torch.where(amax > 1e-12, 127 / amax, 0).half()).float()
         rows = rows.abs().add_(0.5).floor_().copysign_(rows)
     else:
-        # In place of what is only here: x is never fp32.
+        # In place: the input is never fp32, so `values` is a copy.
         rows = values.mul_(torch.where(amax > 0, 127 / amax, _ZERO))
     if q.dtype == FP8:
         return q.copy_(rows.clamp_(-FP8_MAX, FP8_MAX)), scale
@@ -140,17 +140,17 @@ def _dynamic_quant_asymmetric_fake(
 def npu_dynamic_quant_asymmetric(
     input: torch.Tensor, smooth_scales: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize each row to int8 over its own range.
+    """Quantize each row asymmetrically to int8.
 
-    `scale = max((max - min) / 255, 1e-12)`, `offset = 127 - max / scale`, which is not
-    rounded, and `q = rint(x * (1 / scale) + offset)`; so `x ~ (q - offset) * scale`.
+    `scale = max((max - min) / 255, 1e-12)`, `offset = 127 - max / scale` (not rounded),
+    and `q = rint(x * (1 / scale) + offset)`, so that `x ~ (q - offset) * scale`.
 
     Source: op-plugin `torch_npu-npu_dynamic_quant_asymmetric.md`; ops-nn
     `quant/dynamic_quant_v2`.
 
     Args:
         input: `[..., K]` fp16 or bf16.
-        smooth_scales: `[K]`, dtype of the input, multiplied into the rows first.
+        smooth_scales: `[K]`, dtype of the input; the rows are multiplied by it first.
         options: Only their defaults are emulated.
 
     Returns:
@@ -170,7 +170,7 @@ def npu_dynamic_quant_asymmetric(
 
 
 def _quantize_axis(axis: int, div_mode: bool) -> int:
-    """The axis that the parameters run along; without `div_mode` -2 or the last."""
+    """The axis of the scales; without `div_mode`, only -2 or the last one."""
     if div_mode:
         return axis
     return -2 if axis == -2 else -1
@@ -235,9 +235,9 @@ def npu_quantize(
     axis: int = 1,
     div_mode: bool = True,
 ) -> torch.Tensor:
-    """Quantize to int8 with given parameters.
+    """Quantize to int8 with static scales and zero points.
 
-    `rint(x / scales + zero_points)` with `div_mode`, else `rint(x * scales +
+    `rint(x / scales + zero_points)` with `div_mode`, otherwise `rint(x * scales +
     zero_points)`, in fp32.
 
     Source: op-plugin `torch_npu-npu_quantize.md`, `QuantizeKernelNpuOpApi.cpp`;
@@ -245,14 +245,14 @@ def npu_quantize(
 
     Args:
         input: fp16 or bf16.
-        scales: `[1]` or as long as `axis`; fp32 with `div_mode`, else (or with a bf16
-            input) of the input's dtype.
-        zero_points: Shape of `scales`; integers for fp32 scales, else of the input's
+        scales: `[1]`, or as long as `axis`. With `div_mode`, fp32, or bf16 for a bf16
+            input; otherwise the input's dtype.
+        zero_points: Shape of `scales`; integers for fp32 scales, otherwise the input's
             dtype.
         dtype: `torch.qint8`.
-        axis: The axis that `scales` runs along; without `div_mode` the last one, or
-            the second last for -2.
-        div_mode: Whether `scales` divides.
+        axis: The axis of `scales`. Without `div_mode` it is the last one, or the second
+            last for -2.
+        div_mode: Whether to divide by `scales`, or to multiply.
 
     Returns:
         int8, shape of the input.

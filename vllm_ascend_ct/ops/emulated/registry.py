@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""How an emulated operator is declared, and the rules that several of them share."""
+"""Registry of the emulated operators, and checks that several of them share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,11 +33,11 @@ OPERATORS: list[EmulatedOperator] = []
 def emulates(
     schema: str, fake: Callable[..., Any]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare the decorated function to be the CPU kernel of an operator.
+    """Register the decorated function as the CPU kernel of an operator.
 
     Args:
         schema: torch_npu's schema of the operator.
-        fake: Checks the arguments and allocates the results, on any device; the CPU
+        fake: Checks the arguments and allocates the results, on any device. The CPU
             kernel calls it first.
 
     """
@@ -52,9 +52,13 @@ def emulates(
 def refuse(operator: str, reason: str) -> NoReturn:
     """Refuse a call.
 
+    Args:
+        operator: Name of the operator.
+        reason: The argument with its value, and what is supported.
+
     Raises:
-        OperatorLimitError: The NPU would not take the call, or the emulation does not
-            cover it.
+        OperatorLimitError: Always. The NPU would reject the call, or the emulation does
+            not cover it.
 
     """
     raise OperatorLimitError(
@@ -63,7 +67,7 @@ def refuse(operator: str, reason: str) -> NoReturn:
     )
 
 
-# ScalarType numbers: what an `int dtype` argument holds behind the dispatcher.
+# The dispatcher passes dtypes as ScalarType numbers to `int dtype` arguments.
 _SCALAR_TYPES: dict[int, torch.dtype] = {
     1: torch.int8,
     2: torch.int16,
@@ -80,10 +84,14 @@ _SCALAR_TYPES: dict[int, torch.dtype] = {
 
 
 def as_dtype(operator: str, code: int | torch.dtype) -> torch.dtype:
-    """The dtype that an `int dtype` argument of `operator` names.
+    """Convert an `int dtype` argument of an operator to a dtype.
+
+    Args:
+        operator: Name of the operator.
+        code: A dtype, or a ScalarType number.
 
     Raises:
-        OperatorLimitError: None that is emulated.
+        OperatorLimitError: The number is not that of an emulated dtype.
 
     """
     if isinstance(code, torch.dtype):
@@ -94,25 +102,25 @@ def as_dtype(operator: str, code: int | torch.dtype) -> torch.dtype:
 
 
 def describe(tensor: torch.Tensor) -> str:
-    """Dtype, shape and strides, for an error text."""
+    """Describe a tensor's dtype, shape and strides for an error text."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill what an NPU does not write with what cannot be taken for a result."""
+    """Fill memory that the NPU leaves unwritten with NaN or the smallest integer."""
     value = (
         float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
     )
     return tensor.fill_(value)
 
 
-# Memory that is in FRACTAL_NZ, by address: a CPU tensor does not show its format.
+# Storage in FRACTAL_NZ, by address: a CPU tensor has no memory format of its own.
 _nz: dict[int, StorageWeakRef] = {}
 
 
 def mark_nz(tensor: torch.Tensor) -> torch.Tensor:
-    """Note that a tensor's memory is in FRACTAL_NZ."""
+    """Record that a tensor's storage is in FRACTAL_NZ."""
     for address in [address for address, storage in _nz.items() if storage.expired()]:
         del _nz[address]
     storage = tensor.untyped_storage()
@@ -121,7 +129,7 @@ def mark_nz(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_nz(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory is in FRACTAL_NZ."""
+    """Whether a tensor's storage is in FRACTAL_NZ."""
     storage = _nz.get(tensor.untyped_storage().data_ptr())
     return storage is not None and not storage.expired()
 
@@ -129,14 +137,24 @@ def is_nz(tensor: torch.Tensor) -> bool:
 def only(
     operator: str, argument: str, tensors: list[torch.Tensor] | None
 ) -> torch.Tensor | None:
-    """The only tensor of a list; None if there is no list."""
+    """The only tensor of a list; None if there is no list.
+
+    Args:
+        operator: Name of the operator.
+        argument: Name of the argument.
+        tensors: Its value.
+
+    Raises:
+        OperatorLimitError: The list has another length than 1.
+
+    """
     if tensors is not None and len(tensors) != 1:
         refuse(operator, f"{argument} has {len(tensors)} tensors; emulated: 1")
     return None if tensors is None else tensors[0]
 
 
 def is_transposed(tensor: torch.Tensor) -> bool:
-    """Whether the last two axes are a transposed view (op-plugin's own rule)."""
+    """Whether the last two axes are a transposed view, by op-plugin's rule."""
     rows, columns = tensor.shape[-2:]
     return (
         tensor.stride(-2) == 1
@@ -146,7 +164,18 @@ def is_transposed(tensor: torch.Tensor) -> bool:
 
 
 def check_layout(name: str, argument: str, tensor: torch.Tensor) -> None:
-    """Refuse what the matrix operators would copy, misread or have no kernel for."""
+    """Refuse tensors that the matmul operators would copy, misread or not support.
+
+    Args:
+        name: Name of the operator.
+        argument: Name of the argument.
+        tensor: Its value.
+
+    Raises:
+        OperatorLimitError: The tensor is empty, or neither contiguous nor a transposed
+            view.
+
+    """
     if tensor.numel() == 0:
         refuse(name, f"{argument} is {describe(tensor)}; supported: not empty")
     if not (tensor.is_contiguous() or is_transposed(tensor)):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The gate of a gated unit."""
+"""The SwiGLU operator."""
 
 import torch
 
@@ -23,7 +23,7 @@ def _swiglu_fake(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
 @emulates("npu_swiglu(Tensor input, int dim=-1) -> Tensor", fake=_swiglu_fake)
 def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """Gate one half by the other: `silu(first) * second`, in fp32, rounded once.
+    """Compute `silu(first half) * second half` in fp32, and round once.
 
     Source: ops-nn `activation/swi_glu`.
 

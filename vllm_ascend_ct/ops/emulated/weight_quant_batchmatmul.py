@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The weight-only matrix multiplication operator."""
+"""The weight-only matmul operator."""
 
 from functools import cache
 
@@ -23,7 +23,7 @@ _NAME = "npu_weight_quant_batchmatmul"
 _INT4_PER_INT32 = 8
 _WEIGHT_BITS = {torch.int32: 4, torch.int8: 8}
 _ROWS_AT_ONCE = 1024
-# Up to so many rows, the product is bound by reading the weight: 16 bits are best.
+# Up to this many rows, the matmul is bound by reading the weight: multiply in 16 bits.
 _FEW_ROWS = 3
 
 
@@ -51,12 +51,12 @@ def _check_antiquant(
     if tensor.dtype != x.dtype or tuple(tensor.shape) not in shapes:
         refuse(
             _NAME,
-            f"{argument} is {describe(tensor)}; emulated: {x.dtype} like x, of one of "
-            f"the shapes {shapes}",
+            f"{argument} is {describe(tensor)}; emulated: {x.dtype} (dtype of x), with "
+            f"one of the shapes {shapes}",
         )
     if not group_size:
         return
-    # The kernel reads the memory of a group-wise scale in the weight's own order.
+    # The kernel assumes that a per-group scale has the weight's memory order.
     transposed = is_transposed(weight)
     if not (is_transposed(tensor) if transposed else tensor.is_contiguous()):
         refuse(
@@ -132,9 +132,16 @@ def _dequantize(
     offset: torch.Tensor | None,
     group_size: int,
 ) -> torch.Tensor:
-    """The weight that the NPU kernel multiplies by, as contiguous `[N, K]`.
+    """The dequantized weight that the NPU kernel multiplies by, contiguous `[N, K]`.
 
-    fp16 rounds after the offset and after the scale, bf16 once after both.
+    fp16 rounds after adding the offset and after scaling; bf16 rounds once, after both.
+
+    Args:
+        weight: As in `npu_weight_quant_batchmatmul`.
+        scale: As in `npu_weight_quant_batchmatmul`.
+        offset: As in `npu_weight_quant_batchmatmul`.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
+
     """
     k, n = weight_size(weight)
 
@@ -184,9 +191,9 @@ def npu_weight_quant_batchmatmul(
 ) -> torch.Tensor:
     """Multiply by a dequantized weight: `x @ ((weight + offset) * scale) + bias`.
 
-    The dequantized weight is kept, at 2 bytes a value, as long as the weight lives and
-    `derived` has room: a CPU has no kernel that reads the NPU's layout. Products are
-    summed in fp32.
+    The dequantized weight (2 bytes per value) is cached while the weight lives, if
+    `derived` has room: a CPU has no kernel for the NPU's layout. Products are summed in
+    fp32.
 
     Source: op-plugin `torch_npu-npu_weight_quant_batchmatmul.md`,
     `WeightQuantBatchMatmulV2KernelNpuOpApi.cpp`; ops-nn
@@ -194,16 +201,16 @@ def npu_weight_quant_batchmatmul(
 
     Args:
         x: `[M, K]` fp16 or bf16.
-        weight: int8 `[K, N]`, int32 `[K, N / 8]`, or transposed views: of int8
-            `[N, K]`, of int32 `[N, K / 8]`.
-        antiquant_scale: Dtype of x; `(N,)` or `(1, N)`, or `(ceil(K / group), N)` laid
-            out like the weight.
-        antiquant_offset: Like the scale; added to the integers.
+        weight: int8 `[K, N]`, int32 `[K, N / 8]`, or the transposed view of int8
+            `[N, K]` or int32 `[N, K / 8]`.
+        antiquant_scale: Dtype of x; `(N,)` or `(1, N)`; or `(ceil(K / group), N)`,
+            contiguous or transposed like the weight.
+        antiquant_offset: Like the scale; added to the integers before scaling.
         quant_scale: Not emulated.
         quant_offset: Not emulated.
         bias: `(N,)`, fp32 for bf16 x and fp16 for fp16 x.
         antiquant_group_size: 0, or a multiple of 32 below K.
-        inner_precise: 0 or 1; without effect.
+        inner_precise: 0 or 1; has no effect.
         weight_dtype: Not emulated.
 
     Returns:
@@ -239,9 +246,19 @@ def weight_only_product(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Multiply `[M, K]` by a weight that is dequantized once: `[M, N]`.
+    """Multiply by a quantized weight whose dequantized form is cached.
 
-    Rounded to the dtype of x already, or in fp32.
+    Args:
+        x: `[M, K]`.
+        weight: As in `npu_weight_quant_batchmatmul`.
+        scale: As in `npu_weight_quant_batchmatmul`.
+        offset: As in `npu_weight_quant_batchmatmul`.
+        group_size: Elements of K that share a scale; 0 for per-channel scales.
+        bias: `(N,)` or `(1, N)`.
+
+    Returns:
+        `[M, N]`, rounded to the dtype of x, or fp32.
+
     """
     k, n = weight_size(weight)
     matrix = derived.get(
@@ -261,7 +278,7 @@ def dequantized(
     offset: torch.Tensor | None,
     group_size: int,
 ) -> torch.Tensor:
-    """A weight as `multiply_dequantized` takes it."""
+    """Dequantize a weight to the form that `multiply_dequantized` takes."""
     matrix = _dequantize(weight, scale, offset, group_size)
     if _multiplies_16_bits(matrix.dtype):
         return torch.ops.mkldnn._reorder_linear_weight(matrix)
@@ -271,7 +288,17 @@ def dequantized(
 def multiply_dequantized(
     x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Multiply `[M, K]`; rounded to the dtype of x already, or in fp32."""
+    """Multiply by a weight from `dequantized`.
+
+    Args:
+        x: `[M, K]`.
+        matrix: The weight `[N, K]`, possibly in oneDNN's layout.
+        bias: `(N,)` or `(1, N)`.
+
+    Returns:
+        `[M, N]`, rounded to the dtype of x, or fp32.
+
+    """
     if bias is not None:
         bias = bias.reshape(-1)
     if matrix.is_mkldnn:
@@ -288,11 +315,11 @@ def multiply_dequantized(
 
 @cache
 def _multiplies_16_bits(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of a dtype, which oneDNN uses.
+    """Whether this CPU has matmul instructions for a 16-bit dtype, which oneDNN uses.
 
-    It is fast with a weight in its own layout. Else it is faster in float32. Asked and
-    not measured, as both round differently, and each process has to compute what the
-    others do.
+    If so, oneDNN is fast with a weight in its own layout; otherwise float32 is faster.
+    The choice depends on the CPU's features and not on measurements: the two round
+    differently, and all processes must compute the same.
     """
     if dtype == torch.bfloat16:
         return (

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Operators that prepare weights and scales."""
+"""The operators that prepare weights and scales at load time."""
 
 import torch
 
@@ -55,7 +55,7 @@ def npu_trans_quant_param(
 ) -> torch.Tensor:
     """Pack a dequantization scale, and the offset of an int8 output, for the fixpipe.
 
-    The fixpipe keeps 10 mantissa bits: `round_mode` 0 truncates to them, 1 rounds to
+    The fixpipe uses 10 mantissa bits: `round_mode` 0 truncates to them, 1 rounds to
     nearest even.
 
     Source: op-plugin `torch_npu-npu_trans_quant_param.md`; ops-nn
@@ -85,19 +85,19 @@ def npu_trans_quant_param(
 
 
 def unpack_quant_param(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fp32 scale and offset in the result of `npu_trans_quant_param`."""
+    """Extract the fp32 scale and offset from a result of `npu_trans_quant_param`."""
     scale = (packed & _FP19_MASK).to(torch.int32).view(torch.float32)
     nine_bits = (packed >> 37) & 0x1FF
     return scale, ((nine_bits ^ 0x100) - 0x100).to(torch.float32)
 
 
 def unpack_raw_scale(packed: torch.Tensor) -> torch.Tensor:
-    """The fp32 scale whose bits an int64 holds, as the fixpipe keeps them."""
+    """Extract the fp32 scale from int64 that holds its bits, as the fixpipe uses it."""
     return truncate_to_fp19((packed & 0xFFFFFFFF).to(torch.int32).view(torch.float32))
 
 
 def truncate_to_fp19(scale: torch.Tensor) -> torch.Tensor:
-    """Drop the 13 mantissa bits that the fixpipe does not keep."""
+    """Clear the 13 mantissa bits that the fixpipe does not use."""
     return (scale.view(torch.int32) & -8192).view(torch.float32)
 
 
@@ -112,8 +112,8 @@ def _convert_weight_to_int4pack_fake(
     ):
         refuse(
             "npu_convert_weight_to_int4pack",
-            f"weight is {describe(weight)}; supported: contiguous int32, 2-D (of a 3-D "
-            "one A2 packs the first matrix only), last size a multiple of 8",
+            f"weight is {describe(weight)}; supported: contiguous int32, 2-D (A2 packs "
+            "only the first matrix of a 3-D one), last size a multiple of 8",
         )
     return weight.new_empty((len(weight), weight.shape[1] // _INT4_PER_INT32))
 
@@ -130,7 +130,8 @@ def npu_convert_weight_to_int4pack(
     Source: op-plugin `ConvertWeightToINT4PackKernelNpuOpApi.cpp`.
 
     Args:
-        weight: int32 `[R, C]`, one value in [-8, 7] an element; others are masked.
+        weight: int32 `[R, C]`, one value in [-8, 7] per element; only the low 4 bits
+            are used.
         inner_k_tiles: Ignored.
 
     Returns:
@@ -147,7 +148,7 @@ def npu_convert_weight_to_int4pack(
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Widen int4 packed along the last axis: int32 `[R, C / 8]` to int8 `[R, C]`."""
+    """Unpack int4 along the last axis: int32 `[R, C / 8]` to int8 `[R, C]`."""
     pairs = packed.contiguous().view(torch.int8)
     return torch.stack((pairs << 4 >> 4, pairs >> 4), dim=-1).flatten(-2)
 
@@ -177,7 +178,7 @@ def npu_format_cast(
     customize_dtype: int | None = None,
     input_dtype: int | None = None,
 ) -> torch.Tensor:
-    """Copy into another memory format, which is only noted: a CPU tensor has none.
+    """Copy to another memory format. It is only recorded: CPU tensors have no formats.
 
     Source: op-plugin `(beta)torch_npu-npu_format_cast.md`.
 
@@ -191,7 +192,7 @@ def npu_format_cast(
         The same values in a new tensor.
 
     Raises:
-        OperatorLimitError: Another format.
+        OperatorLimitError: The format is not one of these.
 
     """
     result = _format_cast_fake(input, acl_format, customize_dtype, input_dtype)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Weight-only linear kernel, as upstream's `kernels/linear/mixed_precision`."""
+"""Weight-only linear kernel; see upstream's `kernels/linear/mixed_precision`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,19 +26,25 @@ from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.precedents import CONTIGUOUS, TRANSPOSED, WEIGHT_ONLY, Form
 from vllm_ascend_ct.weights import int4, int_quantized, pack_quantized
 
-# Of GPTQ's and AWQ's layouts, `[K, N]`.
+# Name of the weight in the layouts of GPTQ and AWQ, which are `[K, N]`.
 _FOREIGN = "qweight"
 
 
 def packed_type(bits: int, symmetric: bool) -> ScalarType:
-    """The type of packed integers, of which releases before 0.26 lack some."""
+    """The `ScalarType` of packed weights.
+
+    Args:
+        bits: Weight width, 2 to 8. vLLM before 0.26 does not define all of the types.
+        symmetric: Whether the weights have no zero points.
+
+    """
     bias = 1 << (bits - 1) if symmetric else None
     name = f"uint{bits}b{bias}" if bias else f"uint{bits}"
     known: ScalarType | None = getattr(scalar_types, name, None)
     return ScalarType.uint(bits, bias) if known is None else known
 
 
-# `int4` and `int8` have one value in each int8 of `[N, K]`; the others are packed.
+# `int4` and `int8` mean one value per int8, `[N, K]`; the other types are packed.
 WEIGHT_TYPES = (
     scalar_types.int4,
     scalar_types.int8,
@@ -47,24 +53,30 @@ WEIGHT_TYPES = (
 
 
 class AscendMPLinearKernel(MPLinearKernel):
-    """Takes weights as compressed-tensors lays them out, and no others."""
+    """Base of kernels for weights in the layout of compressed-tensors."""
 
     def __init__(
         self, c: MPLinearLayerConfig, w_q_param_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Note what a layer's parameters are called.
+        """Create the kernel of a layer.
+
+        Args:
+            c: The layer's sizes and types.
+            w_q_param_name: Name of the layer's weight parameter.
+            *args: See upstream's `MPLinearKernel`.
+            **kwargs: See upstream's `MPLinearKernel`.
 
         Raises:
-            ValueError: They are another quantization tool's.
+            ValueError: The parameter's name is that of GPTQ or AWQ.
 
         """
         if w_q_param_name == _FOREIGN:
             raise ValueError(
-                f"{type(self).__name__} takes no `{w_q_param_name}`; supported: "
-                "weights as compressed-tensors lays them out"
+                f"{type(self).__name__} does not support `{w_q_param_name}`; "
+                "supported: weights in the layout of compressed-tensors"
             )
         super().__init__(c, w_q_param_name, *args, **kwargs)
-        # Once, not in each call.
+        # Computed here, and not in every forward.
         self.group_size = operator_group_size(c)
 
     @classmethod
@@ -73,7 +85,7 @@ class AscendMPLinearKernel(MPLinearKernel):
 
 
 class AscendWNA16LinearKernel(AscendMPLinearKernel):
-    """16-bit activations by weights of 2 to 8 bits, in one launch."""
+    """16-bit activations multiplied by weights of 2 to 8 bits, in one launch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,14 +99,14 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
             supported = ", ".join(map(str, WEIGHT_TYPES))
             return False, f"weight type {c.weight_type}; supported: {supported}"
         if getattr(c, "has_g_idx", False):
-            return False, "activation ordering with g_idx; supported: without"
+            return False, "activation ordering with g_idx; supported: no g_idx"
         k, n = c.partition_weight_shape
         limits = current_limits().weight_quant_batchmatmul
         reason = limits.refusal(
             c.act_type,
             pack_quantized.operator_bits(c.weight_type.size_bits),
             k,
-            # More outputs are computed some at a time.
+            # A larger N is computed in parts.
             min(n, limits.max_size),
             operator_group_size(c),
         )
@@ -145,10 +157,11 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
 
 
 def _packs_outputs(c: MPLinearLayerConfig) -> bool:
-    """Whether a weight is packed along N, which is fast with groups of K.
+    """Whether to pack an int4 weight along N, the fast layout for per-group scales.
 
-    A transposed one is dequantized as a whole in each call. Source:
-    `aclnnWeightQuantBatchMatmulV2.md`; `weight_quant_batch_matmul_v2_tiling_msd_group`.
+    For a transposed weight the operator dequantizes the whole weight in each call.
+    Source: `aclnnWeightQuantBatchMatmulV2.md`;
+    `weight_quant_batch_matmul_v2_tiling_msd_group`.
     """
     _, n = c.partition_weight_shape
     return (
@@ -161,7 +174,7 @@ def _packs_outputs(c: MPLinearLayerConfig) -> bool:
 
 
 def _is_table(layer: torch.nn.Module) -> bool:
-    """Whether a layer's weight is read by rows as well."""
+    """Whether a layer is an embedding, whose weight is also looked up by rows."""
     is_head = isinstance(layer, ParallelLMHead)
     return isinstance(layer, VocabParallelEmbedding) and not is_head
 
@@ -169,20 +182,21 @@ def _is_table(layer: torch.nn.Module) -> bool:
 def weight_only_layout(
     c: MPLinearLayerConfig, weight: torch.Tensor, along_outputs: bool
 ) -> torch.Tensor:
-    """Lay a weight out for the weight-only operator.
+    """Repack a weight for the weight-only operator.
 
-    int4 weights with more outputs than it takes at once become int8: it would misread
-    the parts. op-plugin (`op_api_common.cpp`) gives the offset of a part in int32, and
-    aclnn (`aclnn_weight_quant_batch_matmul_v2.cpp`) takes it for one in int4.
+    An int4 weight with more outputs than the operator supports becomes int8, because
+    the operator would misread slices of an int4 weight: op-plugin (`op_api_common.cpp`)
+    passes the offset of a slice in units of int32, and aclnn
+    (`aclnn_weight_quant_batch_matmul_v2.cpp`) interprets it in units of int4.
 
     Args:
-        c: The layer's sizes and type.
-        weight: As it was loaded.
-        along_outputs: Whether int4 is packed along N.
+        c: The layer's sizes and types.
+        weight: The loaded weight, in the layout of the checkpoint.
+        along_outputs: Whether to pack int4 along N.
 
     Returns:
-        int32 `[K, N / 8]` if it is; else a transposed view: int32 `[K / 8, N]`, or int8
-        `[K, N]`.
+        int32 `[K, N / 8]` if packed along N; otherwise a transposed view, int32
+        `[K / 8, N]` or int8 `[K, N]`.
 
     """
     k, n = c.partition_weight_shape
@@ -202,13 +216,22 @@ def weight_only_layout(
 
 
 def operator_group_size(c: MPLinearLayerConfig) -> int:
-    """The operator's group size: 0 where one group spans the layer's whole K."""
+    """The group size to pass to the operator; 0 if one group spans this rank's K."""
     k = c.partition_weight_shape[0]
     return 0 if c.group_size in (-1, k) else c.group_size
 
 
 def int4_words(c: MPLinearLayerConfig, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The weight some rows at a time, packed along K: int32 `[R, ceil(K / 8)]`."""
+    """Yield blocks of rows of an int4 weight, packed along K.
+
+    Args:
+        c: The layer's sizes and types.
+        weight: The loaded weight, in the layout of the checkpoint.
+
+    Returns:
+        int32 `[R, ceil(K / 8)]` each, two's complement.
+
+    """
     if c.weight_type == scalar_types.int4:
         return map(int4.pack, int_quantized.int4_rows(weight))
     k = c.partition_weight_shape[0]
@@ -216,12 +239,13 @@ def int4_words(c: MPLinearLayerConfig, weight: torch.Tensor) -> Iterator[torch.T
 
 
 def replace_weight(layer: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
-    """Hold a processed weight as `weight`, which vllm-ascend prefetches by its name.
+    """Register a repacked weight as `weight`, the name by which vllm-ascend prefetches.
 
     Args:
-        layer: Has the weight that was loaded, of int8 files under both names.
-        name: Of the weight that was loaded.
-        weight: The one that an operator reads.
+        layer: The layer. Its loaded weight is removed.
+        name: Name of the loaded weight. With int-quantized files the layer has it as
+            `weight` too.
+        weight: The repacked weight.
 
     """
     for loaded in {name, "weight"} & layer._parameters.keys():
@@ -230,7 +254,7 @@ def replace_weight(layer: torch.nn.Module, name: str, weight: torch.Tensor) -> N
 
 
 def _convert_bias(layer: torch.nn.Module, act_type: torch.dtype) -> None:
-    """Give the bias the operator's dtype, unless the layer's caller adds it."""
+    """Convert the bias to the operator's dtype, unless the layer's caller adds it."""
     bias = getattr(layer, "bias", None)
     if bias is not None and not getattr(layer, "skip_bias_add", False):
         dtype = current_limits().weight_quant_batchmatmul.bias_dtype(act_type)

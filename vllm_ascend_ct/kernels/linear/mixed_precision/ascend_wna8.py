@@ -43,12 +43,13 @@ from vllm_ascend_ct.weights import int4, pack_quantized
 
 
 class AscendWNA8LinearKernel(AscendMPLinearKernel):
-    """Activations quantized to int8 per token, by int4 or int8 weights.
+    """int8 activations (dynamic per token) multiplied by int4 or int8 weights.
 
-    The config by which upstream chooses a kernel does not say how activations are
-    quantized: `with_quantized_activations` chooses it.
+    Upstream cannot select this kernel, because its kernel config does not say how
+    activations are quantized: `with_quantized_activations` does.
 
-    The layer gains a parameter `activation_assist` where the weights are int4.
+    If the weights are int4, processing adds the parameter `activation_assist` to the
+    layer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +70,7 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         reason = limits.dynamic_quant.refusal(c.act_type, k)
         if pack_quantized.operator_bits(c.weight_type.size_bits) == 4:
             if limits.a8w4 is None:
-                return False, "the chip has no product of int8 by int4"
+                return False, "the chip does not multiply int8 by int4"
             group_size = _int4_group_size(c)
             reason = reason or limits.a8w4.refusal(c.act_type, k, n, group_size)
         elif group_size := operator_group_size(c):
@@ -109,11 +110,11 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         weight = getattr(layer, self.w_q_name).data
         words = int4_words(self.config, weight)
         npu_weight, assist = int4.pack_outputs_with_assist(words, scale, k)
-        # The operator's scales lie along N; it takes one row of them to pack.
+        # The operator reads scales `[G, N]`; `npu_trans_quant_param` takes one row.
         scale = scale.t().contiguous().float()
         packed = torch.ops.npu.npu_trans_quant_param(scale.reshape(-1), None, 1)
         if self.group_size:
-            # One scale a channel may be asked for in groups.
+            # Repeats a per-channel scale for each group if that layout is requested.
             packed = packed.view(-1, n).expand(k // self.group_size, n).contiguous()
         replace_weight(layer, self.w_q_name, npu_weight)
         set_parameter(layer, self.w_s_name, packed)
@@ -137,7 +138,10 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
 
 
 def _int4_group_size(c: MPLinearLayerConfig) -> int:
-    """The operator's group size; 0 for one scale a channel."""
+    """The group size to pass to the operator; 0 for per-channel scales.
+
+    With the layout `w4a8-channel=repeated`, per-channel scales are passed as groups.
+    """
     group_size, limits = operator_group_size(c), current_limits().a8w4
     if group_size or limits is None:
         return group_size
@@ -150,14 +154,15 @@ def _int4_group_size(c: MPLinearLayerConfig) -> int:
 def with_quantized_activations(
     kernel: MPLinearKernel, symmetric: bool
 ) -> tuple[MPLinearKernel, str | None]:
-    """Exchange a weight-only kernel for one that quantizes activations as well.
+    """Replace a weight-only kernel by one that also quantizes activations.
 
     Args:
-        kernel: What upstream chose, without knowing of the activations.
-        symmetric: Whether their quantization is.
+        kernel: The kernel that upstream selected without regard to activations.
+        symmetric: Whether activations are quantized symmetrically.
 
     Returns:
-        The other kernel and None, or `kernel` and why there is no other.
+        The new kernel and None; or the given kernel and the reason why
+        `AscendWNA8LinearKernel` cannot replace it.
 
     """
     reason: str | None = "asymmetric activations; supported: symmetric"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""int8 linear kernel, as upstream's `kernels/linear/scaled_mm`."""
+"""int8 linear kernel; see upstream's `kernels/linear/scaled_mm`."""
 
 from typing import Any
 
@@ -46,12 +46,16 @@ from vllm_ascend_ct.weights.int_quantized import (
 
 
 class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """int8 activations, dynamic per token or static per tensor, by int8 weights.
+    """W8A8 with dynamic per-token or static per-tensor activations.
 
-    Parameters that the layer gains: `azp_adj`, what the activations' zero point adds
-    (fp32 weight sums if dynamic, int32 bias if static), and for static activations
-    `dequant_scale`, `quant_bias`, the int32 bias with the layer's own folded in, and
-    `input_divisor`, by which norms divide that vllm-ascend has quantize as well.
+    Processing adds these parameters to the layer:
+
+    - `azp_adj`: correction for the activations' zero point, fp32 `[N]` weight sums if
+      dynamic, int32 `[N]` bias if static.
+    - `dequant_scale`, static only: `[N]`, the activations' scale times the weight's.
+    - `quant_bias`, static only: int32 `[N]`, `azp_adj` plus the quantized layer bias.
+    - `input_divisor`, static only: `[K]`, the activations' scale, for vllm-ascend's
+      fused norm and quantization.
     """
 
     @classmethod
@@ -70,14 +74,14 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             and current_limits().dynamic_quant_asymmetric is None
         ):
             return False, (
-                "asymmetric dynamic activations on a chip without "
+                "dynamic asymmetric activations on a chip without "
                 "npu_dynamic_quant_asymmetric; supported: symmetric, or static"
             )
         return True, None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Once, not in each call.
+        # Computed here, and not in every forward.
         self.operands = current_limits().quant_matmul.operands
         self.divides = layouts.chosen("w8a8-static") == DIVIDED
         self.fuses_quant = False
@@ -132,16 +136,20 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             layer, "quant_bias", int32_bias(zero_point_share, bias, dequant_scale)
         )
         if _dtype(layer) == torch.float16:
-            # Rounded to the 10 mantissa bits that a float16 output keeps; the operator
-            # itself would truncate.
+            # For a float16 output the operator uses 10 mantissa bits of the scale.
+            # Round here, because the operator itself would truncate.
             dequant_scale = torch.ops.npu.npu_trans_quant_param(dequant_scale, None, 1)
         set_parameter(layer, "dequant_scale", dequant_scale)
 
     def _multiply_by_reciprocal(self, layer: Any, k: int) -> None:
-        """Hold the reciprocal of the activations' scale, as vllm-ascend does.
+        """Replace the activations' scale by its reciprocal, as vllm-ascend does.
+
+        Args:
+            layer: The layer.
+            k: Input features on this rank.
 
         Raises:
-            PlatformError: The model's dtype does not hold it.
+            PlatformError: The reciprocal overflows the model's dtype.
 
         """
         *_, x_scale_name, x_zero_point_name, _ = self.layer_param_names
@@ -150,7 +158,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         reciprocal = x_scale.reciprocal().to(dtype)
         if not reciprocal.is_meta and not bool(reciprocal.isfinite().all()):
             raise PlatformError(
-                f"{dtype} does not hold the reciprocal of a scale",
+                f"The reciprocal of the activations' scale overflows {dtype}",
                 where=f"layer {getattr(layer, 'prefix', '')}, "
                 f"{x_scale_name}={x_scale.item():.3g}",
                 supported=f"{envs.LAYOUT}=w8a8-static={DIVIDED}, the default",
@@ -199,7 +207,13 @@ def _dtype(layer: Any) -> torch.dtype:
 
 
 def fuses_quant(dtype: torch.dtype, weight: torch.Tensor) -> bool:
-    """Whether one operator quantizes activations and multiplies int8 `[N, K]`."""
+    """Whether to quantize activations and multiply in one operator (310P only).
+
+    Args:
+        dtype: dtype of the activations.
+        weight: int8 `[N, K]`.
+
+    """
     if layouts.chosen("w8a8-dynamic") != layouts.DEQUANT:
         return False
     limits = current_limits().quant_matmul_dequant
@@ -208,7 +222,13 @@ def fuses_quant(dtype: torch.dtype, weight: torch.Tensor) -> bool:
 
 
 def dynamic_forms(n: int, fused: bool) -> list[Form]:
-    """How int8 weights of `n` outputs are multiplied, activations dynamic."""
+    """Operator calls of a W8A8 layer with dynamic activations.
+
+    Args:
+        n: Output features on this rank.
+        fused: Whether one operator quantizes and multiplies.
+
+    """
     if fused:
         return [Form(QUANT_MATMUL_DEQUANT, "w8a8", CONTIGUOUS)]
     product = Form(QUANT_MATMUL, "w8a8", int8_layout(n))
@@ -222,22 +242,31 @@ def biased_quant_matmul(
     bias: torch.Tensor | None,
     operands: OperandTable,
 ) -> torch.Tensor:
-    """Take `dynamic_quant_matmul`, with the bias where the chip's operator takes it."""
+    """Call `dynamic_quant_matmul`, and add the bias after it if the chip requires it.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: int8 `[K, N]`, contiguous or a transposed view.
+        scale: fp32 `[N]`.
+        bias: `[N]`.
+        operands: Dtypes that the chip's operator accepts.
+
+    """
     if bias is None or bias.dtype in operands[x.dtype, True].bias:
         return dynamic_quant_matmul(x, weight, scale, bias)
     return dynamic_quant_matmul(x, weight, scale) + bias
 
 
 def int8_layout(n: int) -> str:
-    """How the chip in use reads int8 weights of `n` outputs."""
+    """Layout in which the current chip reads int8 weights with `n` outputs."""
     limits = current_limits().quant_matmul
     if limits.transposed_nz:
         return TRANSPOSED_NZ
-    # In FRACTAL_NZ N is the inner axis.
+    # In FRACTAL_NZ, N is the inner axis, whose size is limited.
     return NZ if ascend_base.prefers_nz() and n <= limits.max_size else TRANSPOSED
 
 
 def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Lay int8 `[N, K]` out as the chip in use reads it: `[K, N]`."""
+    """Repack an int8 weight `[N, K]` to `[K, N]` in the current chip's layout."""
     layout = int8_layout(len(weight))
     return to_npu_weight(weight, nz=layout == NZ, transposed_nz=layout == TRANSPOSED_NZ)

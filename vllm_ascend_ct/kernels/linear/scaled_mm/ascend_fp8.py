@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""FP8 linear kernel, as upstream's `kernels/linear/scaled_mm`."""
+"""FP8 linear kernel; see upstream's `kernels/linear/scaled_mm`."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from vllm_ascend_ct.ops.soc import current_soc
 
 
 class AscendFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """FP8 activations, dynamic per token, by FP8 weights with a scale per channel."""
+    """FP8 (E4M3) activations, dynamic per token, with per-channel FP8 weights."""
 
     @classmethod
     def is_supported(
@@ -59,7 +59,8 @@ class AscendFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
     def process_weights_after_loading(self, layer: Any) -> None:
         weight_name, scale_name, *_ = self.layer_param_names
         weight, scale, *_ = self._get_layer_params(layer)
-        # Upstream's schemes transpose it, and vllm-ascend lays it out so.
+        # Upstream's schemes pass a transposed view. vllm-ascend uses contiguous `[K,
+        # N]`.
         set_parameter(layer, weight_name, weight.data.contiguous())
         set_parameter(layer, scale_name, scale.data.reshape(-1))
         announce(
@@ -78,4 +79,4 @@ class AscendFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
         return dynamic_fp8_matmul(x, weight, scale, bias)
 
     def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
-        raise NotImplementedError("apply_weights does not ask for it")
+        raise NotImplementedError("apply_weights does not call it")
