@@ -4,7 +4,8 @@ import os
 
 # Set before anything imports vLLM, which then selects the platform of this process.
 os.environ["VLLM_PLUGINS"] = "ascend_ct"
-# `tools.real_stack` sets it to use vllm-ascend's platform with emulated operators.
+# `tools.stacks.real_stack` sets it to use vllm-ascend's platform with emulated
+# operators.
 os.environ["VLLM_ASCEND_CT_EMULATE"] = os.environ.get("REAL_STACK_EMULATE", "1")
 os.environ.pop("VLLM_ASCEND_CT_SOC", None)
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from tests.real_stack.chip import set_chip
-from tools import make_checkpoint, tiny_moe
+from tools.checkpoints import make_checkpoint, tiny_moe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Make a model of `tools.tiny_moe`, once per session."""
+    """Make a model of `tools.checkpoints.tiny_moe`, once per session."""
     directory = tmp_path_factory.mktemp("moe-models")
 
     def make(name: str) -> Path:
@@ -79,7 +80,7 @@ def single_rank() -> Iterator[None]:
     """Set up vLLM's parallel state with one rank, so that its layers can be built."""
     from vllm.utils.network_utils import get_open_port
 
-    from tools.ranks import tensor_parallel
+    from tools.stacks.ranks import tensor_parallel
 
     with tensor_parallel(rank=0, world_size=1, port=get_open_port()):
         yield

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from tools.dequantize import dequantize
+from tools.checkpoints.dequantize import dequantize
 
 
 @dataclass

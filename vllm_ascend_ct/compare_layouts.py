@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Compare the named layouts of linear layers on this chip for accuracy and speed.
 
-    python -m vllm_ascend_ct.compare_layouts [--k 4096] [--n 4096] [--out FILE]
+    vllm-ascend-ct check-npu [--k 4096] [--n 4096] [--out FILE]
 
 Repacks random weights as the kernels do when they load a checkpoint, into each layout
 that `ops/layouts.py` names for the chip. Multiplies by them, and compares the results
@@ -12,13 +12,11 @@ serving, but no checkpoint and no clone of the repository. Without an NPU the op
 are emulated, and the times say nothing about an NPU.
 """
 
-import argparse
 import json
 import math
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,9 +35,6 @@ from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 GROUP = 128
-# All layouts support multiples of this as K and N; none falls back to another layout.
-SIZE_STEP = 256
-TOKENS = (1, 16, 64, 1024)
 CALLS, ROUNDS = 20, 5
 # Largest relative error (norm of the difference / norm of the float64 result) of a
 # correct layout. Covers a few roundings to bfloat16, and quantized activations that the
@@ -77,30 +72,28 @@ class Result:
     ratios: dict[int, float] = field(default_factory=dict)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--k", type=int, default=4096, help="input features of the layer"
-    )
-    parser.add_argument(
-        "--n", type=int, default=4096, help="output features of the layer"
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--out", type=Path, default=Path("compare-layouts.json"))
-    arguments = parser.parse_args()
-    if arguments.k % SIZE_STEP or arguments.n % SIZE_STEP:
-        parser.error(f"--k and --n: multiples of {SIZE_STEP}")
+def run(k: int, n: int, tokens: Sequence[int], out: Path) -> int:
+    """Measure all layouts, print the results and write a report.
+
+    Args:
+        k: Input features of the layers.
+        n: Output features of the layers.
+        tokens: Numbers of tokens to multiply at once.
+        out: The file to write.
+
+    Returns:
+        1 if a layout is wrong, otherwise 0.
+
+    """
     device = start()
-    results = compare(arguments.k, arguments.n, arguments.tokens, device)
+    results = compare(k, n, tokens, device)
     print(table(results))
     print(advice(results, device))
-    report = {**machine(device), "k": arguments.k, "n": arguments.n}
+    report = {**machine(device), "k": k, "n": n}
     report["results"] = [asdict(result) for result in results]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2))
-    print(f"Report: {arguments.out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2))
+    print(f"Report: {out}")
     return int(any(result.fault for result in results))
 
 
@@ -492,7 +485,3 @@ _LAYERS = {
     "w8a8-dynamic": _w8a8_dynamic,
     "w8a8-static": _w8a8_static,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

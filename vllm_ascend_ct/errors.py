@@ -83,6 +83,9 @@ class OperatorLimitError(RuntimeError):
     """A call that the NPU operator would reject or compute incorrectly."""
 
 
+_PARTS = ("where", "supported", "remedy")
+
+
 class _FourPartError(Exception):
     """An error whose text has four parts: `what (where). Supported: .... Remedy.`.
 
@@ -96,14 +99,14 @@ class _FourPartError(Exception):
 
     def __init__(self, what: str, *, where: str, supported: str, remedy: str) -> None:
         super().__init__(f"{what} ({where}). Supported: {supported}. {remedy}.")
-        self._parts = {"where": where, "supported": supported, "remedy": remedy}
-        self._what = what
+        self.what, self.where = what, where
+        self.supported, self.remedy = supported, remedy
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is pickled (Ray, process pools) and copied with its
         # positional arguments, which here are only the text.
-        make = functools.partial(type(self), **self._parts)
-        return make, (self._what,), self.__dict__
+        parts = {name: self.__dict__[name] for name in _PARTS}
+        return functools.partial(type(self), **parts), (self.what,), self.__dict__
 
 
 class PlatformError(_FourPartError, RuntimeError):

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The table of vLLM and vllm-ascend releases that this package supports.
 
-`python -m tools.release_table` writes it into the README.
+`python -m tools.docs.release_table` writes it into the documentation.
 """
 
 import logging
@@ -106,6 +106,19 @@ def describe(releases: Sequence[Release]) -> str:
     return "; ".join(map(str, releases))
 
 
+def find(on_npu: bool) -> tuple[Release, Release | None]:
+    """The installed releases, and their row of the table, if there is one.
+
+    Args:
+        on_npu: Whether vllm-ascend runs the engine; otherwise operators are emulated.
+
+    """
+    import vllm
+
+    installed = Release(vllm.__version__, (version("vllm-ascend"),) if on_npu else ())
+    return installed, next((row for row in TABLE if _matches(installed, row)), None)
+
+
 def check(on_npu: bool) -> None:
     """Refuse installed releases that the table does not list, or lists as refused.
 
@@ -119,9 +132,8 @@ def check(on_npu: bool) -> None:
     """
     import vllm
 
-    installed = Release(vllm.__version__, (version("vllm-ascend"),) if on_npu else ())
+    installed, found = find(on_npu)
     supported = served(on_npu)
-    found = next((known for known in TABLE if _matches(installed, known)), None)
     if found in supported:
         _compare_others(found)
         return

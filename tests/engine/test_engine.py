@@ -15,8 +15,8 @@ import torch
 from pytest_mock import MockerFixture
 
 from tests.engine.selection import mostly_long
-from tools.logprobs import mean_difference, reference, served
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
+from tools.numerics.logprobs import mean_difference, reference, served
 
 MODULES = ("[qkv]_proj", "o_proj", "(gate|up)_proj", "down_proj")
 TARGETS = [f"re:.*layers.{layer}.*{module}" for layer in (0, 1) for module in MODULES]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.logprobs import mean_difference, reference, served
+from tools.numerics.logprobs import mean_difference, reference, served
 
 # 16-bit arithmetic; and quantized activations that round to the other neighbour.
 TOLERANCES = {
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.llm_compressor
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("llm-compressor")
     root = Path(__file__).parents[2]
-    subprocess.run([root / "tools/llm_compressor.sh", out], check=True)
+    subprocess.run([root / "tools/checkpoints/llm_compressor.sh", out], check=True)
     return out
 
 

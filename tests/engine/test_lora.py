@@ -17,8 +17,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 from tests.loading import models
-from tools.logprobs import LENGTH, held_out_tokens, mean_difference, reference
-from tools.tiny_moe import IGNORE
+from tools.checkpoints.tiny_moe import IGNORE
+from tools.numerics.logprobs import LENGTH, held_out_tokens, mean_difference, reference
 from vllm_ascend_ct.errors import PlatformError, Remedy
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

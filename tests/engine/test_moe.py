@@ -15,9 +15,9 @@ from pytest_mock import MockerFixture
 from safetensors.torch import load_file, save_file
 
 from tests.engine.selection import mostly_long
-from tools.compare_logprobs import two_ranks
-from tools.logprobs import mean_difference, reference, served
-from tools.tiny_moe import IGNORE
+from tools.checkpoints.tiny_moe import IGNORE
+from tools.numerics.compare_logprobs import two_ranks
+from tools.numerics.logprobs import mean_difference, reference, served
 
 ATTENTION = "re:.*self_attn.*_proj.*"
 
@@ -132,7 +132,7 @@ def test_two_ranks(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": two_ranks(),
     }
-    command = [sys.executable, "-m", "tools.logprobs", str(out), str(path)]
+    command = [sys.executable, "-m", "tools.numerics.logprobs", str(out), str(path)]
     command += ["--ranks", "2", *arguments]
     subprocess.run(command, env=environment, check=True)
     logprobs = json.loads(out.read_text())[path.name]

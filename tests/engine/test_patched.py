@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tools import patch_tree, tiny_moe
-from tools.patch_series import target_of
+from tools.checkpoints import tiny_moe
+from tools.upstream import patch_tree
+from tools.upstream.patch_series import target_of
 
 MOE = {"base": "qwen3-moe", "ignore": tiny_moe.IGNORE}
 RECIPES = {
@@ -29,7 +30,7 @@ def logprobs(
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if tree is not None:
         environment["PYTHONPATH"] = str(tree)
-    command = [sys.executable, "-m", "tools.logprobs", str(out), "--eager"]
+    command = [sys.executable, "-m", "tools.numerics.logprobs", str(out), "--eager"]
     command += map(str, checkpoints)
     subprocess.run(command, env=environment, check=True)
     found = json.loads(out.read_text())

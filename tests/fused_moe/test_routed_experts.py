@@ -10,7 +10,7 @@ import torch
 from pytest_mock import MockerFixture
 
 from tests.layers.quantized_experts import factory_needed
-from tools.bench_load_experts import SCHEMES, Sizes, loaded
+from tools.bench.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.ascend_base import routed_experts
 from vllm_ascend_ct.errors import PlatformError
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.layers.quantized_layers import activations, load, row_case
-from tools.launches import Launches
+from tools.bench.launches import Launches
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 

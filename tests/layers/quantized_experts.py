@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
-from tools.make_checkpoint import (
+from tools.checkpoints.make_checkpoint import (
     ALL_SCHEMES,
     FLOAT_SCHEMES,
     SCHEMES,

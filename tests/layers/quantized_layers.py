@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
-from tools.make_checkpoint import (
+from tools.checkpoints.make_checkpoint import (
     ALL_SCHEMES,
     FLOAT_SCHEMES,
     compress,

@@ -30,7 +30,7 @@ from tests.layers.quantized_layers import (
     load,
     load_tensors,
 )
-from tools.make_checkpoint import SCHEMES, compress
+from tools.checkpoints.make_checkpoint import SCHEMES, compress
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method import (
     AscendCTDequantizedLinearMethod,

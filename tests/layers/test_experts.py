@@ -24,8 +24,8 @@ from tests.layers.quantized_experts import (
     run,
 )
 from tests.layers.quantized_layers import activations, config_of
-from tools.launches import Launches
-from tools.make_checkpoint import SCHEMES
+from tools.bench.launches import Launches
+from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct.compat import CompressedTensorsWNA16MoEMethod
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
@@ -195,10 +195,11 @@ def test_refused_by_that_chip(
         build_with(sizes, config_of("Linear", scheme), FP16)
 
 
-def test_chip_without_fused_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8-channel-dynamic", "w6a8-channel-packed"])
+def test_chip_without_fused_gate(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
     sizes = SIZES["8-experts"]
-    runner, formula = load(sizes, "w8a8-channel-dynamic", BF16)
+    runner, formula = load(sizes, scheme, BF16)
     x, routed = inputs(formula, 64, sizes, BF16), routing(sizes, 64)
     with Launches() as launches:
         y = run(runner, x, routed)

@@ -27,9 +27,9 @@ from tests.layers.quantized_experts import (
     run,
 )
 from tests.layers.quantized_layers import activations
-from tools.launches import Launches
-from tools.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES
-from tools.ranks import tensor_parallel
+from tools.bench.launches import Launches
+from tools.checkpoints.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES
+from tools.stacks.ranks import tensor_parallel
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 WORLD_SIZE = 2

@@ -8,7 +8,7 @@ import torch
 from tests.formula import FormulaLinear, relative_error
 from tests.layers.quantized_layers import activations, load, row_case, tolerance
 from tests.layers.test_linear import QUANTIZED_IN_FLOAT16
-from tools.launches import Launches
+from tools.bench.launches import Launches
 from vllm_ascend_ct.errors import PlatformError
 from vllm_ascend_ct.ops import layouts
 

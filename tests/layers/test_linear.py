@@ -21,7 +21,7 @@ from tests.layers.quantized_layers import (
     row_case,
     tolerance,
 )
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (

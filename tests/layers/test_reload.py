@@ -27,7 +27,12 @@ from tests.layers.quantized_layers import (
     load_tensors,
     row_case,
 )
-from tools.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES, SCHEMES, compress
+from tools.checkpoints.make_checkpoint import (
+    ALL_SCHEMES,
+    FLOAT_SCHEMES,
+    SCHEMES,
+    compress,
+)
 from vllm_ascend_ct.ascend_base import runs_on_vllm_ascend
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 

@@ -25,7 +25,7 @@ from tests.layers.quantized_experts import (
     tensors_of,
 )
 from tests.layers.quantized_layers import activations
-from tools.make_checkpoint import FLOAT_SCHEMES
+from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
 
 BF16 = torch.bfloat16
 

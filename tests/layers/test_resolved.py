@@ -14,6 +14,7 @@ from tests.formula import relative_error
 from tests.layers.quantized_experts import ROUNDINGS, Sizes, routing, run
 from tests.layers.quantized_experts import load as load_experts
 from tests.layers.quantized_layers import (
+    MULTIPLIED,
     activations,
     config_of,
     gate_up_case,
@@ -25,7 +26,7 @@ from tests.layers.quantized_layers import (
     row_case,
     tolerance,
 )
-from tools.make_checkpoint import FLOAT_SCHEMES
+from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
 
@@ -37,6 +38,7 @@ CASES = {
 }
 SIZES = Sizes(5, hidden=320, intermediate=192, top_k=3)
 ROWS = 20
+DTYPES = {"310P": torch.float16, "A5": torch.bfloat16}
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -73,6 +75,27 @@ def test_experts_are_the_formula(scheme: str, dtype: torch.dtype) -> None:
     routed = routing(SIZES, ROWS)
     error = relative_error(run(runner, x, routed), formula(x, *routed))
     assert error < ROUNDINGS[dtype]
+
+
+@pytest.mark.parametrize("soc", ["310P", "A5"])
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_other_chips(scheme: str, soc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    dtype = DTYPES[soc]
+    layer, (formula,) = load(CASES["replicated"], scheme, dtype, bias=True)
+    multiplied = soc == "A5" and scheme in MULTIPLIED
+    assert isinstance(layer.quant_method, ResolvedMixin) is not multiplied
+    x = formula.without_ties(activations(ROWS, CASES["replicated"].k, dtype))
+    assert relative_error(layer(x)[0], formula(x)) < tolerance(scheme, dtype)
+
+
+@pytest.mark.parametrize("soc", ["310P", "A5"])
+@pytest.mark.parametrize("scheme", FLOAT_SCHEMES)
+def test_experts_on_other_chips(
+    scheme: str, soc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
+    test_experts_are_the_formula(scheme, DTYPES[soc])
 
 
 @pytest.mark.parametrize("scheme", FLOAT_SCHEMES)

@@ -26,8 +26,8 @@ from tests.layers.quantized_layers import (
     row_case,
     tolerance,
 )
-from tools.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES
-from tools.ranks import tensor_parallel
+from tools.checkpoints.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES
+from tools.stacks.ranks import tensor_parallel
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 WORLD_SIZE = 2

@@ -26,8 +26,8 @@ from vllm.model_executor.model_loader.utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tools import tiny_model, tiny_moe
-from tools.make_checkpoint import SCHEMES, compress, prepare
+from tools.checkpoints import tiny_model, tiny_moe
+from tools.checkpoints.make_checkpoint import SCHEMES, compress, prepare
 
 SCHEME = "w4a16-g32"
 _TEXT: dict[str, Any] = {
@@ -226,8 +226,8 @@ def make(
 
     Args:
         out: Directory to create.
-        model: One of `_MODELS` or of `tools.tiny_moe`; with "-mtp", it has a layer for
-            multi-token prediction.
+        model: One of `_MODELS` or of `tools.checkpoints.tiny_moe`; with "-mtp", it has
+            a layer for multi-token prediction.
         quantized: Layers that are quantized in the file.
         targets: `targets` of the config's only group, which has `scheme`.
         ignore: `ignore` of the config.

@@ -24,7 +24,7 @@ from vllm.platforms import current_platform
 
 from tests.formula import relative_error
 from tests.loading import models
-from tools.dequantize import dequantized_state
+from tools.checkpoints.dequantize import dequantized_state
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 
 pytestmark = pytest.mark.usefixtures("single_rank")

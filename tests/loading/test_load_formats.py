@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 from tests.layers import quantized_experts
 from tests.layers.quantized_layers import activations, config_of, row_case
 from tests.loading import models
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 
 BF16 = torch.bfloat16

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.layers.quantized_layers import MULTIPLIED
 from tests.loading.models import load_model
-from tools import tiny_moe
-from tools.malform import (
+from tools.checkpoints import tiny_moe
+from tools.checkpoints.malform import (
     EXPERT_KINDS,
     EXPERTS_RECIPE,
     FLOAT_KINDS,

@@ -15,9 +15,15 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from tests.layers import quantized_experts
 from tests.layers.quantized_layers import FUSED, config_of, gate_up_case, row_case
 from tests.loading import models
-from tools import tiny_moe
-from tools.make_checkpoint import SCHEMES
-from tools.malform import EXPERT_KINDS, EXPERTS_RECIPE, KINDS, RECIPE, malform
+from tools.checkpoints import tiny_moe
+from tools.checkpoints.make_checkpoint import SCHEMES
+from tools.checkpoints.malform import (
+    EXPERT_KINDS,
+    EXPERTS_RECIPE,
+    KINDS,
+    RECIPE,
+    malform,
+)
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe,

@@ -15,9 +15,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.loading.models import load_model
-from tools import tiny_moe
-from tools.make_checkpoint import FLOAT_SCHEMES
-from tools.malform import FLOAT_RECIPE
+from tools.checkpoints import tiny_moe
+from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
+from tools.checkpoints.malform import FLOAT_RECIPE
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops import soc

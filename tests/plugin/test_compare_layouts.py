@@ -3,7 +3,6 @@
 """The comparison of layouts, with emulated operators."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from pytest_mock import MockerFixture
 
 from vllm_ascend_ct import compare_layouts
+from vllm_ascend_ct.cli.main import main
 from vllm_ascend_ct.compare_layouts import Result
 from vllm_ascend_ct.weights import int4
 
@@ -22,10 +22,9 @@ CHOSEN = {
 }
 
 
-def run(monkeypatch: pytest.MonkeyPatch, out: Path) -> tuple[int, Any]:
+def run(out: Path) -> tuple[int, Any]:
     arguments = ["--k", "512", "--n", "256", "--tokens", "1", "16", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["compare_layouts", *arguments])
-    return compare_layouts.main(), json.loads(out.read_text())
+    return main(["check-npu", *arguments]), json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("soc", CHOSEN)
@@ -33,7 +32,7 @@ def test_each_layout_is_right(
     soc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
-    code, report = run(monkeypatch, tmp_path / "report.json")
+    code, report = run(tmp_path / "report.json")
     assert code == 0 and report["soc"] == soc
     results = report["results"]
     assert list(dict.fromkeys(found["kind"] for found in results)) == CHOSEN[soc]
@@ -43,7 +42,6 @@ def test_each_layout_is_right(
 
 def test_a_wrong_one_is_found(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     mocker: MockerFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -55,7 +53,7 @@ def test_a_wrong_one_is_found(
         return ((words >> 4) & 0x0F0F0F0F) | ((words & 0x0F0F0F0F) << 4)
 
     mocker.patch.object(int4, "pack_outputs", swapped)
-    code, report = run(monkeypatch, tmp_path / "report.json")
+    code, report = run(tmp_path / "report.json")
     faults = {(r["kind"], r["layout"]): r["fault"] for r in report["results"]}
     assert code == 1 and faults.pop(("w4a16-group", "contiguous")) == "wrong"
     assert faults["w4a16-group", "transposed"] is None
@@ -69,7 +67,7 @@ def test_one_that_raises_does_not_hide_the_others(
     """A chip may reject an unproven call."""
     raising = mocker.patch.object(torch.ops.npu, "npu_quantize")
     raising.side_effect = RuntimeError("not supported")
-    code, report = run(monkeypatch, tmp_path / "report.json")
+    code, report = run(tmp_path / "report.json")
     faults = {(r["kind"], r["layout"]): r["fault"] for r in report["results"]}
     assert code == 1
     assert faults["w8a8-static", "divided"] == "RuntimeError: not supported"
@@ -115,7 +113,7 @@ def test_advice(default: Any, other: Any, text: str) -> None:
     assert compare_layouts.advice(found, "npu").startswith(text)
 
 
-def test_sizes_that_some_layouts_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare_layouts", "--k", "4100"])
-    with pytest.raises(SystemExit):
-        compare_layouts.main()
+def test_sizes_that_some_layouts_do_not_take() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["check-npu", "--k", "4100"])
+    assert exit_.value.code == 2

@@ -34,7 +34,7 @@ from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import AscendWNA16Line
 from vllm_ascend_ct.quantization.compressed_tensors import linear_method
 
 if os.environ.get("VLLM_ASCEND_CT_TEST_HOOKS") != "1":
-    reason = "this vLLM has no hooks; python -m tools.upstream_patches test"
+    reason = "this vLLM has no hooks; python -m tools.upstream.upstream_patches test"
     pytest.skip(reason, allow_module_level=True)
 
 from upstream_patches.vllm import with_hooks

@@ -8,7 +8,7 @@ import pytest
 import vllm
 from pytest_mock import MockerFixture
 
-from tools import release_table
+from tools.docs import release_table
 from vllm_ascend_ct import releases
 from vllm_ascend_ct.errors import PlatformError
 
@@ -109,9 +109,9 @@ def test_table(mocker: MockerFixture, row: releases.Release) -> None:
             releases.check(on_npu=name is not None)
 
 
-def test_table_in_the_readme() -> None:
-    """If this fails, run `python -m tools.release_table`."""
-    readme = release_table.README.read_text()
-    assert release_table.with_table(readme) == readme
+def test_table_in_the_documentation() -> None:
+    """If this fails, run `python -m tools.docs.release_table`."""
+    page = release_table.PAGE.read_text()
+    assert release_table.with_table(page) == page
     # Otherwise there would be no table to compare.
-    assert readme.count(release_table.START) == readme.count(release_table.END) == 1
+    assert page.count(release_table.START) == page.count(release_table.END) == 1

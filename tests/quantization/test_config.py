@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 
 from tests.layers import quantized_experts
 from tests.layers.quantized_layers import FUSED
-from tools import enumerate_configs
+from tools.numerics import enumerate_configs
 from vllm_ascend_ct import compat
 from vllm_ascend_ct.errors import (
     PlatformError,
@@ -212,7 +212,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "int-quantized",
         "weights.symmetric=False",
     ),
-    "marlin-24": (W4, None, "marlin-24", "format=marlin-24; supported for 16-bit"),
     "w8a8-static-packed": (
         W8,
         ints(8, "tensor"),
@@ -301,6 +300,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "sparsity_config.format=sparse-24-bitmask",
     ),
     "format": ({"fmt": "pack-quantized-2"}, "format=pack-quantized-2"),
+    "marlin-24": ({"fmt": "marlin-24"}, "format=marlin-24"),
     # A format of compressed-tensors 0.20.
     "mxfp6": ({"fmt": "mxfp6-pack-quantized"}, "format=mxfp6-pack-quantized"),
     "format-of-a-group": (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tools.tiny_moe import configs
+from tools.checkpoints.tiny_moe import configs
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from tests.layers.quantized_experts import load as load_experts
 from tests.layers.quantized_layers import MULTIPLIED, activations, load, row_case
 from tests.ops.calls import CALLS, CALLS_A5
 from tests.real_stack.meta import WITHOUT_META, MetaChecked, to_meta
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
 
 pytestmark = [pytest.mark.torch_npu, pytest.mark.usefixtures("single_rank")]
 

@@ -33,7 +33,7 @@ from tests.real_stack.ascend_experts import (
     load_tensors,
     run,
 )
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.soc import current_soc
 

@@ -27,7 +27,7 @@ from tests.layers.quantized_layers import (
     replicated_case,
 )
 from tests.layers.test_linear import CASES, cases_of, tolerance
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,

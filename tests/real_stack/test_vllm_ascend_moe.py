@@ -39,8 +39,8 @@ from tests.real_stack.ascend_experts import (
     run,
 )
 from tests.real_stack.meta import MetaChecked
-from tools import check_npu, record_npu_calls
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
+from tools.numerics import check_npu, record_npu_calls
 from vllm_ascend_ct.errors import PlatformError, Remedy, UnsupportedCheckpointError
 
 pytestmark = pytest.mark.vllm_ascend

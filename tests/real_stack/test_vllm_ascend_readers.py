@@ -23,7 +23,7 @@ from tests.layers.quantized_layers import (
     load,
 )
 from tests.layers.test_linear import CASES
-from tools.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 
 pytestmark = [pytest.mark.vllm_ascend, pytest.mark.usefixtures("vllm_config")]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import patch_tree
-from tools.patch_series import target_of
+from tools.upstream import patch_tree
+from tools.upstream.patch_series import target_of
 
 pytestmark = pytest.mark.vllm_ascend
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.logprobs import mean_difference
-from tools.make_checkpoint import FLOAT_SCHEMES
+from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
+from tools.numerics.logprobs import mean_difference
 from tools.soft_npu import suite
 
 OURS = "vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors"

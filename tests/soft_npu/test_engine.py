@@ -5,7 +5,10 @@
 Runs on each supported release.
 """
 
+import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, OURS, SMALL, Result, Run
+from tools.soft_npu import suite
 from tools.soft_npu.environment import Device
 
 pytestmark = pytest.mark.soft_npu
@@ -159,3 +163,29 @@ def test_beside_vllm_ascend(results: Results) -> None:
         assert [rank["platform"] for rank in beside["ranks"]] == ["NPUPlatform"]
         assert beside["config"] == f"{OURS}.AscendCTConfig"
         assert beside["logprobs"] == alone["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "served_by"),
+    [
+        ("moe-w8a8", "experts", "AscendWNA8Experts"),
+        pytest.param(
+            *("dense-w4a16", "qkv_proj", "AscendWNA16LinearKernel"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *("mla-w4a16", "kv_b_proj", "16 bits, dequantized at load"),
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_inspect(name: str, layer: str, served_by: str) -> None:
+    """It builds vllm-ascend's layers, without values."""
+    command = [sys.executable, "-m", "vllm_ascend_ct.cli.main", "inspect", "--json"]
+    path = str(suite.checkpoint(name))
+    result = subprocess.run([*command, path], capture_output=True, text=True)
+    report = json.loads(result.stdout[result.stdout.index("{\n") :])
+    assert result.returncode == 0 and report["errors"] == []
+    assert report["platform"] == "NPUAscendCTPlatform"
+    (row,) = (row for row in report["rows"] if row["layers"].endswith(layer))
+    assert row["served_by"].startswith(served_by)

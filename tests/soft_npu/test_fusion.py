@@ -15,8 +15,8 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.kernels.linear import Int8ScaledMMLinearLayerConfig
 
-from tools.bench_load import parameters
-from tools.launches import Launches
+from tools.bench.bench_load import parameters
+from tools.bench.launches import Launches
 from tools.soft_npu import suite
 from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     AscendInt8ScaledMMLinearKernel,

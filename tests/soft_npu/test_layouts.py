@@ -20,8 +20,8 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
 )
 from vllm.scalar_type import ScalarType, scalar_types
 
-from tools.bench_load import parameters
-from tools.bench_load_experts import SCHEMES, Sizes, loaded
+from tools.bench.bench_load import parameters
+from tools.bench.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import stored_weight
 from vllm_ascend_ct.kernels.linear import functional
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
@@ -224,8 +224,8 @@ def test_layer_in_parts(weight_type: ScalarType, mocker: MockerFixture) -> None:
 def test_named_layouts_are_compared(tmp_path: Path) -> None:
     """Like a user with a chip, outside of the clone."""
     out = tmp_path / "report.json"
-    module = "vllm_ascend_ct.compare_layouts"
-    command = [sys.executable, "-m", module, "--out", str(out)]
+    module = "vllm_ascend_ct.cli.main"
+    command = [sys.executable, "-m", module, "check-npu", "--out", str(out)]
     command += ["--k", "512", "--n", "256", "--tokens", "1", "16"]
     variables = os.environ | {"VLLM_PLUGINS": "ascend_ct"}
     subprocess.run(command, cwd=tmp_path, env=variables, check=True)

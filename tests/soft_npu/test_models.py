@@ -11,7 +11,7 @@ from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 from vllm_ascend_ct import compat
 
 pytestmark = [pytest.mark.soft_npu, pytest.mark.long]
-# The trained dense model: each row of the README's table, and more group sizes.
+# The trained dense model: each row of docs/support-matrix.md, and more groups.
 DENSE = (
     "w2a16-g64",
     "w3a16-g64-asym",

@@ -16,7 +16,7 @@ import pytest
 from vllm.utils.network_utils import get_open_port
 
 from tests.soft_npu import engines
-from tools.logprobs import held_out_tokens
+from tools.numerics.logprobs import held_out_tokens
 from tools.soft_npu import suite
 from tools.soft_npu.serve import LENGTH, NEW_TOKENS, PROMPTS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ops.calls import CALLS
-from tools import check_npu, record_npu_calls
+from tools.numerics import check_npu, record_npu_calls
 
 
 @pytest.mark.usefixtures("single_rank")

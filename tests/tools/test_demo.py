@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import demo
+from tools.checkpoints import demo
 
 
 @pytest.mark.long

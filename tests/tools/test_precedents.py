@@ -9,9 +9,9 @@ import torch
 from pytest_mock import MockerFixture
 
 from tests.layers.quantized_layers import MULTIPLIED
-from tools.call_forms import form_of
-from tools.make_checkpoint import SCHEMES
-from tools.record_npu_calls import layers, record
+from tools.checkpoints.make_checkpoint import SCHEMES
+from tools.numerics.call_forms import form_of
+from tools.numerics.record_npu_calls import layers, record
 from vllm_ascend_ct.kernels import announce
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,

@@ -7,9 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from tools import bench_load, bench_load_experts, support_matrix
-from tools.logprobs import held_out_tokens, mean_difference, reference
-from tools.memory import TensorMemory
+from tests.evidence import Case, Evidence, collect
+from tools.bench import bench_load, bench_load_experts
+from tools.bench.memory import TensorMemory
+from tools.checkpoints.make_checkpoint import ALL_SCHEMES
+from tools.docs import support_matrix
+from tools.numerics.logprobs import held_out_tokens, mean_difference, reference
 
 W4 = "w4a16-g128-asym"
 
@@ -81,7 +84,31 @@ def test_reference_is_the_libraries(checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("single_rank")
-def test_table_in_the_readme_is_what_the_code_does() -> None:
-    """If this fails, run `python -m tools.support_matrix`."""
-    readme = support_matrix.README.read_text()
-    assert support_matrix.with_table(readme, support_matrix.tables()) == readme
+def test_support_matrix_is_what_the_code_does() -> None:
+    """If it is not: python -m tools.docs.support_matrix."""
+    page = support_matrix.PAGE.read_text()
+    assert support_matrix.with_table(page, support_matrix.tables()) == page
+    # Or there would be none to compare.
+    assert page.count(support_matrix.START) == page.count(support_matrix.END) == 1
+
+
+def test_each_scheme_has_a_row() -> None:
+    """But for those that the tables do not tell from others."""
+    rows = {name for name, _, _ in support_matrix.ROWS}
+    found = {scheme: support_matrix.row_of(scheme) for scheme in ALL_SCHEMES}
+    assert {row for row in found.values() if row} == rows
+    without = {scheme for scheme, row in found.items() if row is None}
+    assert without == {
+        *("fp8-channel-a16", "mxfp4-a16", "nvfp4-a16"),
+        *("w4a8-channel-asym-inputs", "w4a8-g64-asym-packed"),
+    }
+
+
+def test_evidence_is_what_tests_serve() -> None:
+    """Of what makes it: one case of each kind, and one that no test has."""
+    found = collect()
+    assert found[Case("A2", "w4a16-g128", False)] is Evidence.SOFTWARE_NPU
+    assert found[Case("A3", "w4a8-channel", True)] is Evidence.SOFTWARE_NPU
+    assert found[Case("A5", "w4a8-channel", False)] is Evidence.EMULATED
+    assert found[Case("A5", "w8a8-g128-packed", True)] is Evidence.UNTESTED
+    assert Evidence.CHIP not in found.values()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""The patches as files; `tools.upstream_patches verify` checks the rest."""
+"""The patches as files; `upstream_patches verify` checks the rest."""
 
 from pathlib import Path
 
 import pytest
 
-from tools import patch_series, upstream_patches
-from tools.patch_series import Patch, Target, targets
+from tools.upstream import patch_series, upstream_patches
+from tools.upstream.patch_series import Patch, Target, targets
 
 TARGETS = targets()
 PATCHES = [(target, patch) for target in TARGETS for patch in target.patches]
@@ -65,7 +65,7 @@ def test_all_are_in_the_series(target: Target) -> None:
 
 
 def test_table_is_of_now() -> None:
-    """If this fails, run `python -m tools.upstream_patches status --write`."""
+    """If this fails, run `tools.upstream.upstream_patches status --write`."""
     readme = upstream_patches.README.read_text()
     assert upstream_patches.with_tables(readme) == readme
 
@@ -87,7 +87,7 @@ def test_a_patch_is_read(staged: tuple[Target, Patch]) -> None:
         ("Pending", "Sent", "Upstream-Status: Sent"),
         ("Base: v1.0.0", "Base: v0.9.0", "Base is not v1.0.0"),
         ("Needed-By: nothing", "Needed-By: README.md::f", "Needed-By"),
-        ("Needed-By: nothing", "Needed-By: tools/ranks.py::no", "KeyError"),
+        ("Needed-By: nothing", "Needed-By: tools/stacks/ranks.py::no", "KeyError"),
         ("tests/a.py::test -> m", "tests/a.py::test m", "Fails-Without"),
         ("Base", "Depends-On: b.patch\nBase", "b.patch is not in the series"),
         ("Base", "Reviewed-By: nobody\nBase", "Reviewed-By is no trailer"),
@@ -108,6 +108,6 @@ def test_a_stray_file_is_found(staged: tuple[Target, Patch]) -> None:
 
 
 def test_lines_are_counted() -> None:
-    place = "tools/patch_series.py::Patch.subject"
+    place = "tools/upstream/patch_series.py::Patch.subject"
     assert 2 < patch_series.lines_of(place) < 10
     assert patch_series.lines_of("nothing") == 0

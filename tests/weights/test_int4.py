@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tools.memory import TensorMemory
+from tools.bench.memory import TensorMemory
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 from vllm_ascend_ct.weights.int4 import (
     ROWS_AT_ONCE,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from tools.dequantize import unpack_dense
-from tools.make_checkpoint import pack_dense
-from tools.memory import TensorMemory
+from tools.bench.memory import TensorMemory
+from tools.checkpoints.dequantize import unpack_dense
+from tools.checkpoints.make_checkpoint import pack_dense
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 from vllm_ascend_ct.weights import int4
 from vllm_ascend_ct.weights.pack_quantized import (

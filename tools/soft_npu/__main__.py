@@ -21,9 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools import stacks
 from tools.soft_npu import covered, environment, op_plugin, stand_ins, suite
 from tools.soft_npu.environment import Device
+from tools.stacks import stacks
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tools import stacks
 from tools.soft_npu import build
+from tools.stacks import stacks
 from vllm_ascend_ct.ops.soc import Soc
 
 SITE = Path(__file__).parent / "site"

@@ -17,9 +17,9 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
-from tools import patch_tree
 from tools.soft_npu import environment
 from tools.soft_npu.environment import Device
+from tools.upstream import patch_tree
 
 # Errors by which the emulation and the runtime refuse something.
 REFUSED = re.compile(r"OperatorLimitError|NotImplementedError|soft_npu: ")

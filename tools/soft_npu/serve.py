@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.logprobs import held_out_tokens
+from tools.numerics.logprobs import held_out_tokens
 
 LENGTH = 128
 PROMPTS = ["The function", "A class definition", "import", "def f(self, x):\n"]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools import stacks
 from tools.soft_npu import build, environment
 from tools.soft_npu.environment import Device
+from tools.stacks import stacks
 from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"

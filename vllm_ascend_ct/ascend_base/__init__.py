@@ -7,6 +7,8 @@ vllm-ascend is not installed elsewhere, so functions import it when they are cal
 
 import os
 from importlib.metadata import entry_points
+from inspect import signature
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -79,6 +81,37 @@ def init_config(vllm_config: object) -> None:
     from vllm_ascend.ascend_config import init_ascend_config
 
     init_ascend_config(vllm_config)
+
+
+def prepare_worker(vllm_config: Any) -> None:
+    """Set up a process like vllm-ascend's worker does before it joins its ranks.
+
+    Does nothing without vllm-ascend.
+    """
+    if not runs_on_vllm_ascend():
+        return
+    from vllm_ascend import ops
+    from vllm_ascend.utils import adapt_patch, register_ascend_customop
+
+    adapt_patch()
+    ops.register_dummy_fusion_op()
+    register_ascend_customop(vllm_config)
+    init_config(vllm_config)
+
+
+def join_groups(vllm_config: Any) -> None:
+    """Create vllm-ascend's own groups of ranks, in addition to vLLM's.
+
+    Does nothing without vllm-ascend.
+    """
+    if not runs_on_vllm_ascend():
+        return
+    from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
+
+    # vllm-ascend takes the second argument since 0.30.
+    given = vllm_config.parallel_config, getattr(vllm_config, "engram_config", None)
+    count = len(signature(init_ascend_model_parallel).parameters)
+    init_ascend_model_parallel(*given[:count])
 
 
 def prefers_nz() -> bool:

@@ -34,6 +34,10 @@ class AscendMethod(FusedMoEMethodBase):
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self.weights.create_weights(layer, *args, **kwargs)
 
+    def check_loaded(self, layer: Any) -> None:
+        """Refuse experts with missing tensors."""
+        self.weights.check_loaded(layer)
+
     def process_weights_after_loading(self, layer: Any) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         activation = activation_function(self.moe, self.moe_quant_config)

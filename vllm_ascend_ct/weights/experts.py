@@ -8,7 +8,6 @@ peak memory is that of a layer and one expert.
 
 import torch
 
-from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
 from vllm_ascend_ct.weights import int4, pack_quantized
 
 _RAW_BITS = 0xFFFFFFFF
@@ -65,19 +64,6 @@ def transpose_(stacked: torch.Tensor) -> torch.Tensor:
     for old, new in zip(stacked, transposed):
         new.copy_(old.t().contiguous())
     return transposed
-
-
-def to_nz(stacked: torch.Tensor) -> torch.Tensor:
-    """Copy weights to FRACTAL_NZ, the tile layout of the NPU's matrix unit.
-
-    Args:
-        stacked: int8 `[E, K, N]`, or int4 with two values per int8, `[E, K, N / 2]`.
-            Not a view: torch_npu (2.10.0, `FormatCastKernelNpu.cpp`) casts with the
-            sizes that the memory was allocated with.
-
-    """
-    cast: torch.Tensor = torch.ops.npu.npu_format_cast(stacked, FRACTAL_NZ)
-    return cast
 
 
 def pack_outputs_(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:

@@ -66,6 +66,8 @@ def decoded_scale(scale: torch.Tensor) -> torch.Tensor:
 
 def has_nan(weight: torch.Tensor) -> bool:
     """Whether an FP8 (E4M3) weight `[N, K]` contains NaN."""
+    if weight.is_meta:
+        return False
     codes = weight.view(torch.uint8)
     parts = codes.split(max(1, _VALUES_AT_ONCE // codes.shape[1]))
     return any(bool(((part & _E4M3_NAN) == _E4M3_NAN).any()) for part in parts)

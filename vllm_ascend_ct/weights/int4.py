@@ -42,6 +42,8 @@ def pack_inputs(
 
     """
     packed = torch.empty((n, k // _PER_INT32), dtype=torch.int32, device=device)
+    if packed.is_meta:
+        return packed
     start = 0
     for part in words:
         packed[start : start + len(part)] = part
@@ -66,6 +68,8 @@ def pack_outputs(
 
     """
     packed = torch.empty((k, n // _PER_INT32), dtype=torch.int32, device=device)
+    if packed.is_meta:
+        return packed
     whole, rest = divmod(k, _PER_INT32)
     by_word = packed[: k - rest].view(whole, _PER_INT32, n // _PER_INT32)
     start = 0

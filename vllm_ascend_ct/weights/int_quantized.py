@@ -33,10 +33,24 @@ def to_npu_weight(weight: torch.Tensor, nz: bool, transposed_nz: bool) -> torch.
     """
     if transposed_nz:
         # Unpacked weights are views, which torch_npu cannot cast.
-        return torch.ops.npu.npu_format_cast(weight.clone(), FRACTAL_NZ).t()
-    if nz:
-        return torch.ops.npu.npu_format_cast(weight.t().contiguous(), FRACTAL_NZ)
-    return weight.t()
+        return to_nz(weight.clone()).t()
+    return to_nz(weight.t().contiguous()) if nz else weight.t()
+
+
+def to_nz(weight: torch.Tensor) -> torch.Tensor:
+    """Copy weights to FRACTAL_NZ, the tile layout of the NPU's matrix unit.
+
+    Args:
+        weight: int8 `[K, N]` or `[E, K, N]`, or int4 with two values per int8. Not a
+            view: torch_npu (2.10.0, `FormatCastKernelNpu.cpp`) casts with the sizes
+            that the memory was allocated with.
+
+    """
+    if weight.is_meta:
+        # torch_npu has no meta kernel for the cast.
+        return weight
+    cast: torch.Tensor = torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
+    return cast
 
 
 def weight_sum(weight: torch.Tensor) -> torch.Tensor:
@@ -55,7 +69,7 @@ def int4_rows(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """
     for part in weight.split(int4.ROWS_AT_ONCE):
         low, high = part.aminmax()
-        if low < -8 or high > 7:
+        if not part.is_meta and (low < -8 or high > 7):
             raise ValueError(
                 f"weight has values from {low} to {high}; supported for 4 bits: -8 to 7"
             )
@@ -83,6 +97,8 @@ def int32_bias(
     """
     if bias is None:
         return zero_point_share
+    if bias.is_meta:
+        return torch.empty_like(dequant_scale, dtype=torch.int32)
     # On the host, because NPUs have no float64.
     total = (bias.cpu().double() / dequant_scale.cpu().double()).round()
     if zero_point_share is not None:

@@ -10,7 +10,7 @@ from vllm_ascend_ct.fused_moe.functional import Operands, quant_dequant_product
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.precedents import GROUPED_DEQUANT, NZ, Form
-from vllm_ascend_ct.weights import experts
+from vllm_ascend_ct.weights import experts, int_quantized
 
 
 class AscendWNA8DequantExperts(AscendExperts):
@@ -56,7 +56,7 @@ class AscendWNA8DequantExperts(AscendExperts):
             weight = experts.to_int8(weight, bits, k).clone()
             set_parameter(layer, weight_name, weight)
         del parameter
-        set_parameter(layer, weight_name, experts.to_nz(weight))
+        set_parameter(layer, weight_name, int_quantized.to_nz(weight))
         scale_name = f"{name}_weight_scale"
         scale = getattr(layer, scale_name).data.squeeze(2)
         set_parameter(layer, scale_name, scale.float())

@@ -20,7 +20,7 @@ from vllm_ascend_ct.ops.precedents import (
     TRANSPOSED,
     Form,
 )
-from vllm_ascend_ct.weights import experts
+from vllm_ascend_ct.weights import experts, int_quantized
 from vllm_ascend_ct.weights.pack_quantized import operator_bits
 
 
@@ -100,7 +100,7 @@ class AscendWNA8Experts(AscendExperts):
             weight = weight.contiguous()
             set_parameter(layer, weight_name, weight)
             del parameter
-            weight = experts.to_nz(weight)
+            weight = int_quantized.to_nz(weight)
         set_parameter(layer, weight_name, weight)
         scale_name = f"{name}_weight_scale"
         scale = getattr(layer, scale_name).data.squeeze(2)
@@ -134,7 +134,7 @@ class AscendWNA8Experts(AscendExperts):
         if ascend_base.prefers_nz():
             set_parameter(layer, weight_name, pairs)
             del parameter, packed
-            pairs = experts.to_nz(pairs)
+            pairs = int_quantized.to_nz(pairs)
         set_parameter(layer, weight_name, pairs.view(torch.int32))
         set_parameter(layer, scale_name, raw_scale)
         set_parameter(layer, f"{name}_assist", assist)

@@ -7,7 +7,7 @@ from typing import Any
 
 import compressed_tensors
 from compressed_tensors import CompressionFormat
-from compressed_tensors.quantization import ActivationOrdering, QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.transform import TransformConfig
 from packaging.version import InvalidVersion, Version
 from vllm.logger import init_logger
@@ -23,7 +23,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.rules import (
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
-_FORMATS = [fmt.value for fmt in CompressionFormat]
+# Formats that do not say how a layer's weights are stored.
+_NO_FORMATS = (CompressionFormat.dense.value, CompressionFormat.mixed_precision.value)
+# Names of activation ordering by groups, in current and earlier compressed-tensors.
+_PERMUTED = ("group", "dynamic")
 _FIELDS = (
     *QuantizationConfig.model_fields,
     "sparsity_config",
@@ -45,6 +48,8 @@ def check_config(config: dict[str, Any]) -> None:
         UnsupportedCheckpointError: A field is not supported; the error names it.
 
     """
+    _check_formats(config)
+    _check_activation_order(config)
     _check_structure(config)
     _check_version(config)
     _check_sparsity(config)
@@ -110,7 +115,6 @@ def _check_structure(config: dict[str, Any]) -> None:
                 field,
                 repr(value),
             )
-    _check_formats(config)
     try:
         QuantizationConfig.model_validate({"config_groups": {}, **config})
         if transforms := config.get("transform_config"):
@@ -125,17 +129,32 @@ def _check_structure(config: dict[str, Any]) -> None:
         ) from error
 
 
+def _check_activation_order(config: dict[str, Any]) -> None:
+    for name, group in (config.get("config_groups") or {}).items():
+        weights = isinstance(group, dict) and group.get("weights")
+        actorder = weights.get("actorder") if isinstance(weights, dict) else None
+        if actorder is True or str(actorder).lower() in _PERMUTED:
+            raise _refused(
+                "Activation ordering needs a permutation of the inputs (g_idx), which "
+                "no NPU operator supports",
+                f"config_groups.{name}.weights.actorder={actorder}",
+                "actorder=null, weight or static",
+            )
+
+
 def _check_formats(config: dict[str, Any]) -> None:
     groups = config.get("config_groups") or {}
+    rules = (*SCHEME_RULES, *FLOAT_RULES)
+    served = {fmt: None for rule in rules for fmt in rule.formats}
     formats = {"format": config.get("format")}
     for name, group in groups.items():
         if isinstance(group, dict):
             formats[f"config_groups.{name}.format"] = group.get("format")
     for field, fmt in formats.items():
-        if fmt is not None and fmt not in _FORMATS:
-            rules = (*SCHEME_RULES, *FLOAT_RULES)
-            served = {fmt: None for rule in rules for fmt in rule.formats}
-            raise _refused("Unknown format", f"{field}={fmt}", ", ".join(served))
+        if fmt is not None and fmt not in (*served, *_NO_FORMATS):
+            raise _refused(
+                "The format is not supported", f"{field}={fmt}", ", ".join(served)
+            )
 
 
 def _check_groups(config: dict[str, Any]) -> None:
@@ -153,17 +172,6 @@ def _check_groups(config: dict[str, Any]) -> None:
                 f"{field}.weights",
                 "groups with targets and weights",
                 Remedy.CORRECT_FIELD.format(field=field),
-            )
-        actorder = group["weights"].get("actorder")
-        if actorder is True or (
-            isinstance(actorder, str)
-            and ActivationOrdering(actorder.lower()) == ActivationOrdering.GROUP
-        ):
-            raise _refused(
-                "Activation ordering needs a permutation of the inputs (g_idx), which "
-                "no NPU operator supports",
-                f"{field}.weights.actorder={actorder}",
-                "actorder=null, weight or static",
             )
         fmt = group.get("format") or config.get("format")
         is_integer = group["weights"].get("type", "int") == "int"

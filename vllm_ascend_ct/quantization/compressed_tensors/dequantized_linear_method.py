@@ -92,8 +92,12 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
             **extra_weight_attrs,
         )
 
-    def process_weights_after_loading(self, layer: Any) -> None:
+    def check_loaded(self, layer: Any) -> None:
+        """Refuse a layer with missing tensors."""
         self._quantized.check_loaded(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.check_loaded(layer)
         name = ".".join(layer.prefix.split(".")[-2:])
         logger.info_once(
             "Dequantizing %s to 16 bits, because attention reads its weight.", name

@@ -86,7 +86,10 @@ def mark_scales(layer: torch.nn.Module) -> None:
 def marked_scale(layer: torch.nn.Module) -> str | None:
     """Name of a scale that still has the values of `mark_scales`, or None."""
     for name, parameter in layer.named_parameters(recurse=False):
-        if name.endswith("weight_scale") and bool(parameter.data.isnan().any()):
+        if not name.endswith("weight_scale"):
+            continue
+        # On the meta device only weight loaders fill parameters.
+        if parameter.is_meta or bool(parameter.data.isnan().any()):
             return str(name)
     return None
 

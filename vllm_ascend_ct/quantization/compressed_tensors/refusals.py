@@ -18,9 +18,10 @@ def refused(
 
     """
     return UnsupportedCheckpointError(
-        what,
+        # Upstream's error texts may have several lines.
+        " ".join(what.split()),
         where=f"layer {layer_name} on Ascend {current_soc().value}",
-        supported="the schemes listed in the README, within the limits of the chip",
+        supported="the schemes of docs/support-matrix.md, within the chip's limits",
         remedy=remedy,
     )
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
@@ -119,6 +120,10 @@ def _check_fits(
     """
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None or compat.offloads_weights(vllm_config):
+        return
+    if torch.get_default_device().type == "meta":
+        # The model is only inspected, possibly on a different machine from the one that
+        # will serve it.
         return
     text_config = vllm_config.model_config.hf_text_config
     count = getattr(text_config, "num_hidden_layers", 0)

@@ -304,9 +304,10 @@ def is_multiplied(scheme: dict[str, Any]) -> bool:
     return is_token and not MULTIPLIED_RULE.mismatches(scheme)
 
 
-def float_name(scheme: dict[str, Any]) -> str:
-    """Name of a supported floating-point scheme."""
-    return next(rule.name for rule in FLOAT_RULES if not rule.mismatches(scheme))
+def float_name(scheme: dict[str, Any]) -> str | None:
+    """Name of a floating-point scheme; None if it is not supported."""
+    names = (rule.name for rule in FLOAT_RULES if not rule.mismatches(scheme))
+    return next(names, None)
 
 
 def _describe(args: QuantizationArgs | None) -> str:

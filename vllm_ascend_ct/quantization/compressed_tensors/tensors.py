@@ -80,8 +80,13 @@ class QuantizedShape:
 
         """
         if name == "weight_shape":
+            if tensor.numel() != 2:
+                reason = f"has {tensor.numel()} numbers; expected 2"
+                return Fault(reason, Remedy.EXPORT_AGAIN)
+            if tensor.is_meta:
+                return None
             given = tensor.reshape(-1).tolist()
-            if len(given) != 2 or given[1] != self.k or rows not in (None, given[0]):
+            if given[1] != self.k or rows not in (None, given[0]):
                 reason = f"says {given}; expected [{rows or 'any'}, {self.k}]"
                 return Fault(reason, Remedy.EXPORT_AGAIN)
         elif expected := self._expected(name, rows):

@@ -126,6 +126,8 @@ def _weights(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _has_mark(layer: Any, weight: torch.Tensor) -> bool:
     """Whether a shard or an expert of a weight still has the mark of `_MARK`."""
+    if weight.is_meta:
+        return False
     first = weight.data[..., 0]
     parts = list(first) if first.dim() > 1 else [first]
     sizes = getattr(layer, "output_partition_sizes", None)

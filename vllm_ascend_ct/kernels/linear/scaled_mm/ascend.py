@@ -92,7 +92,8 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         scale = scale.data.reshape(-1)
         if not self.config.is_channelwise:
             widths = torch.tensor(layer.logical_widths, device=scale.device)
-            scale = scale.repeat_interleave(widths)
+            n = sum(layer.logical_widths)
+            scale = scale.repeat_interleave(widths, output_size=n)
         if self.config.is_static_input_scheme:
             self._process_static(layer, weight.data, scale)
         elif not self.config.input_symmetric:
@@ -155,7 +156,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         dtype = _dtype(layer)
         x_scale = getattr(layer, x_scale_name).data
         reciprocal = x_scale.reciprocal().to(dtype)
-        if not bool(reciprocal.isfinite().all()):
+        if not reciprocal.is_meta and not bool(reciprocal.isfinite().all()):
             raise PlatformError(
                 f"The reciprocal of the activations' scale overflows {dtype}",
                 where=f"layer {getattr(layer, 'prefix', '')}, "

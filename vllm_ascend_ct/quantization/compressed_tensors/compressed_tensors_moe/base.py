@@ -111,12 +111,13 @@ class AscendCTMoEMixin(_Base):
             UnsupportedCheckpointError: A tensor is missing.
 
         """
-        self._check_loaded(layer)
+        self.check_loaded(layer)
         experts: AscendExperts = self.experts_cls(layer, self.moe, **options)
         experts.lay_out()
         return experts
 
-    def _check_loaded(self, layer: Any) -> None:
+    def check_loaded(self, layer: Any) -> None:
+        """Refuse experts with missing tensors, and refuse to save them from now on."""
         self._checkpoint.after_loading()
         if self._record is not None:
             if self._record.is_dummy:

@@ -76,7 +76,8 @@ class AscendCTW8A8Fp8(CompressedTensorsW8A8Fp8):
             raise ValueError("weight contains NaN")
         if text(self.strategy) == "tensor":
             widths = torch.tensor(layer.logical_widths, device=scale.device)
-            scale = scale.repeat_interleave(widths).unsqueeze(1)
+            scale = scale.repeat_interleave(widths, output_size=len(weight))
+            scale = scale.unsqueeze(1)
         set_parameter(layer, "weight", weight.t())
         set_parameter(layer, "weight_scale", scale)
         self.kernel.process_weights_after_loading(layer)

@@ -60,6 +60,12 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         scales = {name: getattr(layer, name).data for name in _SCALES}
+        if scales["input_scale"].is_meta:
+            # Assume that the scales are calibrated.
+            scales = {
+                name: torch.ones(scale.shape, device="cpu")
+                for name, scale in scales.items()
+            }
         # An uncalibrated scale is 0, which means "not quantized", as it does upstream.
         self.has_input_act, self.has_output_act = (
             bool(scales[name].any()) for name in _SCALES
@@ -74,9 +80,10 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
         input_scale, output_scale = scales.values()
         set_parameter(layer, "input_scale", input_scale.max().reshape(1))
         if len(output_scale) > 1:
-            widths = torch.tensor(layer.output_partition_sizes)
+            sizes = layer.output_partition_sizes
+            widths = torch.tensor(sizes, device=output_scale.device)
             output_scale = output_scale.repeat_interleave(
-                widths.to(output_scale.device)
+                widths, output_size=sum(sizes)
             )
         set_parameter(layer, "output_scale", output_scale)
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Log-probabilities of a fixed text, by vLLM or by a float32 reference.
+
+VLLM_PLUGINS=ascend_ct python -m tools.numerics.logprobs OUT.json CHECKPOINT...
+"""
+
+import argparse
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+LENGTH = 500
+
+
+def held_out_tokens(checkpoint: Path) -> list[int]:
+    """The text that the tiny model was not trained on."""
+    from transformers import AutoTokenizer
+
+    from tools.checkpoints.tiny_model import held_out_text
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens: list[int] = tokenizer(held_out_text())["input_ids"][:LENGTH]
+    return tokens
+
+
+def reference(checkpoint: Path) -> list[float]:
+    """Log-probabilities by Hugging Face's model in float32, with dequantized weights.
+
+    Activations are rounded to the config's integer grid, even if they are served in 16
+    bits. They are not rounded to a floating-point grid.
+
+    Returns:
+        Log-probability of each token except the first, given the tokens before it.
+
+    """
+    import torch
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
+    )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tools.checkpoints import tiny_moe
+    from tools.checkpoints.dequantize import dequantized_state
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    quantization = tiny_moe.quantization_in_model(config)
+    del config.quantization_config
+    if tiny_moe.is_moe(config):
+        model = tiny_moe.new_model(config, torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    quantization["config_groups"] = {
+        name: {**group, "weights": None}
+        for name, group in quantization["config_groups"].items()
+        # Activations stay in 16 bits with floating-point weights.
+        if (group["input_activations"] or {}).get("type", "float") != "float"
+    }
+    # The KV cache is served unquantized.
+    quantization["kv_cache_scheme"] = None
+    apply_quantization_config(model, QuantizationConfig.model_validate(quantization))
+    state = {
+        tiny_moe.in_model(name, config.model_type): tensor
+        for name, tensor in dequantized_state(checkpoint).items()
+        if not name.endswith((".k_scale", ".v_scale"))
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    assert all(name == "lm_head.weight" or "zero_point" in name for name in missing)
+    model.tie_weights()
+    tokens = torch.tensor(held_out_tokens(checkpoint))
+    with torch.no_grad():
+        logprobs = model(tokens.unsqueeze(0)).logits[0].log_softmax(dim=-1)
+    of_next: list[float] = logprobs[:-1].gather(1, tokens[1:, None])[:, 0].tolist()
+    return of_next
+
+
+def served(
+    checkpoint: Path, *, eager: bool = True, ranks: int = 1, experts: bool = False
+) -> list[float]:
+    """Log-probabilities by vLLM, on the platform of this process.
+
+    Args:
+        checkpoint: The model.
+        eager: Whether to skip compilation.
+        ranks: Number of ranks (tensor parallelism).
+        experts: Whether to use expert parallelism.
+
+    Returns:
+        As `reference`.
+
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+    llm = LLM(
+        str(checkpoint),
+        max_model_len=LENGTH + 12,
+        enforce_eager=eager,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=experts,
+        distributed_executor_backend="uni" if in_process else None,
+        disable_log_stats=True,
+    )
+    tokens = held_out_tokens(checkpoint)
+    (output,) = llm.generate(
+        {"prompt_token_ids": tokens},
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    of_positions: Any = output.prompt_logprobs
+    return [
+        of_position[token].logprob
+        for token, of_position in zip(tokens[1:], of_positions[1:])
+    ]
+
+
+def mean_difference(some: list[float], others: list[float]) -> float:
+    """Mean absolute difference."""
+    return sum(abs(a - b) for a, b in zip(some, others, strict=True)) / len(some)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--ranks", type=int, default=1, help="to split a model over")
+    parser.add_argument("--experts", action="store_true", help="ranks have whole ones")
+    arguments = parser.parse_args()
+    results: dict[str, list[float] | str] = {}
+    for checkpoint in arguments.checkpoints:
+        try:
+            results[checkpoint.name] = served(
+                checkpoint,
+                eager=arguments.eager,
+                ranks=arguments.ranks,
+                experts=arguments.experts,
+            )
+        except Exception as error:
+            results[checkpoint.name] = f"{type(error).__name__}: {error}"
+        arguments.out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
