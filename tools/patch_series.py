@@ -20,8 +20,9 @@ PATCHES = ROOT / "upstream_patches"
 _DATE = r"\d{4}-\d\d-\d\d"
 TRAILERS = {
     "Upstream-Status": (
-        r"Pending|Submitted \[https://\S+\]|Backport \[v\S+ \w+\]|Denied \[https://\S+\]"
-        r"|Inappropriate \[.+\]|Inactive-Upstream",
+        r"Pending( \[waits for .+\])?|Submitted \[https://\S+\]"
+        r"|Backport \[v\S+ \w+\]|Denied \[https://\S+\]|Inappropriate \[.+\]"
+        r"|Inactive-Upstream",
         True,
     ),
     "Base": (r"v\d+\.\d+\.\d+", True),
@@ -49,6 +50,7 @@ class Target:
         generated: Files of the package that its build makes.
         requirements: What its tests import that this environment has not.
         neighbours: Its tests whose results a patch may not change.
+        sections: Headings that the text of a pull request has, in this order.
         stack: Of `tools.real_stack`, which its tests run on; empty for vLLM on CPU.
 
     """
@@ -61,6 +63,7 @@ class Target:
     generated: list[str]
     requirements: list[str]
     neighbours: list[str]
+    sections: list[str]
     stack: str = ""
 
     @cached_property
@@ -151,6 +154,9 @@ class Patch:
         faults = []
         if not _TITLE.fullmatch(self.subject):
             faults.append(f"subject {self.subject!r}; expected [Tag] and a title")
+        headings = re.findall(r"^#+ .+", self.body, re.M)
+        if headings != target.sections:
+            faults.append(f"sections {headings}; expected {target.sections}")
         for name, (pattern, required) in TRAILERS.items():
             values = self.values(name)
             if required and not values:
