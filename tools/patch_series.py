@@ -18,6 +18,7 @@ PATCHES = ROOT / "upstream_patches"
 
 # Trailer -> what its value has to look like, and whether it may be missing.
 _DATE = r"\d{4}-\d\d-\d\d"
+_VERSION = r"v\d+\.\d+\.\d+(rc\d+)?"
 TRAILERS = {
     "Upstream-Status": (
         r"Pending( \[waits for .+\])?|Submitted \[https://\S+\]"
@@ -25,13 +26,13 @@ TRAILERS = {
         r"|Inactive-Upstream",
         True,
     ),
-    "Base": (r"v\d+\.\d+\.\d+", True),
+    "Base": (_VERSION, True),
     "Depends-On": (r"[\w-]+\.patch", False),
     "Duplicate-Check": (rf'{_DATE} ".+" -> .+', True),
     "Needed-By": (r"nothing\b.*|\S+\.py::\S+", True),
     "Fails-Without": (r"tests/\S+ -> .+", True),
     "Remove-When": (r".+", True),
-    "Last-Verified": (rf"{_DATE}( v\d+\.\d+\.\d+)+", True),
+    "Last-Verified": (rf"{_DATE}( {_VERSION})+", True),
 }
 _TITLE = re.compile(r"(\[[\w ]+\])+ [A-Z].+")
 MAX_SOURCE_LINES = 150

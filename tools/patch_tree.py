@@ -123,7 +123,7 @@ def link_built(target: Target, tree: Path) -> None:
     import torch
 
     if target.stack:
-        installed = stacks.install(target.stack) / target.package
+        installed = stacks.install(stacks.STACKS[target.stack][-1]) / target.package
     else:
         installed = installed_vllm()
     generated = [installed / name for name in target.generated]
