@@ -81,7 +81,9 @@ TABLE = (
         note="engines on software NPUs",
     ),
     Release("0.30.0", note="zero points of other than 4 and 8 bits"),
-    Release("0.31.0", tested=Tested.IN_PARTS, note="layers of all schemes"),
+    Release(
+        "0.31.0", tested=Tested.IN_PARTS, note="layers, loading and engines, all tests"
+    ),
     Release("0.32.0", tested=Tested.END_TO_END, note="all tests"),
     Release("0.33.0", tested=Tested.IN_PARTS, note="its Python files over 0.32.0's"),
 )

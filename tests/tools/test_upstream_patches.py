@@ -2,20 +2,33 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The patches as files; `upstream_patches verify` checks the rest."""
 
+import argparse
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from pytest_mock import MockerFixture
 
-from tools.upstream import patch_series, upstream_patches
+from tools.upstream import patch_series, patch_tree, upstream_patches
 from tools.upstream.patch_series import Patch, Target, targets
 
 TARGETS = targets()
 PATCHES = [(target, patch) for target in TARGETS for patch in target.patches]
 
-MAIL = """From 0 Mon Sep 17 00:00:00 2001
+SECTIONS = ["## Overview", "## Validation"]
+MAIL = """From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: a <a@localhost>
+Date: Fri, 2 Jan 2026 00:00:00 +0000
 Subject: [PATCH] [Kernel] Do something
 
+## Overview
+
 Why.
+
+## Validation
+
+#12 is not a heading.
 
 Upstream-Status: Pending
 Base: v1.0.0
@@ -42,13 +55,14 @@ diff --git a/vllm/a.py b/vllm/a.py
 def staged(tmp_path: Path) -> tuple[Target, Patch]:
     (tmp_path / "a.patch").write_text(MAIL)
     (tmp_path / "series").write_text("# comment\na.patch\n")
-    target = Target(tmp_path, "vllm", "1.0.0", {"1.0.0": ""}, "vllm", [], [], [])
+    versions = {"1.0.0": ""}
+    target = Target(tmp_path, "vllm", "1.0.0", versions, "vllm", [], [], [], SECTIONS)
     return target, target.patches[0]
 
 
 def test_there_are_some() -> None:
     assert {target.project for target in TARGETS} == {"vllm", "vllm-ascend"}
-    assert len(PATCHES) > 6
+    assert len(PATCHES) > 5
 
 
 @pytest.mark.parametrize(
@@ -83,6 +97,8 @@ def test_a_patch_is_read(staged: tuple[Target, Patch]) -> None:
     ("old", "new", "fault"),
     [
         ("[Kernel] Do", "do", "subject"),
+        ("## Overview\n\n", "", "sections"),
+        ("## Validation", "## Tests", "sections"),
         ("Upstream-Status: Pending\n", "", "Upstream-Status is missing"),
         ("Pending", "Sent", "Upstream-Status: Sent"),
         ("Base: v1.0.0", "Base: v0.9.0", "Base is not v1.0.0"),
@@ -99,6 +115,37 @@ def test_faults(staged: tuple[Target, Patch], old: str, new: str, fault: str) ->
     target, patch = staged
     patch.path.write_text(MAIL.replace(old, new, 1))
     assert any(fault in found for found in patch.faults(target))
+
+
+def test_an_editor_keeps_headings(
+    staged: tuple[Target, Patch], mocker: MockerFixture
+) -> None:
+    """`git commit` takes lines for comments once an editor has seen them."""
+    target, patch = staged
+    out = target.directory / "out"
+    body = patch.body
+
+    def apply(
+        target: Target, version: str, patches: Sequence[Patch], out: Path
+    ) -> None:
+        (out / "vllm").mkdir(parents=True)
+        (out / "vllm/a.py").write_text("old\n")
+
+    mocker.patch.object(upstream_patches, "target_of", return_value=target)
+    mocker.patch.object(patch_tree, "apply", apply)
+    arguments = argparse.Namespace(project="vllm", version=None, out=out)
+    upstream_patches.edit(arguments)
+    who = [
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@localhost",
+        "-c",
+        "core.editor=true",
+    ]
+    subprocess.run(["git", *who, "commit", "--quiet", "--amend"], cwd=out, check=True)
+    upstream_patches.refresh(arguments)
+    assert Patch(patch.path).body == body
 
 
 def test_a_stray_file_is_found(staged: tuple[Target, Patch]) -> None:

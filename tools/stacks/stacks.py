@@ -67,6 +67,8 @@ def add_release(vllm_ascend: str, vllm: str) -> None:
 
 
 add_release("0.30.0rc2", "0.30.0")
+# Its Python files on this environment's torch.
+STACKS["vllm_ascend_next"] = ("torch_npu", "vllm-0.30.0", "vllm_ascend-0.30.0rc2")
 
 
 def install(name: str) -> Path:

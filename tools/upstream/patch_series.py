@@ -18,19 +18,21 @@ PATCHES = ROOT / "upstream_patches"
 
 # Trailer -> pattern of its value, and whether it is optional.
 _DATE = r"\d{4}-\d\d-\d\d"
+_VERSION = r"v\d+\.\d+\.\d+(rc\d+)?"
 TRAILERS = {
     "Upstream-Status": (
-        r"Pending|Submitted \[https://\S+\]|Backport \[v\S+ \w+\]|Denied \[https://\S+\]"
-        r"|Inappropriate \[.+\]|Inactive-Upstream",
+        r"Pending( \[waits for .+\])?|Submitted \[https://\S+\]"
+        r"|Backport \[v\S+ \w+\]|Denied \[https://\S+\]|Inappropriate \[.+\]"
+        r"|Inactive-Upstream",
         True,
     ),
-    "Base": (r"v\d+\.\d+\.\d+", True),
+    "Base": (_VERSION, True),
     "Depends-On": (r"[\w-]+\.patch", False),
     "Duplicate-Check": (rf'{_DATE} ".+" -> .+', True),
     "Needed-By": (r"nothing\b.*|\S+\.py::\S+", True),
     "Fails-Without": (r"tests/\S+ -> .+", True),
     "Remove-When": (r".+", True),
-    "Last-Verified": (rf"{_DATE}( v\d+\.\d+\.\d+)+", True),
+    "Last-Verified": (rf"{_DATE}( {_VERSION})+", True),
 }
 _TITLE = re.compile(r"(\[[\w ]+\])+ [A-Z].+")
 MAX_SOURCE_LINES = 150
@@ -49,6 +51,7 @@ class Target:
         generated: Files of the package that its build creates.
         requirements: Packages that its tests import and this environment lacks.
         neighbours: Tests whose results no patch may change.
+        sections: Headings that the text of a pull request has, in this order.
         stack: Stack of `tools.stacks.real_stack` that its tests run on; empty for vLLM
             on CPU.
 
@@ -62,6 +65,7 @@ class Target:
     generated: list[str]
     requirements: list[str]
     neighbours: list[str]
+    sections: list[str]
     stack: str = ""
 
     @cached_property
@@ -152,6 +156,9 @@ class Patch:
         faults = []
         if not _TITLE.fullmatch(self.subject):
             faults.append(f"subject {self.subject!r}; expected [Tag] and a title")
+        headings = re.findall(r"^#+ .+", self.body, re.M)
+        if headings != target.sections:
+            faults.append(f"sections {headings}; expected {target.sections}")
         for name, (pattern, required) in TRAILERS.items():
             values = self.values(name)
             if required and not values:

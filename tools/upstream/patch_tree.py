@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tools.stacks import real_stack, stacks
+from tools.stacks.stacks import real_stack, stacks
 from tools.upstream.patch_series import Patch, Target
 
 CACHE = Path("build/upstream-patches")
@@ -128,7 +128,7 @@ def link_built(target: Target, tree: Path) -> None:
     import torch
 
     if target.stack:
-        installed = stacks.install(target.stack) / target.package
+        installed = stacks.install(stacks.STACKS[target.stack][-1]) / target.package
     else:
         installed = installed_vllm()
     generated = [installed / name for name in target.generated]

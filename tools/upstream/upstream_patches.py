@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools.stacks import real_stack
+from tools.stacks.stacks import real_stack
 from tools.upstream import patch_tree
 from tools.upstream.patch_series import PATCHES, Patch, Target, target_of, targets
 from tools.upstream.patch_tree import git_apply, pristine
@@ -242,6 +242,8 @@ def edit(arguments: argparse.Namespace) -> int:
     out = arguments.out
     patch_tree.apply(target, version, [], out)
     _git(out, "init", "--quiet")
+    # Or an editor's commit would lose headings, and lines that begin with "#123".
+    _git(out, "config", "core.commentChar", ";")
     (out / ".git/info/exclude").write_text("*.so\n_version.py\n__pycache__\n")
     _git(out, "add", "--all")
     _git(out, "commit", "--quiet", "--message", f"v{version}")
@@ -315,9 +317,8 @@ def tables() -> str:
     for target in targets():
         added = sum(patch.source_lines[0] for patch in target.patches)
         removed = sum(patch.source_lines[1] for patch in target.patches)
-        pending = sum(
-            p.values("Upstream-Status") == ["Pending"] for p in target.patches
-        )
+        statuses = [p.values("Upstream-Status")[0] for p in target.patches]
+        pending = sum(status.startswith("Pending") for status in statuses)
         parts.append(
             f"## {target.project} {target.base}\n\n{table(target)}\n"
             f"{len(target.patches)} patches, {pending} pending; +{added} -{removed} "

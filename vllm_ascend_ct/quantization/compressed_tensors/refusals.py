@@ -21,7 +21,7 @@ def refused(
         # Upstream's error texts may have several lines.
         " ".join(what.split()),
         where=f"layer {layer_name} on Ascend {current_soc().value}",
-        supported="the schemes of docs/support-matrix.md, within the chip's limits",
+        supported="the schemes of the support matrix, within the chip's limits",
         remedy=remedy,
     )
 
