@@ -17,7 +17,7 @@ from tests.real_stack import test_vllm_ascend_chips
 from tests.soft_npu import engines, test_engine, test_models, test_ranks, test_serve
 from tools.soft_npu import suite
 from tools.soft_npu.environment import Device
-from tools.stacks.stacks import real_stack
+from tools.stacks import real_stack
 from vllm_ascend_ct.ops.limits import LIMITS
 
 

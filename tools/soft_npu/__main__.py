@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tools.soft_npu import covered, environment, op_plugin, stand_ins, suite
 from tools.soft_npu.environment import Device
-from tools.stacks.stacks import stacks
+from tools.stacks import stacks
 
 
 def main() -> None:

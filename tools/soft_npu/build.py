@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.soft_npu.cpu_torch import SOURCES, strip_cuda
+from tools.stacks import elf, stacks
 from tools.stacks.real_stack import LIBRARIES
-from tools.stacks.stacks import elf, stacks
 
 ROOT = Path("build/soft-npu")
 DISPATCH = "libsoft_npu.so"

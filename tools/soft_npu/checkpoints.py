@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from tools.checkpoints import make_checkpoint, tiny_model, tiny_moe
 from tools.numerics.logprobs import reference
 from tools.soft_npu import build, suite
-from tools.stacks.stacks import stacks
+from tools.stacks import stacks
 
 # Layers that a recipe's schemes apply to: the first to attention, the last to the rest.
 _LAYERS = ("re:.*self_attn.*_proj.*", "re:.*.mlp.*(_proj|w[123])")

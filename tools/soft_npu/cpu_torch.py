@@ -11,7 +11,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from tools.stacks.stacks import elf
+from tools.stacks import elf
 
 SOURCES = Path(__file__).parent / "src"
 _REMOVED = ("libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so")

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from tools.soft_npu import build
-from tools.stacks.stacks import stacks
+from tools.stacks import stacks
 from vllm_ascend_ct.ops.soc import Soc
 
 SITE = Path(__file__).parent / "site"

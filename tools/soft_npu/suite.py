@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools.soft_npu import build, environment
 from tools.soft_npu.environment import Device
-from tools.stacks.stacks import stacks
+from tools.stacks import stacks
 from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tools.stacks.stacks import elf, stacks
+from tools.stacks import elf, stacks
 
 STACKS = ("torch_npu", "vllm_ascend")
 

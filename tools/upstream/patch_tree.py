@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tools.stacks.stacks import real_stack, stacks
+from tools.stacks import real_stack, stacks
 from tools.upstream.patch_series import Patch, Target
 
 CACHE = Path("build/upstream-patches")

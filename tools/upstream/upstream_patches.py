@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools.stacks.stacks import real_stack
+from tools.stacks import real_stack
 from tools.upstream import patch_tree
 from tools.upstream.patch_series import PATCHES, Patch, Target, target_of, targets
 from tools.upstream.patch_tree import git_apply, pristine
