@@ -3,7 +3,8 @@
 """Lets vllm-ascend's own code run on CPU, emulated; also as a plugin of pytest.
 
 Tensors stay where they are when they are sent to an NPU. What is imported only is a
-stand-in: CANN's acl, and torchvision, whose CPU build not every machine can get.
+stand-in: CANN's acl, fla_npu, and torchvision, whose CPU build not every machine can
+get.
 """
 
 import importlib.abc
@@ -31,7 +32,7 @@ class _Module(types.ModuleType):
         return _AnyAttribute(name, (), {})
 
 
-STAND_INS = {"acl", "torchvision"}
+STAND_INS = {"acl", "torchvision", "fla_npu"}
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
