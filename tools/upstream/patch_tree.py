@@ -266,8 +266,9 @@ def run_tests(target: Target, tree: Path, tests: Sequence[str]) -> Outcomes:
         nodes = [test for test in tests if test.partition("::")[0] == file]
         if target.stack:
             stack = real_stack.environment(target.stack)
-            nodes.append("--noconftest")
-            outcomes |= _pytest(target, tree, nodes, stack, Path(stack["PYTHONPATH"]))
+            nodes += ["--noconftest", "-p", _WITHOUT_NPU.stem]
+            paths = [_WITHOUT_NPU.parent.resolve(), Path(stack["PYTHONPATH"])]
+            outcomes |= _pytest(target, tree, nodes, stack, *paths)
         elif "plugins_tests" in file:
             plugin = (tree.parent / f"{tree.name}-dummy-platform").resolve()
             _install(tree / _DUMMY_PLATFORM, plugin)
@@ -280,6 +281,7 @@ def run_tests(target: Target, tree: Path, tests: Sequence[str]) -> Outcomes:
     return outcomes
 
 
+_WITHOUT_NPU = Path("tests/real_stack/without_npu.py")
 _NEEDS_A_MODEL = "tests/plugins_tests/test_platform_plugins.py::test_platform_plugins"
 
 
