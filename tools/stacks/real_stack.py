@@ -44,7 +44,7 @@ def environment(stack: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(map(str, [*reversed(paths), Path.cwd()])),
         "LD_LIBRARY_PATH": str(stubs),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        "REAL_STACK_EMULATE": "0" if stack == "vllm_ascend" else "1",
+        "REAL_STACK_EMULATE": "1" if stack == "torch_npu" else "0",
     }
     if stack == "torch_npu":
         variables["REAL_STACK_PRODUCTION"] = str(stacks.install("torch_npu_production"))
@@ -90,6 +90,11 @@ OTHER_TESTS = {
 }
 
 
+# Tests that also run over the next release of vllm-ascend, without its compiled
+# operators.
+NEXT = "vllm_ascend_next"
+NEXT_TESTS = "tests/real_stack/test_modelslim_bridge.py"
+
 # vllm-ascend is installed for one chip; the default is A2.
 OTHER_CHIPS = ("A5", "310P")
 CHIP_TESTS = "tests/real_stack/test_vllm_ascend_chips.py"
@@ -101,6 +106,7 @@ def test(arguments: Sequence[str]) -> int:
     for stack in STACKS:
         runs.append((stack, "", ["-m", stack, "tests/real_stack"]))
         runs.append((stack, "", list(OTHER_TESTS[stack])))
+    runs.append((NEXT, "", ["-m", "vllm_ascend", NEXT_TESTS]))
     runs += [("vllm_ascend", c, ["-m", "vllm_ascend", CHIP_TESTS]) for c in OTHER_CHIPS]
     codes = []
     for stack, chip, options in runs:
@@ -117,7 +123,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=("test", "run"))
-    parser.add_argument("--stack", choices=STACKS, default="vllm_ascend")
+    parser.add_argument("--stack", choices=(*STACKS, NEXT), default="vllm_ascend")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     if arguments.action == "test":
