@@ -93,14 +93,14 @@ ANY = {"VLLM_ASCEND_CT_ANY_RELEASE": "1"}
         pytest.param(
             FILES,
             {"VLLM_PLUGINS": "ascend_ct"},
-            "does not serve on vllm-ascend 0.24.0",
+            "does not support vllm-ascend 0.24.0",
             "Install vllm-ascend 0.23.0",
             id="another release",
         ),
         pytest.param(
             {},
             {"VLLM_PLUGINS": "ascend_ct", "VLLM_TARGET_DEVICE": "cpu"},
-            "no Ascend platform",
+            "not an Ascend platform",
             "unset VLLM_TARGET_DEVICE",
             id="target device",
         ),

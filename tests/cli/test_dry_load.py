@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.quantization import register_quantization_config
 
 from tests.layers import quantized_experts
@@ -197,3 +198,65 @@ def refusal(config_class: Any, content: dict[str, Any], build: Any) -> str | Non
     layers = getattr(config, "layers", {}).values()
     refused = [layer.refusal for layer in layers if layer.refusal]
     return str(refused[0]) if refused else None
+
+
+@pytest.fixture
+def partly(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a checkpoint whose attention is not quantized."""
+    made = checkpoint({"re:.*mlp.*_proj": "w4a16-g128"})
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+Dry = Callable[[Path], DryLoad | Exception]
+
+
+def test_shard_that_is_missing_of_an_unquantized_layer(partly: Path, dry: Dry) -> None:
+    tensors = load_file(partly / "model.safetensors")
+    del tensors["model.layers.0.self_attn.k_proj.weight"]
+    save_file(tensors, partly / "model.safetensors", {"format": "pt"})
+    error = loaded(partly)
+    assert error is not None and str(error) in texts(dry(partly))
+
+
+def test_model_that_allocates_parameters_itself(partly: Path, dry: Dry) -> None:
+    """Those of the Transformers backend, in memory."""
+    tensors = load_file(partly / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.endswith("proj.bias")}
+    save_file(kept, partly / "model.safetensors", {"format": "pt"})
+    content = json.loads((partly / "config.json").read_text())
+    content.pop("layer_types", None)
+    content |= {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "no_rope_layers": [1, 1],
+        "tie_word_embeddings": False,
+    }
+    (partly / "config.json").write_text(json.dumps(content))
+    assert loaded(partly) is None and texts(dry(partly)) == []
+
+
+def test_schemes_with_tensors_alike(checkpoint: Callable[..., Path], dry: Dry) -> None:
+    schemes = ("w8a8-channel-dynamic", "w8a8-channel-dynamic-asym")
+    recipe = {f"re:.*layers.{n}.*_proj": name for n, name in enumerate(schemes)}
+    result = dry(checkpoint(recipe))
+    assert isinstance(result, DryLoad) and result.is_served
+    for layer in result.layers:
+        if layer.scheme:
+            assert layer.example is not None and layer.example.scheme == layer.scheme
+
+
+def test_files_that_the_index_names(partly: Path, dry: Dry) -> None:
+    """VLLM reads those alone, and all of them."""
+    names = load_file(partly / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    path = partly / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    (partly / "other.safetensors").write_text("version https://git-lfs")
+    assert loaded(partly) is None and texts(dry(partly)) == []
+    index["weight_map"]["lm_head.weight"] = "model-2.safetensors"
+    path.write_text(json.dumps(index))
+    assert loaded(partly) is not None and "model-2.safetensors" in texts(dry(partly))[0]

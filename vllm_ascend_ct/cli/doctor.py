@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ _VARIABLES = (
     *("ASCEND_RT_VISIBLE_DEVICES", *envs.ENVIRONMENT_VARIABLES),
 )
 _SECONDS = 300
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)(:|$)")
 # Printed before its result by the process that is asked; packages print as well.
 _MARK = "vllm-ascend-ct doctor: "
 _PROBE = f"""
@@ -65,6 +67,7 @@ class Diagnosis:
     """What was found.
 
     Attributes:
+        installation: This package's version, and what runs it.
         versions: Of packages, by name; None where there is none.
         environment: Variables that are set.
         plugins: For each entry point whether vLLM loads it, by group and name.
@@ -75,6 +78,7 @@ class Diagnosis:
 
     """
 
+    installation: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     plugins: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -108,6 +112,12 @@ def run(arguments: argparse.Namespace) -> int:
 def diagnose() -> Diagnosis:
     """Find out what would serve in this environment."""
     found = Diagnosis(
+        installation={
+            "vllm-ascend-ct": __version__,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "executable": sys.executable,
+        },
         versions={package: _version(package) for package in _PACKAGES},
         environment={n: os.environ[n] for n in _VARIABLES if n in os.environ},
         plugins={group: _plugins(group) for group in _PLUGIN_GROUPS},
@@ -120,17 +130,22 @@ def diagnose() -> Diagnosis:
             "that serves."
         )
         return found
-    variables = dict(os.environ)
-    names = [n for n in os.environ.get("VLLM_PLUGINS", "").split(",") if n]
-    if PLUGIN_NAME not in names:
-        given = f"VLLM_PLUGINS={','.join(names)}" if names else "VLLM_PLUGINS is unset"
+    plugins = ",".join(with_plugin())
+    given = os.environ.get("VLLM_PLUGINS")
+    if given != plugins:
+        said = "is unset" if given is None else f"is '{given}'"
         found.problems.append(
-            f"{given}: this package does nothing unless it names {PLUGIN_NAME}. Set "
-            f"VLLM_PLUGINS={','.join([PLUGIN_NAME, *names])}; what follows is for that."
+            f"VLLM_PLUGINS {said}: this package does nothing unless it names "
+            f"{PLUGIN_NAME}. Set VLLM_PLUGINS={plugins}; what follows is for that."
         )
-        variables["VLLM_PLUGINS"] = ",".join([PLUGIN_NAME, *names])
-    _ask(found, variables)
+    _ask(found, {**os.environ, "VLLM_PLUGINS": plugins})
     return found
+
+
+def with_plugin() -> list[str]:
+    """The names in `VLLM_PLUGINS`, this package's among them."""
+    names = [n for n in os.environ.get("VLLM_PLUGINS", "").split(",") if n]
+    return names if PLUGIN_NAME in names else [PLUGIN_NAME, *names]
 
 
 def _ask(found: Diagnosis, variables: dict[str, str]) -> None:
@@ -157,7 +172,10 @@ def _ask(found: Diagnosis, variables: dict[str, str]) -> None:
         found.notes += _notes(found.serving)
         return
     lines = [line for line in process.stderr.splitlines() if line.strip()]
-    error = lines[-1] if lines else f"exit status {process.returncode}"
+    # An error's text may have several lines, and more may be printed behind it.
+    errors = [n for n, line in enumerate(lines) if _ERROR.match(line)]
+    error = " ".join(lines[errors[-1] :][:5]) if errors else "\n".join(lines[-5:])
+    error = error or f"exit status {process.returncode}"
     found.problems.append(f"vLLM does not start: {error}{_advice(error)}")
 
 
@@ -232,9 +250,8 @@ def _cann() -> dict[str, str]:
 
 
 def _lines(found: Diagnosis) -> Iterator[str]:
-    yield f"vllm-ascend-ct {__version__}, Python {platform.python_version()}"
-    yield f"{platform.platform()}"
-    yield f"{sys.executable}"
+    for name, value in found.installation.items():
+        yield f"{name}: {value}"
     yield "versions: " + ", ".join(
         f"{name} {number}" for name, number in found.versions.items() if number
     )

@@ -7,6 +7,7 @@ shapes and dtypes of the files' headers. So the code that serves decides, and wh
 values (scales that are not finite, say) is all that it does not decide.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,10 @@ from vllm_ascend_ct.errors import UnsupportedCheckpointError, broken_checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors import (
     AscendCTConfig,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.headers import CheckpointHeaders
+from vllm_ascend_ct.quantization.compressed_tensors.headers import (
+    INDEX,
+    CheckpointHeaders,
+)
 
 # What safetensors calls the dtypes of tensors.
 _DTYPES = {
@@ -45,6 +49,9 @@ _DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -199,18 +206,36 @@ def dry_load(vllm_config: VllmConfig) -> DryLoad:
             result.errors.append(error)
         result.layers = list(quant_config.layers.values())
         if result.model is not None:
-            _load(result.model, quant_config, result)
-            with torch.device("meta"):
-                _lay_out(result)
+            _move_to_meta(result.model)
+            if _load(result.model, quant_config, result):
+                with torch.device("meta"):
+                    _lay_out(result, quant_config)
     return result
+
+
+def _move_to_meta(model: torch.nn.Module) -> None:
+    """Move parameters to the meta device that a model allocates on another one."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                moved = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+                moved.__dict__.update(parameter.__dict__)
+                module._parameters[name] = moved
 
 
 def _broken_files(model: str) -> Iterator[Exception]:
     """Refuse files of a folder whose headers do not fit them: one is cut off, say."""
-    files = Path(model).iterdir() if Path(model).is_dir() else ()
-    if files and not any(path.suffix in _WEIGHTS for path in files):
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    if not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
         yield broken_checkpoint("The folder has no weights", model)
-    for path in sorted(Path(model).glob("*.safetensors")):
+    paths = sorted(folder.glob("*.safetensors"))
+    if (index := folder / INDEX).is_file():
+        # vLLM reads no other.
+        listed = json.loads(index.read_text())["weight_map"].values()
+        paths = [folder / name for name in sorted(set(listed))]
+    for path in paths:
         try:
             # For torch it would reserve memory for the whole file.
             with safe_open(path, "np"):
@@ -219,20 +244,26 @@ def _broken_files(model: str) -> Iterator[Exception]:
             yield broken_checkpoint(f"The file cannot be read: {error}", str(path))
 
 
-def _load(model: Any, quant_config: DryConfig, result: DryLoad) -> None:
-    """Load tensors, without those of layers that are refused, until all others are."""
+def _load(model: Any, quant_config: DryConfig, result: DryLoad) -> bool:
+    """Load tensors, without those of layers that are refused, until all others are.
+
+    Returns:
+        Whether they are; another error stops vLLM's loader for good.
+
+    """
     while result.headers is not None:
         skipped = _in_file(result.headers, quant_config, result.layers)
         try:
             model.load_weights(_tensors(result.headers, skipped))
-            return
+            return True
         except UnsupportedCheckpointError as error:
-            if not _refuse(result.layers, error):
+            if not _refuse(result, quant_config, error):
                 result.errors.append(error)
-                return
+                return False
         except Exception as error:
             result.errors.append(error)
-            return
+            return False
+    return True
 
 
 def _tensors(
@@ -273,38 +304,70 @@ def _ancestors(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
-def _refuse(layers: list[Layer], error: UnsupportedCheckpointError) -> bool:
+def _refuse(
+    result: DryLoad, quant_config: DryConfig, error: UnsupportedCheckpointError
+) -> bool:
     """Note why layers are refused that are alike, if the error names one of them."""
     named = _LAYER.match(error.where)
-    found = next(
-        (layer for layer in layers if named and layer.prefix == named[1]), None
-    )
+    found = next((x for x in result.layers if named and x.prefix == named[1]), None)
     if found is None or found.refusal:
         return False
-    for layer in layers:
-        alike = layer.kind == found.kind and layer.scheme == found.scheme
-        if alike and not layer.refusal:
+    tensors = _tensors_of(found, quant_config, result.headers)
+    for layer in result.layers:
+        if layer is found or (
+            layer.kind == found.kind
+            and layer.scheme == found.scheme
+            and not layer.refusal
+            and _tensors_of(layer, quant_config, result.headers) == tensors
+        ):
             layer.refusal = error
     return True
 
 
-def _lay_out(result: DryLoad) -> None:
+def _tensors_of(
+    layer: Layer, quant_config: DryConfig, headers: CheckpointHeaders | None
+) -> list[tuple[str, dict[str, list[int]], dict[str, str]]]:
+    """What the file has of a layer, by the last parts of the names."""
+    if headers is None:
+        return []
+    names = quant_config.checkpoint.names_of(layer.prefix)
+    if isinstance(layer.module, RoutedExperts):
+        numbers = range(layer.module.global_num_experts)
+        experts = {f"{layer.prefix}.{number}" for number in numbers}
+        names = [n for n in headers.by_name if n.rpartition(".")[0] in experts]
+    found = ((name, headers.find(name)) for name in names)
+    return [
+        (name.removeprefix(layer.prefix).rpartition(".")[2], x.shapes, x.dtypes)
+        for name, x in found
+        if x is not None
+    ]
+
+
+def _lay_out(result: DryLoad, quant_config: DryConfig) -> None:
     """Check that layers are complete, and lay out the first of those that are alike."""
-    examples: dict[Any, Layer] = {}
+    examples: list[tuple[Any, Layer]] = []
     for layer in result.layers:
         method = layer.module.quant_method
         if layer.refusal or not _is_ours(method):
             continue
-        alike = layer.kind, type(layer.module), _parameters(layer.module)
-        layer.example = examples.setdefault(alike, layer)
+        # Schemes have no hash.
+        key = layer.kind, layer.scheme, type(layer.module), _parameters(layer.module)
+        layer.example = next((x for other, x in examples if other == key), layer)
         try:
             if layer.example is layer or not hasattr(method, "check_loaded"):
                 method.process_weights_after_loading(layer.module)
             else:
                 method.check_loaded(layer.module)
         except UnsupportedCheckpointError as error:
-            if not _refuse(result.layers, error):
+            if not _refuse(result, quant_config, error):
                 result.errors.append(error)
+            continue
+        except Exception as error:
+            error.add_note(f"layer {layer.prefix}")
+            result.errors.append(error)
+            return
+        if layer.example is layer:
+            examples.append((key, layer))
 
 
 def _is_ours(method: Any) -> bool:

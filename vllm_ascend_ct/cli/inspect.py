@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_ascend_ct import envs
+from vllm_ascend_ct.cli.doctor import with_plugin
 from vllm_ascend_ct.ops.soc import Soc
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Report:
     """What `--json` writes.
 
     Attributes:
+        basis: What the verdict is of: the files' "headers", or "config.json" alone.
         errors: What concerns the checkpoint as a whole.
         other_bytes: Per rank, of parameters of other layers.
 
@@ -72,6 +74,7 @@ class Report:
     tensor_parallel_size: int
     expert_parallel_size: int
     is_served: bool = False
+    basis: str = "headers"
     rows: list[Row] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -142,7 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def prepare_environment(soc: str | None) -> None:
     """Make vLLM, not yet imported, choose this package and configure no logging."""
-    os.environ["VLLM_PLUGINS"] = "ascend_ct"
+    # Others may register models.
+    os.environ["VLLM_PLUGINS"] = ",".join(with_plugin())
     has_npu = importlib.util.find_spec("torch_npu") is not None
     # Where there is torch_npu, a device is not needed.
     os.environ.setdefault(envs.EMULATE, "0" if has_npu else "1")
@@ -159,35 +163,43 @@ def inspect(arguments: argparse.Namespace) -> Report:
         arguments: As of `add_parser`.
 
     """
-    from vllm.platforms import current_platform
-
-    from vllm_ascend_ct.ops.soc import current_soc
-
     log = _Warnings()
-    current_platform.pre_register_and_update()
     report = Report(
-        arguments.checkpoint,
-        type(current_platform).__name__,
-        current_soc().value,
-        arguments.dtype,
-        arguments.tp,
-        arguments.ep,
+        checkpoint=arguments.checkpoint,
+        platform="none",
+        soc=arguments.soc or "unknown",
+        dtype=arguments.dtype,
+        tensor_parallel_size=arguments.tp,
+        expert_parallel_size=arguments.ep,
     )
     try:
-        vllm_config = _engine_config(arguments)
+        _inspect(report, arguments)
     except Exception as error:
+        report.is_served = False
         report.errors.append(_text(error))
-        return report
-    report.dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    report.notes = [*log.texts, *report.notes]
+    return report
+
+
+def _inspect(report: Report, arguments: argparse.Namespace) -> None:
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
     from vllm_ascend_ct import ascend_base
+    from vllm_ascend_ct.ops.soc import current_soc
+
+    report.platform = type(current_platform).__name__
+    report.soc = current_soc().value
+    load_general_plugins()
+    current_platform.pre_register_and_update()
+    vllm_config = _engine_config(arguments)
+    report.dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     from vllm_ascend_ct.cli.dry_load import dry_load
     from vllm_ascend_ct.cli.ranks import first_of_ranks
 
     ascend_base.prepare_worker(vllm_config)
     with first_of_ranks(vllm_config):
         _fill(report, dry_load(vllm_config))
-    report.notes = [*log.texts, *report.notes]
-    return report
 
 
 class _Warnings(logging.Handler):
@@ -245,6 +257,8 @@ def _fill(report: Report, result: "DryLoad") -> None:
     report.is_served = result.is_served
     report.errors = [_text(error) for error in result.errors]
     report.rows = rows(result.layers)
+    if result.headers is None:
+        report.basis = "config.json"
     report.notes = [_NO_HEADERS if result.headers is None else _VALUES]
     if result.model is not None:
         modules = [layer.module for layer in result.layers]

@@ -3,6 +3,7 @@
 """Ranks for a model that one process builds."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,20 +38,27 @@ def first_of_ranks(vllm_config: VllmConfig) -> Iterator[None]:
     # As vLLM's CPU worker: what the ranks' shared memory is called.
     os.environ["VLLM_DIST_IDENT"] = str(os.getpid())
     wait_end, end = os.pipe()
-    children = []
-    for rank in range(1, parallel.world_size_across_dp):
-        if (child := os.fork()) == 0:
-            os.close(end)
-            _wait_as(rank, vllm_config, address, wait_end)
-        children.append(child)
-    os.close(wait_end)
+    children: list[int] = []
+    is_over = False
     try:
+        for rank in range(1, parallel.world_size_across_dp):
+            if (child := os.fork()) == 0:
+                os.close(end)
+                _wait_as(rank, vllm_config, address, wait_end)
+            children.append(child)
         with set_current_vllm_config(vllm_config):
             _join(0, vllm_config, address)
             yield
+        is_over = True
     finally:
+        os.close(wait_end)
         os.close(end)
-        _leave()
+        for child in children:
+            if not is_over:
+                # It may be waiting for ranks that do not come.
+                os.kill(child, signal.SIGKILL)
+        if is_over:
+            _leave()
         for child in children:
             os.waitpid(child, 0)
         # vLLM's CPU ranks free it as they exit, which children do not.

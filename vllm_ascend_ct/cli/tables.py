@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 _MIB, _GIB = 2**20, 2**30
 _WIDTH = 160
+# Narrower, the table would lose columns; a terminal breaks its lines.
+_NARROWEST = 120
 
 
 def console() -> Console:
     """The terminal; a file gets lines of a width that an issue shows."""
-    width = shutil.get_terminal_size((_WIDTH, 0)).columns
+    width = max(shutil.get_terminal_size((_WIDTH, 0)).columns, _NARROWEST)
     return Console(width=width, highlight=False, markup=False)
 
 
@@ -49,8 +51,10 @@ def show(report: "Report") -> None:
     for error in report.errors:
         out.print(f"Not served: {error}", style="bold")
     if report.is_served:
+        verdict = "Served" if report.basis == "headers" else "The config is served"
         out.print(
-            f"Served, {_size(report.bytes_per_rank)} of weights a rank.", style="bold"
+            f"{verdict}, {_size(report.bytes_per_rank)} of weights a rank.",
+            style="bold",
         )
     for note in report.notes:
         out.print(note)

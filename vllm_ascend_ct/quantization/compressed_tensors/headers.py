@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _QUANTIZED = {"weight_packed", "weight_scale"}
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class CheckpointHeaders:
 
         """
         headers = get_safetensors_params_metadata(model, revision=revision)
-        index = Path(model) / _INDEX
+        index = Path(model) / INDEX
         if index.exists():
             # vLLM loads only files that the index lists.
             listed = json.loads(index.read_text())["weight_map"]

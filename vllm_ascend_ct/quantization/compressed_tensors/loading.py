@@ -112,7 +112,9 @@ class LoadRecord:
             if name in self.optional or is_other:
                 continue
             given = seen.get(name, set())
-            missing = shards - {index for shard in given for index in _indices(shard)}
+            missing = shards - {
+                index for shard in given for index in shard_indices(shard)
+            }
             if not given or (missing and None not in given):
                 raise self._missing(name, missing if given else set())
         if not seen:
@@ -131,7 +133,7 @@ class LoadRecord:
             }
             return sizes.get(str(shard))
         if hasattr(layer, "output_sizes") and shard is not None:
-            return sum(layer.output_sizes[index] for index in _indices(shard))
+            return sum(layer.output_sizes[index] for index in shard_indices(shard))
         return int(layer.output_size)
 
     def _missing(self, name: str, shards: set[int]) -> UnsupportedCheckpointError:
@@ -206,7 +208,8 @@ def missing_tensor(
     return broken_checkpoint(f"The checkpoint's {tensor} is missing{which}", where)
 
 
-def _indices(shard: _Shard) -> tuple[int, ...]:
+def shard_indices(shard: _Shard) -> tuple[int, ...]:
+    """Indices of the shards that a weight loader's argument names; none for all."""
     if isinstance(shard, tuple):
         return shard
     if isinstance(shard, int):

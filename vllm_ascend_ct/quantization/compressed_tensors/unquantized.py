@@ -17,7 +17,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm_ascend_ct.errors import Remedy, broken_checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
-from vllm_ascend_ct.quantization.compressed_tensors.loading import missing_tensor
+from vllm_ascend_ct.quantization.compressed_tensors.loading import (
+    missing_tensor,
+    shard_indices,
+)
 
 if TYPE_CHECKING:
     _Base = QuantizeMethodBase
@@ -52,6 +55,8 @@ class WatchedMixin(_Base):
         self.checkpoint = checkpoint
         self.layer_name = layer_name
         self.files = files
+        # Shards that were loaded on the meta device, where weights have no mark.
+        self._seen: set[Any] = set()
         return self
 
     def create_weights(self, layer: Any, *args: Any, **attributes: Any) -> None:
@@ -64,7 +69,7 @@ class WatchedMixin(_Base):
     def process_weights_after_loading(self, layer: Any) -> None:
         self.checkpoint.after_loading()
         for name, weight in _weights(layer):
-            if _has_mark(layer, weight) and self._is_in_file():
+            if self._is_unfilled(layer, weight) and self._is_in_file():
                 known, alike = list(self.files.parts.values()), self.files.alike
                 in_file = self._in_file(name)
                 raise missing_tensor(self.layer_name, in_file, known, alike)
@@ -85,9 +90,20 @@ class WatchedMixin(_Base):
                     f"layer {self.layer_name}",
                     Remedy.CORRECT_FIELD.format(field="`targets` or `ignore`"),
                 )
+            if param.is_meta:
+                self._seen.add(next(iter((*args, *kwargs.values())), None))
             return weight_loader(param, loaded_weight, *args, **kwargs)
 
         return load
+
+    def _is_unfilled(self, layer: Any, weight: torch.Tensor) -> bool:
+        """Whether a shard or an expert of a weight was not loaded."""
+        if not weight.is_meta:
+            return _has_mark(layer, weight)
+        shards = set(range(len(getattr(layer, "output_sizes", ()))))
+        loaded = {index for shard in self._seen for index in shard_indices(shard)}
+        # Without any, something else than the layer's loader may have loaded it.
+        return bool(self._seen) and None not in self._seen and shards > loaded
 
     def _in_file(self, name: str) -> str:
         """Name in the files of the tensor that a weight is loaded from."""
@@ -126,8 +142,6 @@ def _weights(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _has_mark(layer: Any, weight: torch.Tensor) -> bool:
     """Whether a shard or an expert of a weight still has the mark of `_MARK`."""
-    if weight.is_meta:
-        return False
     first = weight.data[..., 0]
     parts = list(first) if first.dim() > 1 else [first]
     sizes = getattr(layer, "output_partition_sizes", None)
