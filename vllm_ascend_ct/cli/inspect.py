@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_ascend_ct import envs
-from vllm_ascend_ct.cli.doctor import with_plugin
+from vllm_ascend_ct.cli.environment import with_plugin
 from vllm_ascend_ct.ops.soc import Soc
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def rows(layers: Iterable["Layer"]) -> list[Row]:
 
 def _row(layer: "Layer", seen: set[int]) -> Row:
     """The row of one layer; `seen` has parameters that are counted already."""
-    from vllm_ascend_ct.ops.precedents import precedent
+    from vllm_ascend_ct.ops.precedents import is_proven
 
     scheme = "none" if layer.scheme is None else scheme_name(layer.scheme)
     if (error := layer.refusal) is not None:
@@ -303,11 +303,7 @@ def _row(layer: "Layer", seen: set[int]) -> Row:
         form: f"{form.operator} ({form.kind}, {form.layout})"
         for form in dict.fromkeys(forms)
     }
-    unproven = []
-    for form, text in calls.items():
-        known = precedent(form)
-        if known is None or known.source is None:
-            unproven.append(text)
+    unproven = [text for form, text in calls.items() if not is_proven(form)]
     # Of tied layers one has the weight.
     own = {id(p) for p in layer.module.parameters(recurse=False)}
     size = sum(p.nbytes for p in example.parameters(recurse=False))

@@ -3,12 +3,12 @@
 """The command `vllm-ascend-ct`."""
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 
 from vllm_ascend_ct import __version__
 from vllm_ascend_ct.cli import check_npu, doctor, inspect
+from vllm_ascend_ct.cli.environment import require_vllm
 from vllm_ascend_ct.errors import PlatformError
 
 
@@ -33,21 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command != "doctor":
-            _require_vllm()
+            require_vllm()
         return int(arguments.run(arguments))
     except PlatformError as error:
         print(f"vllm-ascend-ct: {error}", file=sys.stderr)
         return 1
-
-
-def _require_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise PlatformError(
-            "vLLM is not installed in this environment",
-            where=sys.executable,
-            supported="the environment that serves, or will",
-            remedy="Install vLLM, or call the command of the environment that has it",
-        )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ def first_of_ranks(vllm_config: VllmConfig) -> Iterator[None]:
     os.environ["VLLM_DIST_IDENT"] = str(os.getpid())
     wait_end, end = os.pipe()
     children: list[int] = []
-    is_over = False
     try:
         for rank in range(1, parallel.world_size_across_dp):
             if (child := os.fork()) == 0:
@@ -49,16 +48,15 @@ def first_of_ranks(vllm_config: VllmConfig) -> Iterator[None]:
         with set_current_vllm_config(vllm_config):
             _join(0, vllm_config, address)
             yield
-        is_over = True
+        os.close(end)
+        _leave()
+    except BaseException:
+        # They may be waiting for ranks that do not come.
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
     finally:
         os.close(wait_end)
-        os.close(end)
-        for child in children:
-            if not is_over:
-                # It may be waiting for ranks that do not come.
-                os.kill(child, signal.SIGKILL)
-        if is_over:
-            _leave()
         for child in children:
             os.waitpid(child, 0)
         # vLLM's CPU ranks free it as they exit, which children do not.

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_ascend_ct.ops.precedents import Form, precedent
+from vllm_ascend_ct.ops.precedents import Form, is_proven
 from vllm_ascend_ct.ops.soc import current_soc
 
 logger = init_logger("vllm.ascend_ct.kernels")
@@ -26,13 +26,12 @@ def announce(server: Any, *forms: Form) -> None:
     if not forms:
         return
     server.announced = forms
-    rows = {form: precedent(form) for form in forms}
     logger.info_once(
         "%s calls %s.",
         type(server).__name__,
         ", ".join(
             f"{form.operator} ({form.kind}, {form.layout}"
-            f"{'' if row and row.source else f', unproven on {current_soc().value}'})"
-            for form, row in rows.items()
+            f"{'' if is_proven(form) else f', unproven on {current_soc().value}'})"
+            for form in dict.fromkeys(forms)
         ),
     )

@@ -475,6 +475,12 @@ def precedent(form: Form, soc: Soc | None = None) -> Precedent | None:
     return next(rows, None)
 
 
+def is_proven(form: Form) -> bool:
+    """Whether public code is known to make a call on the current chip."""
+    row = precedent(form)
+    return row is not None and row.source is not None
+
+
 def unproven(operator: str, kind: str, soc: Soc) -> bool:
     """Whether the default form of a call is unproven on a chip.
 

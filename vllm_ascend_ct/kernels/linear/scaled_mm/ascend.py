@@ -43,6 +43,7 @@ from vllm_ascend_ct.weights.int_quantized import (
     to_npu_weight,
     weight_sum,
 )
+from vllm_ascend_ct.weights.scales import per_channel
 
 
 class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
@@ -91,9 +92,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         weight, scale, *_ = self._get_layer_params(layer)
         scale = scale.data.reshape(-1)
         if not self.config.is_channelwise:
-            widths = torch.tensor(layer.logical_widths, device=scale.device)
-            n = sum(layer.logical_widths)
-            scale = scale.repeat_interleave(widths, output_size=n)
+            scale = per_channel(scale, layer.logical_widths)
         if self.config.is_static_input_scheme:
             self._process_static(layer, weight.data, scale)
         elif not self.config.input_symmetric:

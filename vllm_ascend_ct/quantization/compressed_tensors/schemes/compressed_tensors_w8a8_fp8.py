@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.quantization.compressed_tensors.utils import text
 from vllm_ascend_ct.weights.float_quantized import has_nan
+from vllm_ascend_ct.weights.scales import per_channel
 
 
 class AscendCTW8A8Fp8(CompressedTensorsW8A8Fp8):
@@ -75,9 +76,7 @@ class AscendCTW8A8Fp8(CompressedTensorsW8A8Fp8):
         if has_nan(weight):
             raise ValueError("weight contains NaN")
         if text(self.strategy) == "tensor":
-            widths = torch.tensor(layer.logical_widths, device=scale.device)
-            scale = scale.repeat_interleave(widths, output_size=len(weight))
-            scale = scale.unsqueeze(1)
+            scale = per_channel(scale, layer.logical_widths).unsqueeze(1)
         set_parameter(layer, "weight", weight.t())
         set_parameter(layer, "weight_scale", scale)
         self.kernel.process_weights_after_loading(layer)

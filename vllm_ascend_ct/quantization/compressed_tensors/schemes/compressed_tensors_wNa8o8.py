@@ -16,6 +16,7 @@ from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import static_fake_quant
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.precedents import DIVIDED, QUANTIZE, Form
+from vllm_ascend_ct.weights.scales import per_channel
 
 _SCALES = ("input_scale", "output_scale")
 
@@ -80,11 +81,7 @@ class AscendCTWNA8O8Int(CompressedTensorsWNA8O8Int):
         input_scale, output_scale = scales.values()
         set_parameter(layer, "input_scale", input_scale.max().reshape(1))
         if len(output_scale) > 1:
-            sizes = layer.output_partition_sizes
-            widths = torch.tensor(sizes, device=output_scale.device)
-            output_scale = output_scale.repeat_interleave(
-                widths, output_size=sum(sizes)
-            )
+            output_scale = per_channel(output_scale, layer.output_partition_sizes)
         set_parameter(layer, "output_scale", output_scale)
 
     def apply_weights(
