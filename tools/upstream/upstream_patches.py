@@ -244,7 +244,10 @@ def edit(arguments: argparse.Namespace) -> int:
     _git(out, "init", "--quiet")
     # Or an editor's commit would lose headings, and lines that begin with "#123".
     _git(out, "config", "core.commentChar", ";")
-    (out / ".git/info/exclude").write_text("*.so\n_version.py\n__pycache__\n")
+    for field in ("name", "email"):
+        _git(out, "config", f"user.{field}", _IDENTITY[f"GIT_AUTHOR_{field.upper()}"])
+    ignored = ["*.so", "__pycache__", *target.generated]
+    (out / ".git/info/exclude").write_text("\n".join(ignored) + "\n")
     _git(out, "add", "--all")
     _git(out, "commit", "--quiet", "--message", f"v{version}")
     _git(out, "tag", "base")
