@@ -89,3 +89,17 @@ def test_with_the_patches(serve: Serve, patched: Path, name: str) -> None:
         assert "AscendW4A16FusedMoEMethod" in rank["methods"]
     if "w8a8" not in name:
         assert rank["kernels"] == ["AscendMPLinearKernel"]
+
+
+@pytest.mark.parametrize(
+    "name", ["dense-w8a8", "moe-w8a8", "qwen3-moe/w8a8-channel-dynamic+w4a16-g32"]
+)
+def test_what_is_served_as_released_stays(
+    serve: Serve, patched: Path, name: str
+) -> None:
+    before, after = serve(name, None), serve(name, patched)
+    assert before["logprobs"] == after["logprobs"]
+    assert before["tokens"] == after["tokens"]
+    assert before["ranks"] == after["ranks"]
+    found = engines.difference(name, after["logprobs"])
+    print(f"{name} before and after: {found:.4f}")
