@@ -128,13 +128,22 @@ def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
 
 
 def verify_neighbours(target: Target, version: str) -> Iterator[str]:
-    """Yield neighbouring tests of upstream whose results the series changes."""
+    """Yield neighbouring tests of upstream whose results the series changes.
+
+    And tests of the patches that do not pass with the whole series.
+    """
     before = patch_tree.run_tests(target, pristine(target, version), target.neighbours)
     for file in target.neighbours:
         if not any(kind == "passed" for kind, _ in _of(before, file)):
             yield f"{file} on v{version}: nothing passes without the series"
     tree = patch_tree.scratch(target, version, target.patches, "series")
-    after = patch_tree.run_tests(target, tree, target.neighbours)
+    values = [v for patch in target.patches for v in patch.values("Fails-Without")]
+    nodes = [value.partition(" -> ")[0] for value in values]
+    after = patch_tree.run_tests(target, tree, [*target.neighbours, *nodes])
+    for node in nodes:
+        kinds = {kind for kind, _ in _of(after, node)}
+        if kinds != {"passed"}:
+            yield f"{node} with the series on v{version}: {kinds or 'no'}"
     for name, (kind, _) in before.items():
         now = after.get(name, ("not run", ""))[0]
         if now != kind:
