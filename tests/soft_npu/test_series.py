@@ -8,6 +8,7 @@ python -m tools.soft_npu test tests/soft_npu/test_series.py -m soft_npu -rP
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ BEFORE = {
     "qwen3-moe/w8a8-channel-dynamic+w4a16-channel": NO_TYPE,
     "moe-w4a16": NO_SCHEME,
 }
-Serve = Callable[[str, Path | None], engines.Result]
+Serve = Callable[..., engines.Result]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +53,12 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Serve:
     for name, value in environment.variables(environment.Device(release)).items():
         monkeypatch.setenv(name, value)
 
-    def get(name: str, tree: Path | None) -> engines.Result:
+    def get(name: str, tree: Path | None, **options: Any) -> engines.Result:
         if tree is not None:
             paths = os.environ["PYTHONPATH"]
             monkeypatch.setenv("PYTHONPATH", f"{tree}{os.pathsep}{paths}")
         memory = SMALL if engines.is_moe(name) else {}
-        run = {"checkpoint": name, **EAGER, **memory}
+        run = {"checkpoint": name, **EAGER, **memory, **options}
         (result,) = engines.run([run], tmp_path / "out.json", plugins="ascend")
         assert result["config"].startswith("vllm_ascend.")
         return result
@@ -103,3 +104,13 @@ def test_what_is_served_as_released_stays(
     assert before["ranks"] == after["ranks"]
     found = engines.difference(name, after["logprobs"])
     print(f"{name} before and after: {found:.4f}")
+
+
+@pytest.mark.parametrize(
+    "name", ["dense-w4a16", "qwen3-moe/w8a8-channel-dynamic+w4a16-g128"]
+)
+def test_graphs_say_what_eager_says(serve: Serve, patched: Path, name: str) -> None:
+    eager, graphs = (
+        serve(name, patched, enforce_eager=enforce) for enforce in (True, False)
+    )
+    assert graphs["tokens"] == eager["tokens"]
