@@ -117,6 +117,18 @@ def test_zeros(size: int) -> None:
     assert not zeros.fill_(0).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.int32])
+def test_copies_into_views(dtype: torch.dtype) -> None:
+    """As loaders do that fill a part of a parameter."""
+    found = torch.zeros(2, 5, 8, dtype=dtype, device="npu")
+    expected = torch.zeros(2, 5, 8, dtype=dtype)
+    source = torch.arange(15).reshape(5, 3).to(dtype)
+    for tensor in (found, expected):
+        tensor[1].narrow(1, 2, 3).copy_(source)
+        tensor[0].t()[4:7].copy_(source.t())
+    assert torch.equal(found.cpu(), expected)
+
+
 def test_pinned_memory() -> None:
     pinned = torch.arange(5).pin_memory()
     assert pinned.is_pinned() and not torch.arange(5).is_pinned()

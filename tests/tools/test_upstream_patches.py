@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pytest_mock import MockerFixture
 
-from tools.upstream import patch_series, patch_tree, upstream_patches
+from tools.upstream import patch_lint, patch_series, patch_tree, upstream_patches
 from tools.upstream.patch_series import Patch, Target, targets
 
 TARGETS = targets()
@@ -18,7 +18,7 @@ PATCHES = [(target, patch) for target in TARGETS for patch in target.patches]
 
 SECTIONS = ["## Overview", "## Validation"]
 MAIL = """From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
-From: a <a@localhost>
+From: vllm-ascend-ct <noreply@localhost>
 Date: Fri, 2 Jan 2026 00:00:00 +0000
 Subject: [PATCH] [Kernel] Do something
 
@@ -97,6 +97,7 @@ def test_a_patch_is_read(staged: tuple[Target, Patch]) -> None:
     ("old", "new", "fault"),
     [
         ("[Kernel] Do", "do", "subject"),
+        ("vllm-ascend-ct <no", "somebody <no", "from somebody"),
         ("## Overview\n\n", "", "sections"),
         ("## Validation", "## Tests", "sections"),
         ("Upstream-Status: Pending\n", "", "Upstream-Status is missing"),
@@ -148,6 +149,45 @@ def test_an_editor_keeps_headings(
     assert Patch(patch.path).body == body
 
 
+HOOKS = """
+repos:
+- repo: local
+  hooks:
+  - {id: check-words, entry: python tools/check.py, types: [python]}
+  - {id: check-docs, entry: python tools/check.py, files: ^docs/}
+  - {id: gitleaks, entry: gitleaks.sh}
+"""
+# Complains about words, and says in which line.
+CHECK = """
+import sys
+lines = enumerate(open(sys.argv[1]), 1)
+found = [f"a.py:{i}: {x.strip()}" for i, x in lines if x.strip() in ("bad", "newer")]
+print("\\n".join(found), f"Found {len(found)} errors", sep="\\n")
+sys.exit(bool(found))
+"""
+
+
+@pytest.mark.parametrize("word", ["newer", "fine"])
+def test_linters(
+    staged: tuple[Target, Patch], mocker: MockerFixture, word: str
+) -> None:
+    """Only what a linter says with the patch, and not without it, is a fault."""
+    target, patch = staged
+    mail = MAIL.replace("1 +1,2", "1,2 +1,3").replace("+newer", f"+{word}\n bad")
+    patch.path.write_text(mail)
+    tree = target.directory / "tree"
+    files = {"vllm/a.py": "old\nbad\n", "tools/check.py": CHECK}
+    for name, text in {**files, ".pre-commit-config.yaml": HOOKS}.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+    patch_lint._git(tree, "init", "--quiet")
+    patch_lint._commit(tree)
+    mocker.patch.object(patch_lint, "repository", return_value=tree)
+    faults = list(patch_lint.lint(target, target.base, [patch]))
+    expected = "a.patch: check-words on v1.0.0:\na.py: newer"
+    assert faults == ([expected] if word == "newer" else [])
+
+
 def test_a_stray_file_is_found(staged: tuple[Target, Patch]) -> None:
     target, _ = staged
     (target.directory / "b.patch").write_text(MAIL)
@@ -155,6 +195,6 @@ def test_a_stray_file_is_found(staged: tuple[Target, Patch]) -> None:
 
 
 def test_lines_are_counted() -> None:
-    place = "tools/upstream/patch_series.py::Patch.subject"
+    place = "tools/upstream/patch_series.py::Patch.header"
     assert 2 < patch_series.lines_of(place) < 10
     assert patch_series.lines_of("nothing") == 0

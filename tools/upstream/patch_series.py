@@ -34,6 +34,7 @@ TRAILERS = {
     "Remove-When": (r".+", True),
     "Last-Verified": (rf"{_DATE}( {_VERSION})+", True),
 }
+AUTHOR = "vllm-ascend-ct <noreply@localhost>"
 _TITLE = re.compile(r"(\[[\w ]+\])+ [A-Z].+")
 MAX_SOURCE_LINES = 150
 
@@ -127,12 +128,13 @@ class Patch:
     def name(self) -> str:
         return self.path.name
 
+    def header(self, name: str) -> str:
+        """A header of the mail."""
+        return str(message_from_bytes(self.path.read_bytes(), policy=default)[name])
+
     @cached_property
     def subject(self) -> str:
-        subject = str(
-            message_from_bytes(self.path.read_bytes(), policy=default)["subject"]
-        )
-        return subject.removeprefix("[PATCH] ")
+        return self.header("subject").removeprefix("[PATCH] ")
 
     @cached_property
     def body(self) -> str:
@@ -156,6 +158,8 @@ class Patch:
         faults = []
         if not _TITLE.fullmatch(self.subject):
             faults.append(f"subject {self.subject!r}; expected [Tag] and a title")
+        if (author := self.header("from")) != AUTHOR:
+            faults.append(f"from {author}; expected {AUTHOR}")
         headings = re.findall(r"^#+ .+", self.body, re.M)
         if headings != target.sections:
             faults.append(f"sections {headings}; expected {target.sections}")

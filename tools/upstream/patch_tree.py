@@ -36,6 +36,7 @@ def pristine(target: Target, version: str) -> Path:
     tree = CACHE / name
     stamp = CACHE / f"{name}.stamp"
     if stamp.exists() and stamp.read_text() == target.versions[version]:
+        link_built(target, tree)
         return tree
     CACHE.mkdir(parents=True, exist_ok=True)
     archive = CACHE / f"{name}.tar.gz"
@@ -139,6 +140,8 @@ def link_built(target: Target, tree: Path) -> None:
             built = built.with_name(_AVX2)
         if not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
+            # What it was linked to may be gone.
+            link.unlink(missing_ok=True)
             link.symlink_to(built)
 
 

@@ -3,6 +3,7 @@
 """Check and maintain the pull requests staged in `upstream_patches/`.
 
     python -m tools.upstream.upstream_patches verify [--changed] [PATCH...]
+    python -m tools.upstream.upstream_patches lint [PATCH...]
     python -m tools.upstream.upstream_patches test [pytest arguments]
     python -m tools.upstream.upstream_patches apply OUT [--version V] [PATCH...]
     python -m tools.upstream.upstream_patches edit OUT [--version V]
@@ -10,14 +11,16 @@
     python -m tools.upstream.upstream_patches status [--write]
     python -m tools.upstream.upstream_patches drop
 
-`verify` checks the headers; that the patches apply, alone and together, compile and
-pass ruff; that each patch's tests fail without it for the stated reason and pass with
-it; and that the results of neighbouring tests do not change. It then records the digest
-of the series in VERIFIED; with --changed it runs upstream's tests only if the digest is
-new. `test` runs this project's own suite on patched vLLM. `apply` makes a patched copy
-of the source tree. `edit` makes a git repository with one commit per patch, and
-`refresh` writes changed commits back to the patches. `status` prints the table for the
-README; --write updates it there. `drop` names patches that a release already contains.
+`verify` checks the headers; that the patches apply, alone and together, and compile;
+that upstream's linters find nothing in them; that each patch's tests fail without it
+for the stated reason and pass with it; and that the results of neighbouring tests do
+not change. It then records the digest of the series in VERIFIED; with --changed it runs
+upstream's linters and tests only if the digest is new. `lint` runs only the linters,
+those of upstream's `.pre-commit-config.yaml`. `test` runs this project's own suite on
+patched vLLM. `apply` makes a patched copy of the source tree. `edit` makes a git
+repository with one commit per patch, and `refresh` writes changed commits back to the
+patches. `status` prints the table for the README; --write updates it there. `drop`
+names patches that a release already contains.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.stacks import real_stack
-from tools.upstream import patch_tree
+from tools.upstream import patch_lint, patch_tree
 from tools.upstream.patch_series import PATCHES, Patch, Target, target_of, targets
 from tools.upstream.patch_tree import git_apply, pristine
 
@@ -73,18 +76,14 @@ def _is_in(tree: Path, file: Path) -> bool:
 
 
 def verify_code(tree: Path, files: Sequence[str]) -> Iterator[str]:
-    """Yield files that do not compile or do not pass ruff with upstream's rules."""
-    python = [file for file in files if file.endswith(".py")]
-    for file in python:
+    """Yield files that do not compile."""
+    for file in files:
+        if not file.endswith(".py"):
+            continue
         try:
             compile((tree / file).read_text(), file, "exec")
         except SyntaxError as error:
             yield f"{file}: {error}"
-    for command in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, *python]
-        result = subprocess.run(ruff, cwd=tree, capture_output=True, text=True)
-        if result.returncode:
-            yield f"ruff {' '.join(command)}:\n{result.stdout}"
 
 
 def verify_tests(
@@ -129,13 +128,22 @@ def _of(outcomes: patch_tree.Outcomes, node: str) -> list[tuple[str, str]]:
 
 
 def verify_neighbours(target: Target, version: str) -> Iterator[str]:
-    """Yield neighbouring tests of upstream whose results the series changes."""
+    """Yield neighbouring tests of upstream whose results the series changes.
+
+    And tests of the patches that do not pass with the whole series.
+    """
     before = patch_tree.run_tests(target, pristine(target, version), target.neighbours)
     for file in target.neighbours:
         if not any(kind == "passed" for kind, _ in _of(before, file)):
             yield f"{file} on v{version}: nothing passes without the series"
     tree = patch_tree.scratch(target, version, target.patches, "series")
-    after = patch_tree.run_tests(target, tree, target.neighbours)
+    values = [v for patch in target.patches for v in patch.values("Fails-Without")]
+    nodes = [value.partition(" -> ")[0] for value in values]
+    after = patch_tree.run_tests(target, tree, [*target.neighbours, *nodes])
+    for node in nodes:
+        kinds = {kind for kind, _ in _of(after, node)}
+        if kinds != {"passed"}:
+            yield f"{node} with the series on v{version}: {kinds or 'no'}"
     for name, (kind, _) in before.items():
         now = after.get(name, ("not run", ""))[0]
         if now != kind:
@@ -163,12 +171,24 @@ def verify(arguments: argparse.Namespace) -> int:
             verified = target.verified
             versions = [v for v in versions if verified.get(v) != target.digest(v)]
         if versions and not faults:
+            faults += patch_lint.lint(target, target.base, patches)
             faults += verify_by_tests(target, versions, patches)
             if not faults and patches == target.patches:
                 target.write_verified()
         for fault in faults:
             print(f"upstream_patches: {fault}")
         wrong = wrong or bool(faults)
+    return wrong
+
+
+def lint(arguments: argparse.Namespace) -> int:
+    """Run upstream's linters on the patches for the base releases."""
+    wrong = False
+    for target in targets():
+        patches = _chosen(target, arguments.patches)
+        for fault in patch_lint.lint(target, target.base, patches) if patches else ():
+            print(f"upstream_patches: {fault}")
+            wrong = True
     return wrong
 
 
@@ -244,7 +264,10 @@ def edit(arguments: argparse.Namespace) -> int:
     _git(out, "init", "--quiet")
     # Or an editor's commit would lose headings, and lines that begin with "#123".
     _git(out, "config", "core.commentChar", ";")
-    (out / ".git/info/exclude").write_text("*.so\n_version.py\n__pycache__\n")
+    for field in ("name", "email"):
+        _git(out, "config", f"user.{field}", _IDENTITY[f"GIT_AUTHOR_{field.upper()}"])
+    ignored = ["*.so", "__pycache__", *target.generated]
+    (out / ".git/info/exclude").write_text("\n".join(ignored) + "\n")
     _git(out, "add", "--all")
     _git(out, "commit", "--quiet", "--message", f"v{version}")
     _git(out, "tag", "base")
@@ -359,14 +382,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for command in (verify, test, apply, edit, refresh, status, drop):
+    for command in (verify, lint, test, apply, edit, refresh, status, drop):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(command=command)
         if command in (apply, edit, refresh):
             sub.add_argument("out", type=Path)
             sub.add_argument("--project", default="vllm")
             sub.add_argument("--version")
-        if command in (verify, apply):
+        if command in (verify, lint, apply):
             sub.add_argument("patches", nargs="*", metavar="PATCH")
         if command is verify:
             sub.add_argument("--changed", action="store_true")

@@ -3,7 +3,8 @@
 //
 // Operators that torch_npu compiles and runs by name, with a description of each tensor:
 // "Identity", which copies from one layout into another, and what torch_npu calls itself,
-// not by way of torch's dispatcher: "Fill" and "PadV3".
+// not by way of torch's dispatcher: "Fill", "PadV3" and "ViewCopy".
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -91,6 +92,33 @@ aclError pad(const aclTensorDesc *from, const aclDataBuffer *source, const aclTe
     return refuse("PadV3: of more than one row");
   memcpy(target->data, source->data, count * item);
   memset(static_cast<char *>(target->data) + count * item, 0, target->size - count * item);
+  return ACL_SUCCESS;
+}
+
+// Copies between views of the same size and type. Four inputs describe each: its memory,
+// sizes, strides, and offset.
+aclError view_copy(const aclTensorDesc *const descs[], const aclDataBuffer *const buffers[]) {
+  if (descs[0]->type != descs[4]->type || !is_rows(descs[0]) || !is_rows(descs[4]))
+    return refuse("ViewCopy: between types or formats");
+  const int64_t item = aclDataTypeSize(descs[0]->type);
+  const int64_t rank = product(descs[1]->dims, descs[1]->dims.size());
+  const auto values = [&](int i) { return static_cast<const int64_t *>(buffers[i]->data); };
+  const auto address = [&](int i) {
+    return static_cast<char *>(buffers[i]->data) + *values(i + 3) * item;
+  };
+  const int64_t *sizes = values(1), *to = values(2), *from = values(6);
+  if (!std::equal(sizes, sizes + rank, values(5))) return refuse("ViewCopy: between sizes");
+  char *target = address(0), *source = address(4);
+  note_write(target);
+  const int64_t count = product({sizes, sizes + rank}, rank);
+  for (int64_t n = 0; n < count; n++) {
+    int64_t rest = n, t = 0, s = 0;
+    for (int64_t axis = rank - 1; axis >= 0; rest /= sizes[axis--]) {
+      t += rest % sizes[axis] * to[axis];
+      s += rest % sizes[axis] * from[axis];
+    }
+    memcpy(target + t * item, source + s * item, item);
+  }
   return ACL_SUCCESS;
 }
 
@@ -196,6 +224,7 @@ aclError aclopCompileAndExecute(const char *type, int inputs, const aclTensorDes
   if (name == "Fill" && inputs == 2 && outputs == 1)
     return fill(from[1], sources[1], to[0], targets[0]);
   if (name == "PadV3" && outputs == 1) return pad(from[0], sources[0], to[0], targets[0]);
+  if (name == "ViewCopy" && inputs == 8) return view_copy(from, sources);
   return refuse("operator " + name + " is not emulated");
 }
 
