@@ -14,12 +14,17 @@ from tools.stacks.real_stack import LIBRARIES
 
 ROOT = Path("build/soft-npu")
 DISPATCH = "libsoft_npu.so"
+# Parts of every release's stack, which the libraries are compiled against.
+_PACKAGES = ("torch", "torch_npu_production")
 _MISSING = "long soft_npu_missing(const char *);\n"
 _STUB = 'return soft_npu_missing("{name}");'
 
 
 def libraries() -> Path:
-    """Compile the runtime, named like CANN's libraries, and the dispatch library."""
+    """Compile the runtime, named like CANN's libraries, and the dispatch library.
+
+    Checkouts with other sources that share `build` do not replace each other's.
+    """
     torch, torch_npu = _packages()
     strip_cuda(torch)
 
@@ -43,8 +48,9 @@ def libraries() -> Path:
 
     parts = ("runtime", "hccl", "dispatch")
     code = [path for part in parts for path in sorted((SOURCES / part).iterdir())]
-    contents = "\n".join([*(path.read_text() for path in code), str(torch_npu)])
-    return stacks.once(ROOT / "lib", contents, make)
+    packages = [stacks.REQUIREMENTS[part][0] for part in _PACKAGES]
+    contents = "\n".join([*(path.read_text() for path in code), *packages])
+    return stacks.once(ROOT / f"lib-{stacks.digest(contents)[:12]}", contents, make)
 
 
 def _stubs(directory: Path, names: Iterable[str]) -> list[Path]:
@@ -96,7 +102,7 @@ def custom_operators(part: str) -> Path:
 
 
 def _packages() -> tuple[Path, Path]:
-    torch, torch_npu, *_ = map(stacks.install, stacks.STACKS["0.23.0.post1"])
+    torch, torch_npu = map(stacks.install, _PACKAGES)
     return torch / "torch", torch_npu / "torch_npu"
 
 

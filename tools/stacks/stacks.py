@@ -146,19 +146,20 @@ def once(directory: Path, contents: str, make: Callable[[Path], None]) -> Path:
                     shutil.rmtree(directory)
                 directory.mkdir()
                 make(directory)
-                stamp.write_text(_digest(contents))
+                stamp.write_text(digest(contents))
     return directory
 
 
 def is_made(directory: Path, contents: str) -> bool:
     """Whether `once` has made the directory with these contents."""
     stamp = _stamp(directory)
-    return stamp.exists() and stamp.read_text() == _digest(contents)
+    return stamp.exists() and stamp.read_text() == digest(contents)
 
 
 def _stamp(directory: Path) -> Path:
     return directory.with_name(directory.name + ".stamp")
 
 
-def _digest(contents: str) -> str:
+def digest(contents: str) -> str:
+    """Hash of what identifies contents."""
     return hashlib.sha256(contents.encode()).hexdigest()
