@@ -16,7 +16,12 @@ import torch
 from pytest_mock import MockerFixture
 
 from tests.ops.calls import int8, packed_int4, quant_matmul_call
-from vllm_ascend_ct.ops.emulated import float_matmul, int_matmul, packed_int8
+from vllm_ascend_ct.ops.emulated import (
+    float_matmul,
+    int_matmul,
+    packed_int8,
+    scaled_int8,
+)
 from vllm_ascend_ct.ops.emulated.derived import derived
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 from vllm_ascend_ct.ops.limits import LIMITS
@@ -44,6 +49,7 @@ def path(request: pytest.FixtureRequest, mocker: MockerFixture) -> Iterator[str]
     for name, value in PATHS[request.param].items():
         module = packed_int8 if name == "saturates" else int_matmul
         mocker.patch.object(module, name, return_value=value)
+    mocker.patch.object(int_matmul, "packs_scaled", return_value=False)
     derived.clear()
     yield request.param
     derived.clear()
@@ -104,6 +110,38 @@ def test_scaled_is_rounded_once(path: str, size: int, k: int) -> None:
     x, rows, scale = int8(3, k), normal(40, k), torch.rand(size)
     expected = (reference(x, rows.t()).float().double() * scale).float()
     assert torch.equal(int_matmul.scaled_int_matmul(x, rows.t(), scale), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 62, 1023, 9000, MAX_K])
+@pytest.mark.parametrize("m", [1, 3, 70])
+def test_vllms_scaled_product(m: int, k: int, dtype: torch.dtype) -> None:
+    """The kernel of vLLM rounds in each step as the operator does."""
+    import vllm._custom_ops  # noqa: F401
+
+    if not scaled_int8.packs_scaled(dtype):
+        pytest.skip("vLLM's int8 kernels are not exact on this CPU: never taken")
+    scale, row_scale = torch.rand(40) / 1e4, torch.rand(m)
+    for x_fill, fill in itertools.product(FILLS.values(), FILLS.values()):
+        x, rows = x_fill(m, k), fill(40, k)
+        product = reference(x, rows.t()).float() * scale
+        expected = (product * row_scale.unsqueeze(1)).to(dtype)
+        for weight in (rows.t(), rows.t().contiguous()):
+            packed = scaled_int8.pack_scaled(weight, scale.clone(), dtype)
+            result = packed.product(x, row_scale, torch.empty_like(expected))
+            assert torch.equal(result, expected)
+
+
+def test_scaled_products_follow_their_weight() -> None:
+    """Writing to a weight or its scale is not missed by the packed copy."""
+    import vllm._custom_ops  # noqa: F401
+
+    derived.clear()
+    x, weight, scale = int8(3, 64), normal(40, 64).t(), torch.rand(40)
+    for source in (weight, scale):
+        source.copy_(source.flip(1) if source.dim() == 2 else source + 1)
+        expected = reference(x, weight).float() * scale
+        assert torch.equal(int_matmul.scaled_int_matmul(x, weight, scale), expected)
 
 
 @pytest.mark.parametrize("k", [MAX_K, MAX_K - 1])

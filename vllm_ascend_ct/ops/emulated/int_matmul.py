@@ -20,6 +20,7 @@ from vllm_ascend_ct.ops.emulated.packed_int8 import (
     pack,
     packing_pays,
 )
+from vllm_ascend_ct.ops.emulated.scaled_int8 import pack_scaled, packs_scaled
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
 _PACKED_K = 4096
@@ -70,6 +71,10 @@ def scaled_int_matmul(
         fp32 `[M, N]`.
 
     """
+    result = torch.empty((len(x1), x2.shape[1]), dtype=torch.float32)
+    rows = torch.ones(len(x1), dtype=torch.float32)
+    if multiply_scaled(x1, x2, scale, rows, result):
+        return result
     blocks = _blocks(x1, x2)
     if len(blocks) == 1 and len(scale) == x2.shape[1]:
         (block,) = blocks
@@ -77,6 +82,44 @@ def scaled_int_matmul(
             return block.product(x1, scale)
         return _product(x1, block, bits=8) * scale
     return int_matmul(x1, x2) * scale
+
+
+def multiply_scaled(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: torch.Tensor,
+    result: torch.Tensor,
+) -> bool:
+    """Compute `(x1 @ x2) * scale * row_scale` in one call, if the CPU has a fast one.
+
+    A packed copy of the weight is cached, of one byte per value.
+
+    Args:
+        x1: int8 `[M, K]`.
+        x2: The weight, int8 `[K, N]`.
+        scale: fp32 `[N]`.
+        row_scale: fp32 `[M]`.
+        result: `[M, N]`, contiguous, to write to.
+
+    Returns:
+        Whether the result was written.
+
+    """
+    if scale.shape[0] != x2.shape[1] or not packs_scaled(result.dtype):
+        return False
+    if _is_one_row(len(x1), x2):
+        return False
+    packed = derived.get(
+        result.dtype,
+        [x2, scale],
+        x2.numel(),
+        lambda: pack_scaled(x2, scale, result.dtype),
+    )
+    if packed is None:
+        return False
+    packed.product(x1, row_scale, result)
+    return True
 
 
 def int4_products(
@@ -154,8 +197,13 @@ def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def _takes_int_mm(rows: int, weight: torch.Tensor) -> bool:
     """Whether torch's int8 matmul is faster than oneDNN's with a packed weight."""
-    one_row = rows == 1 and weight.stride(0) == 1
-    return (one_row or weight.numel() <= _PACKED_AT_ONCE) and int_mm_is_fast()
+    small = weight.numel() <= _PACKED_AT_ONCE
+    return (small or _is_one_row(rows, weight)) and int_mm_is_fast()
+
+
+def _is_one_row(rows: int, weight: torch.Tensor) -> bool:
+    """Whether torch's int8 matmul multiplies without packing the weight."""
+    return rows == 1 and weight.stride(0) == 1
 
 
 @cache
