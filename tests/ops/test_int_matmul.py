@@ -127,7 +127,7 @@ def test_vllms_scaled_product(m: int, k: int, dtype: torch.dtype) -> None:
         product = reference(x, rows.t()).float() * scale
         expected = (product * row_scale.unsqueeze(1)).to(dtype)
         for weight in (rows.t(), rows.t().contiguous()):
-            packed = scaled_int8.pack_scaled(weight, scale.clone(), dtype)
+            packed = scaled_int8.ScaledInt8(weight, scale.clone(), dtype)
             result = packed.product(x, row_scale, torch.empty_like(expected))
             assert torch.equal(result, expected)
 

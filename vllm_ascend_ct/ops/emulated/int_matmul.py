@@ -20,7 +20,7 @@ from vllm_ascend_ct.ops.emulated.packed_int8 import (
     pack,
     packing_pays,
 )
-from vllm_ascend_ct.ops.emulated.scaled_int8 import pack_scaled, packs_scaled
+from vllm_ascend_ct.ops.emulated.scaled_int8 import ScaledInt8, packs_scaled
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
 _PACKED_K = 4096
@@ -114,7 +114,7 @@ def multiply_scaled(
         result.dtype,
         [x2, scale],
         x2.numel(),
-        lambda: pack_scaled(x2, scale, result.dtype),
+        lambda: ScaledInt8(x2, scale, result.dtype),
     )
     if packed is None:
         return False

@@ -6,9 +6,8 @@ They call oneDNN, which needs VNNI to be exact. Its `scaled_mm` accumulates in i
 then multiplies by the weight's scale and by the activations' in fp32, like the NPU.
 """
 
-from dataclasses import dataclass
+import weakref
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -19,20 +18,28 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRIMITIVES = 32
 
 
-@dataclass(frozen=True)
 class ScaledInt8:
-    """An int8 weight `[K, N]` with its scales, in oneDNN's layout.
+    """An int8 weight with its scales, in oneDNN's layout.
 
-    Attributes:
-        handler: vLLM's handler of the packed weight.
-        scale: fp32 `[N]`, which the handler reads but does not keep.
-        nbytes: Size in bytes.
+    Args:
+        weight: int8 `[K, N]`.
+        scale: fp32 `[N]`.
+        dtype: Output dtype of the product.
 
     """
 
-    handler: Any
-    scale: torch.Tensor
-    nbytes: int
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        # The handler reads the scale in each call, but does not keep it alive.
+        self._scale = scale.clone()
+        columns = weight.t().contiguous().t()
+        handler = torch.ops._C.create_onednn_scaled_mm_handler(
+            columns, self._scale, dtype, True, False, _PRIMITIVES
+        )
+        weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, handler)
+        self._handler = torch.tensor(handler, dtype=torch.int64, device="cpu")
+        self.nbytes = weight.numel() + self._scale.nbytes
 
     def product(
         self, x: torch.Tensor, row_scale: torch.Tensor, result: torch.Tensor
@@ -42,8 +49,7 @@ class ScaledInt8:
         Args:
             x: int8 `[M, K]`.
             row_scale: fp32 `[M]`.
-            result: `[M, N]` of the dtype that the weight was packed for, contiguous,
-                to write to.
+            result: `[M, N]` of the output dtype, contiguous, to write to.
 
         """
         torch.ops._C.onednn_scaled_mm(
@@ -53,21 +59,9 @@ class ScaledInt8:
             None,
             None,
             None,
-            self.handler.handler_tensor,
+            self._handler,
         )
         return result
-
-
-def pack_scaled(
-    weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> ScaledInt8:
-    """Pack an int8 weight `[K, N]` with fp32 scales `[N]` for an output dtype."""
-    from vllm._custom_ops import create_onednn_scaled_mm
-
-    columns = weight.t().contiguous().t()
-    scale = scale.clone()
-    handler = create_onednn_scaled_mm(columns, scale, dtype, True, False, _PRIMITIVES)
-    return ScaledInt8(handler, scale, weight.numel() + scale.nbytes)
 
 
 def packs_scaled(dtype: torch.dtype) -> bool:
@@ -83,5 +77,5 @@ def _is_exact() -> bool:
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     m, n = len(x), weight.shape[1]
-    packed = pack_scaled(weight, torch.ones(n), torch.float32)
+    packed = ScaledInt8(weight, torch.ones(n), torch.float32)
     return packed.product(x, torch.ones(m), torch.empty(m, n))
