@@ -30,6 +30,13 @@ OPTIONS = [
     "--enforce-eager",
 ]
 WAIT = 300
+# Seen with vllm-ascend's own config as well.
+READS_UNWRITTEN = pytest.mark.xfail(
+    os.environ.get("SOFT_NPU_RELEASE") == "0.30.0rc2",
+    strict=True,
+    reason="vllm-ascend takes row 1 with a weight of 0 for experts of other ranks; "
+    "nobody writes it if a rank has fewer than two rows",
+)
 CASES = {
     "one": ("dense-w4a16", []),
     "data parallel": ("dense-w8a8", ["--data-parallel-size=2"]),
@@ -93,7 +100,10 @@ def complete(address: str, **request: Any) -> list[dict[str, Any]]:
     return choices
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    ["one", "data parallel", pytest.param("experts on both", marks=READS_UNWRITTEN)],
+)
 def test_answers(tmp_path: Path, name: str) -> None:
     checkpoint, options = CASES[name]
     log = tmp_path / "log"
