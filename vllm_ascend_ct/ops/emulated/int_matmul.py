@@ -58,68 +58,56 @@ def int_matmul(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
 
 
 def scaled_int_matmul(
-    x1: torch.Tensor, x2: torch.Tensor, scale: torch.Tensor
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Multiply the exact product by a scale in fp32.
+    """Multiply the exact product by scales in fp32, each step rounded.
+
+    If the CPU has one call for all of it, a packed copy of the weight is cached, of one
+    byte per value.
 
     Args:
         x1: int8 `[M, K]`.
         x2: The weight, int8 `[K, N]`.
         scale: fp32 `[N]` or `[1]`.
+        row_scale: fp32 `[M]`, to multiply by after `scale`.
+        dtype: Output dtype.
 
     Returns:
-        fp32 `[M, N]`.
+        `[M, N]` of `dtype`.
 
     """
-    result = torch.empty((len(x1), x2.shape[1]), dtype=torch.float32)
-    rows = torch.ones(len(x1), dtype=torch.float32)
-    if multiply_scaled(x1, x2, scale, rows, result):
-        return result
+    packed = _scaled(x1, x2, scale, dtype)
+    if packed is not None:
+        return packed.product(x1, row_scale)
     blocks = _blocks(x1, x2)
     if len(blocks) == 1 and len(scale) == x2.shape[1]:
         (block,) = blocks
         if isinstance(block, PackedInt8):
-            return block.product(x1, scale)
-        return _product(x1, block, bits=8) * scale
-    return int_matmul(x1, x2) * scale
+            values = block.product(x1, scale)
+        else:
+            values = _product(x1, block, bits=8) * scale
+    else:
+        values = int_matmul(x1, x2) * scale
+    if row_scale is not None:
+        values *= row_scale.unsqueeze(1)
+    return values.to(dtype)
 
 
-def multiply_scaled(
-    x1: torch.Tensor,
-    x2: torch.Tensor,
-    scale: torch.Tensor,
-    row_scale: torch.Tensor,
-    result: torch.Tensor,
-) -> bool:
-    """Compute `(x1 @ x2) * scale * row_scale` in one call, if the CPU has a fast one.
-
-    A packed copy of the weight is cached, of one byte per value.
-
-    Args:
-        x1: int8 `[M, K]`.
-        x2: The weight, int8 `[K, N]`.
-        scale: fp32 `[N]`.
-        row_scale: fp32 `[M]`.
-        result: `[M, N]`, contiguous, to write to.
-
-    Returns:
-        Whether the result was written.
-
-    """
-    if scale.shape[0] != x2.shape[1] or not packs_scaled(result.dtype):
-        return False
-    if _is_one_row(len(x1), x2):
-        return False
-    packed = derived.get(
-        result.dtype,
-        [x2, scale],
-        x2.numel(),
-        lambda: ScaledInt8(x2, scale, result.dtype),
+def _scaled(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> ScaledInt8 | None:
+    """The weight packed with its scales; None if that is not faster or impossible."""
+    if len(scale) != weight.shape[1] or not packs_scaled(dtype):
+        return None
+    if _is_one_row(len(x), weight):
+        return None
+    return derived.get(
+        dtype, [weight, scale], weight.numel(), lambda: ScaledInt8(weight, scale, dtype)
     )
-    if packed is None:
-        return False
-    packed.product(x1, row_scale, result)
-    return True
 
 
 def int4_products(

@@ -7,11 +7,7 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct.ops.dtypes import FP8
-from vllm_ascend_ct.ops.emulated.int_matmul import (
-    int_matmul,
-    multiply_scaled,
-    scaled_int_matmul,
-)
+from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4, a8w4_fake
 from vllm_ascend_ct.ops.emulated.quant_matmul_fp8 import fp8_matmul, fp8_matmul_fake
 from vllm_ascend_ct.ops.emulated.registry import (
@@ -161,19 +157,14 @@ def npu_quant_matmul(
         offset = packed_offset if offset is None else offset
     elif pertoken_scale is None and result.dtype != torch.bfloat16:
         scale = truncate_to_fp19(scale)
-    if (
-        bias is None
-        and pertoken_scale is not None
-        and result.dtype != torch.int8
-        and multiply_scaled(x1, x2, scale, pertoken_scale, result)
-    ):
-        return result
     if bias is not None and bias.dtype == torch.int32:
         values = _accumulated(x1, x2, bias) * scale.float()
+        if pertoken_scale is not None:
+            values *= pertoken_scale.unsqueeze(1)
     else:
-        values = scaled_int_matmul(x1, x2, scale.float())
-    if pertoken_scale is not None:
-        values *= pertoken_scale.unsqueeze(1)
+        is_last_step = bias is None and result.dtype != torch.int8
+        dtype = result.dtype if is_last_step else torch.float32
+        values = scaled_int_matmul(x1, x2, scale.float(), pertoken_scale, dtype)
     if bias is not None and bias.dtype != torch.int32:
         values += bias.float()
     if result.dtype == torch.int8:

@@ -38,20 +38,26 @@ class ScaledInt8:
             columns, self._scale, dtype, True, False, _PRIMITIVES
         )
         weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, handler)
+        self._dtype = dtype
         self._handler = torch.tensor(handler, dtype=torch.int64, device="cpu")
         self.nbytes = weight.numel() + self._scale.nbytes
 
     def product(
-        self, x: torch.Tensor, row_scale: torch.Tensor, result: torch.Tensor
+        self, x: torch.Tensor, row_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Compute `(x @ weight) * scale * row_scale`, each step rounded in fp32.
 
         Args:
             x: int8 `[M, K]`.
-            row_scale: fp32 `[M]`.
-            result: `[M, N]` of the output dtype, contiguous, to write to.
+            row_scale: fp32 `[M]`; None for ones.
+
+        Returns:
+            `[M, N]` of the output dtype.
 
         """
+        if row_scale is None:
+            row_scale = torch.ones(len(x), dtype=torch.float32, device="cpu")
+        result = x.new_empty((len(x), len(self._scale)), dtype=self._dtype)
         torch.ops._C.onednn_scaled_mm(
             result,
             x.contiguous(),
@@ -76,6 +82,4 @@ def _is_exact() -> bool:
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    m, n = len(x), weight.shape[1]
-    packed = ScaledInt8(weight, torch.ones(n), torch.float32)
-    return packed.product(x, torch.ones(m), torch.empty(m, n))
+    return ScaledInt8(weight, torch.ones(weight.shape[1]), torch.float32).product(x)
