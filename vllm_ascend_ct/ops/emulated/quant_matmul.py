@@ -171,7 +171,7 @@ def npu_quant_matmul(
         if offset is not None:
             values += offset
         values.round_().clamp_(-128, 127)
-    return result.copy_(values)
+    return values.to(result.dtype)
 
 
 def _accumulated(
