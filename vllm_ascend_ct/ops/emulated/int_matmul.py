@@ -100,7 +100,7 @@ def _scaled(
     x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
 ) -> ScaledInt8 | None:
     """The weight packed for `ScaledInt8`; None if that is not faster or impossible."""
-    if _is_one_row(len(x), weight) or not packs_scaled(dtype):
+    if not packs_scaled(dtype):
         return None
     size = weight.numel()
     return derived.get(dtype, [weight], size, lambda: ScaledInt8(weight, dtype))
@@ -182,12 +182,8 @@ def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
 def _takes_int_mm(rows: int, weight: torch.Tensor) -> bool:
     """Whether torch's int8 matmul is faster than oneDNN's with a packed weight."""
     small = weight.numel() <= _PACKED_AT_ONCE
-    return (small or _is_one_row(rows, weight)) and int_mm_is_fast()
-
-
-def _is_one_row(rows: int, weight: torch.Tensor) -> bool:
-    """Whether torch's int8 matmul multiplies without packing the weight."""
-    return rows == 1 and weight.stride(0) == 1
+    packs = rows > 1 or weight.stride(0) != 1
+    return (small or not packs) and int_mm_is_fast()
 
 
 @cache
