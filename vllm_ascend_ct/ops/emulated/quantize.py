@@ -8,7 +8,7 @@ import torch
 
 from vllm_ascend_ct.ops.dtypes import FP8, names
 from vllm_ascend_ct.ops.emulated.registry import as_dtype, describe, emulates, refuse
-from vllm_ascend_ct.ops.limits import ActivationQuantLimits, current_limits
+from vllm_ascend_ct.ops.limits import LIMITS, ActivationQuantLimits, current_limits
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 _DYNAMIC_ARGUMENTS = (
@@ -102,13 +102,13 @@ def npu_dynamic_quant(
         OperatorLimitError: The call is outside the operator's limits.
 
     """
-    limits = current_limits().dynamic_quant
+    soc = current_soc()
+    limits = LIMITS[soc].dynamic_quant
     dtype = _check_dynamic("npu_dynamic_quant", limits, input, smooth_scales, **options)
     values = _smoothed(input, smooth_scales)
     amax = values.abs().amax(dim=-1, keepdim=True)
     largest = FP8_MAX if dtype == FP8 else 127
     scale = amax * (1 / largest)
-    soc = current_soc()
     if soc is Soc.A5:
         rows = torch.where(amax > 0, values / scale, 0).clamp_(-largest, largest)
     elif soc is Soc.ASCEND_310P:
