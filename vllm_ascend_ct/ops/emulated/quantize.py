@@ -124,7 +124,7 @@ def npu_dynamic_quant(
 
 
 def _reciprocal(amax: torch.Tensor) -> torch.Tensor:
-    """`127 / amax`; 0 for 0."""
+    """`127 / amax`; 0 where that overflows, as for a row of zeros."""
     return (_INT8_MAX / amax).nan_to_num_(float("nan"), posinf=0.0)
 
 
