@@ -124,12 +124,48 @@ def test_vllms_scaled_product(m: int, k: int, dtype: torch.dtype) -> None:
     scale, row_scale = torch.rand(40) / 1e4, torch.rand(m)
     for x_fill, fill in itertools.product(FILLS.values(), FILLS.values()):
         x, rows = x_fill(m, k), fill(40, k)
-        product = reference(x, rows.t()).float() * scale
-        expected = (product * row_scale.unsqueeze(1)).to(dtype)
+        product = reference(x, rows.t()).float()
         for weight in (rows.t(), rows.t().contiguous()):
-            packed = scaled_int8.ScaledInt8(weight, scale.clone(), dtype)
-            result = packed.product(x, row_scale)
-            assert result.dtype == dtype and torch.equal(result, expected)
+            packed = scaled_int8.ScaledInt8(weight, dtype)
+            for factor in (1, 2):
+                result = packed.product(x, scale * factor, row_scale)
+                expected = product * (scale * factor) * row_scale.unsqueeze(1)
+                assert result.dtype == dtype
+                assert torch.equal(result, expected.to(dtype))
+
+
+def test_a_weight_is_packed_once(mocker: MockerFixture) -> None:
+    """Scales that are computed in each call do not pack the weight again."""
+    import vllm._custom_ops  # noqa: F401
+
+    if not scaled_int8.packs_scaled(torch.float32):
+        pytest.skip("vLLM's int8 kernels are not exact on this CPU: never taken")
+    derived.clear()
+    packs = mocker.spy(int_matmul, "ScaledInt8")
+    x, weight, scale = int8(3, 64), normal(40, 64).t(), torch.rand(40)
+    for _ in range(3):
+        int_matmul.scaled_int_matmul(x, weight, scale.clone())
+    assert packs.call_count == 1
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_independent_of_the_default_dtype(m: int) -> None:
+    """An engine sets the model's dtype as default while it loads weights."""
+    import vllm._custom_ops  # noqa: F401
+
+    x, weight, scale = int8(m, 64), normal(40, 64).t(), torch.rand(40)
+    expected = reference(x, weight).float() * scale
+    derived.clear()
+    for probe in (packed_int8.packing_pays, packed_int8.saturates):
+        probe.cache_clear()
+    for cached in (scaled_int8._is_exact, packed_int8._per_channel):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        result = int_matmul.scaled_int_matmul(x, weight, scale)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(result, expected)
 
 
 def test_scaled_products_follow_their_weight() -> None:

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,6 +47,32 @@ def test_memory_is_counted_exactly() -> None:
     del tensor
     release()
     assert memory() == (total, before, before + size)
+
+
+def transfers(function: Callable[[], object]) -> tuple[int, ...]:
+    """Synchronizations; copies to the host, bytes, copies to the device, bytes."""
+    before = torch.ops.soft_npu.transfers()
+    function()
+    return tuple(n - b for n, b in zip(torch.ops.soft_npu.transfers(), before))
+
+
+def test_copies_and_synchronizations_are_counted() -> None:
+    host, pinned = torch.ones(1000), torch.ones(500).pin_memory()
+    device = host.to("npu")
+    size = 4 * len(host)
+    assert transfers(lambda: host.to("npu")) == (1, 0, 0, 1, size)
+    assert transfers(device.cpu) == (1, 1, size, 0, 0)
+    assert transfers(lambda: host.copy_(device)) == (1, 1, size, 0, 0)
+    assert transfers(lambda: device.copy_(host)) == (1, 0, 0, 1, size)
+    half = device[:500]
+    assert transfers(lambda: half.copy_(pinned, non_blocking=True)) == (
+        *(0, 0, 0),
+        *(1, size // 2),
+    )
+    assert transfers(lambda: device.sum().item())[0] == 1
+    assert transfers(lambda: device[device > 0])[0] == 1
+    assert transfers(torch_npu.npu.synchronize)[0] == 1
+    assert transfers(lambda: device.mul_(2)) == (0, 0, 0, 0, 0)
 
 
 def test_out_of_memory_is_the_error_of_a_chip() -> None:

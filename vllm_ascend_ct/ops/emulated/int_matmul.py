@@ -80,9 +80,8 @@ def scaled_int_matmul(
         `[M, N]` of `dtype`.
 
     """
-    packed = _scaled(x1, x2, scale, dtype)
-    if packed is not None:
-        return packed.product(x1, row_scale)
+    if len(scale) == x2.shape[1] and (packed := _scaled(x1, x2, dtype)):
+        return packed.product(x1, scale, row_scale)
     blocks = _blocks(x1, x2)
     if len(blocks) == 1 and len(scale) == x2.shape[1]:
         (block,) = blocks
@@ -98,16 +97,13 @@ def scaled_int_matmul(
 
 
 def _scaled(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
 ) -> ScaledInt8 | None:
-    """The weight packed with its scales; None if that is not faster or impossible."""
-    if len(scale) != weight.shape[1] or not packs_scaled(dtype):
+    """The weight packed for `ScaledInt8`; None if that is not faster or impossible."""
+    if not packs_scaled(dtype):
         return None
-    if _is_one_row(len(x), weight):
-        return None
-    return derived.get(
-        dtype, [weight, scale], weight.numel(), lambda: ScaledInt8(weight, scale, dtype)
-    )
+    size = weight.numel()
+    return derived.get(dtype, [weight], size, lambda: ScaledInt8(weight, dtype))
 
 
 def int4_products(
@@ -186,12 +182,8 @@ def _sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
 def _takes_int_mm(rows: int, weight: torch.Tensor) -> bool:
     """Whether torch's int8 matmul is faster than oneDNN's with a packed weight."""
     small = weight.numel() <= _PACKED_AT_ONCE
-    return (small or _is_one_row(rows, weight)) and int_mm_is_fast()
-
-
-def _is_one_row(rows: int, weight: torch.Tensor) -> bool:
-    """Whether torch's int8 matmul multiplies without packing the weight."""
-    return rows == 1 and weight.stride(0) == 1
+    packs = rows > 1 or weight.stride(0) != 1
+    return (small or not packs) and int_mm_is_fast()
 
 
 @cache

@@ -99,7 +99,10 @@ def _multiply(
 @cache
 def _per_channel(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Neutral scales and zero points."""
-    return torch.ones(n, device="cpu"), torch.zeros(n, dtype=torch.int64, device="cpu")
+    return (
+        torch.ones(n, dtype=torch.float32, device="cpu"),
+        torch.zeros(n, dtype=torch.int64, device="cpu"),
+    )
 
 
 def pack(weight: torch.Tensor) -> PackedInt8 | None:

@@ -13,6 +13,7 @@ from vllm_ascend_ct.ops.emulated.quant_matmul_fp8 import fp8_matmul, fp8_matmul_
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
     check_layout,
+    checker,
     describe,
     emulates,
     is_transposed,
@@ -94,6 +95,9 @@ def _quant_matmul_fake(
     return x1.new_empty((m, n), dtype=out_dtype)
 
 
+_check = checker(_quant_matmul_fake)
+
+
 @emulates(
     "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, "
     "Tensor? pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, "
@@ -141,37 +145,37 @@ def npu_quant_matmul(
         OperatorLimitError: The call is outside the operator's limits.
 
     """
-    result = _quant_matmul_fake(
+    result_dtype = _check(
         x1, x2, scale, offset, pertoken_scale, bias, output_dtype, **options
     )
     if x2.dtype == torch.int32:
         assert offset is not None and pertoken_scale is not None
-        return a8w4(result, x1, x2, scale, offset, pertoken_scale)
+        return a8w4(x1, x2, scale, offset, pertoken_scale).to(result_dtype)
     if x2.dtype == FP8:
         assert pertoken_scale is not None
-        return fp8_matmul(result, x1, x2, scale, pertoken_scale)
-    if result.dtype == torch.int32:
-        return result.copy_(_accumulated(x1, x2, bias))
+        return fp8_matmul(x1, x2, scale, pertoken_scale).to(result_dtype)
+    if result_dtype == torch.int32:
+        return _accumulated(x1, x2, bias).to(result_dtype)
     if scale.dtype == torch.int64:
         scale, packed_offset = unpack_quant_param(scale)
         offset = packed_offset if offset is None else offset
-    elif pertoken_scale is None and result.dtype != torch.bfloat16:
+    elif pertoken_scale is None and result_dtype != torch.bfloat16:
         scale = truncate_to_fp19(scale)
     if bias is not None and bias.dtype == torch.int32:
         values = _accumulated(x1, x2, bias) * scale.float()
         if pertoken_scale is not None:
             values *= pertoken_scale.unsqueeze(1)
     else:
-        is_last_step = bias is None and result.dtype != torch.int8
-        dtype = result.dtype if is_last_step else torch.float32
+        is_last_step = bias is None and result_dtype != torch.int8
+        dtype = result_dtype if is_last_step else torch.float32
         values = scaled_int_matmul(x1, x2, scale.float(), pertoken_scale, dtype)
     if bias is not None and bias.dtype != torch.int32:
         values += bias.float()
-    if result.dtype == torch.int8:
+    if result_dtype == torch.int8:
         if offset is not None:
             values += offset
         values.round_().clamp_(-128, 127)
-    return result.copy_(values)
+    return values.to(result_dtype)
 
 
 def _accumulated(

@@ -64,7 +64,6 @@ def a8w4_fake(
 
 
 def a8w4(
-    result: torch.Tensor,
     x1: torch.Tensor,
     x2: torch.Tensor,
     scale: torch.Tensor,
@@ -76,17 +75,18 @@ def a8w4(
     `x = 16 * high + low + 8`, so `offset` must be `8 * sum over k of x2 * scale`.
 
     Args:
-        result: Output, `[M, N]`.
         x1: int8 `[M, K]`.
         x2: int4 as int32 `[K, N / 8]`.
         scale: int64 from `npu_trans_quant_param`, `[N]` or `[G, N]`.
         offset: The assist term, fp32 `[N]`.
         pertoken_scale: fp32 `[M]` or `[M, 1]`.
 
+    Returns:
+        fp32 `[M, N]`.
+
     """
     scales, _ = unpack_quant_param(scale.reshape(-1, scale.shape[-1]))
-    values = a8w4_product(x1, x2, scales, offset)
-    return result.copy_(values * pertoken_scale.reshape(-1, 1))
+    return a8w4_product(x1, x2, scales, offset) * pertoken_scale.reshape(-1, 1)
 
 
 def a8w4_product(

@@ -70,21 +70,21 @@ def fp8_matmul_fake(
 
 
 def fp8_matmul(
-    result: torch.Tensor,
     x1: torch.Tensor,
     x2: torch.Tensor,
     scale: torch.Tensor,
     pertoken_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Multiply and scale in fp32, and round once to the result.
+    """Multiply and scale in fp32.
 
     Args:
-        result: Output, `[M, N]`.
         x1: FP8 `[M, K]`.
         x2: FP8 `[K, N]`.
         scale: fp32 `[1]` or `[N]`.
         pertoken_scale: fp32 `[M]`.
 
+    Returns:
+        fp32 `[M, N]`.
+
     """
-    values = float_matmul(x1, x2).mul_(scale).mul_(pertoken_scale.unsqueeze(1))
-    return result.copy_(values)
+    return float_matmul(x1, x2).mul_(scale).mul_(pertoken_scale.unsqueeze(1))

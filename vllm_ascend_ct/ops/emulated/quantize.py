@@ -8,7 +8,7 @@ import torch
 
 from vllm_ascend_ct.ops.dtypes import FP8, names
 from vllm_ascend_ct.ops.emulated.registry import as_dtype, describe, emulates, refuse
-from vllm_ascend_ct.ops.limits import ActivationQuantLimits, current_limits
+from vllm_ascend_ct.ops.limits import LIMITS, ActivationQuantLimits, current_limits
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 _DYNAMIC_ARGUMENTS = (
@@ -16,8 +16,8 @@ _DYNAMIC_ARGUMENTS = (
     "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.)"
 )
 FP8_MAX = torch.finfo(FP8).max
-# A Python number would be converted to a tensor in each call.
-_ZERO = torch.zeros((), device="cpu")
+# A Python number as dividend would be converted to a tensor in each call.
+_INT8_MAX = torch.tensor(127.0, dtype=torch.float32, device="cpu")
 
 
 def int8_values(values: torch.Tensor) -> torch.Tensor:
@@ -102,23 +102,30 @@ def npu_dynamic_quant(
         OperatorLimitError: The call is outside the operator's limits.
 
     """
-    q, scale = _dynamic_quant_fake(input, smooth_scales, **options)
-    values = _smoothed(input, smooth_scales)
-    amax = values.abs().amax(dim=-1)
-    torch.mul(amax, 1 / (FP8_MAX if q.dtype == FP8 else 127), out=scale)
-    amax = amax.unsqueeze(-1)
     soc = current_soc()
+    limits = LIMITS[soc].dynamic_quant
+    dtype = _check_dynamic("npu_dynamic_quant", limits, input, smooth_scales, **options)
+    values = _smoothed(input, smooth_scales)
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    largest = FP8_MAX if dtype == FP8 else 127
+    scale = amax * (1 / largest)
     if soc is Soc.A5:
-        rows = torch.where(amax > 0, values / scale.unsqueeze(-1), 0)
+        rows = torch.where(amax > 0, values / scale, 0).clamp_(-largest, largest)
     elif soc is Soc.ASCEND_310P:
         rows = (values.half() * torch.where(amax > 1e-12, 127 / amax, 0).half()).float()
-        rows = rows.abs().add_(0.5).floor_().copysign_(rows)
+        rows = rows.abs().add_(0.5).floor_().copysign_(rows).clamp_(-128, 127)
     else:
-        # In place: the input is never fp32, so `values` is a copy.
-        rows = values.mul_(torch.where(amax > 0, 127 / amax, _ZERO))
-    if q.dtype == FP8:
-        return q.copy_(rows.clamp_(-FP8_MAX, FP8_MAX)), scale
-    return q.copy_(int8_values(rows)), scale
+        # In place: the input is never fp32, so `values` is a copy. No product exceeds
+        # 127.5, whatever the factor's rounding.
+        rows = values.mul_(_reciprocal(amax))
+    if dtype == torch.int8:
+        rows.round_()
+    return rows.to(dtype), scale.squeeze(-1)
+
+
+def _reciprocal(amax: torch.Tensor) -> torch.Tensor:
+    """`127 / amax`; 0 where that overflows, as for a row of zeros."""
+    return (_INT8_MAX / amax).nan_to_num_(float("nan"), posinf=0.0)
 
 
 def _dynamic_quant_asymmetric_fake(

@@ -19,20 +19,17 @@ _PRIMITIVES = 32
 
 
 class ScaledInt8:
-    """An int8 weight with its scales, in oneDNN's layout.
+    """An int8 weight in oneDNN's layout.
 
     Args:
         weight: int8 `[K, N]`.
-        scale: fp32 `[N]`.
         dtype: Output dtype of the product.
 
     """
 
-    def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-    ) -> None:
-        # The handler reads the scale in each call, but does not keep it alive.
-        self._scale = scale.clone()
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        # The handler reads this memory in each call.
+        self._scale = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
         columns = weight.t().contiguous().t()
         handler = torch.ops._C.create_onednn_scaled_mm_handler(
             columns, self._scale, dtype, True, False, _PRIMITIVES
@@ -43,12 +40,16 @@ class ScaledInt8:
         self.nbytes = weight.numel() + self._scale.nbytes
 
     def product(
-        self, x: torch.Tensor, row_scale: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        row_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute `(x @ weight) * scale * row_scale`, each step rounded in fp32.
 
         Args:
             x: int8 `[M, K]`.
+            scale: fp32 `[N]`.
             row_scale: fp32 `[M]`; None for ones.
 
         Returns:
@@ -57,7 +58,8 @@ class ScaledInt8:
         """
         if row_scale is None:
             row_scale = torch.ones(len(x), dtype=torch.float32, device="cpu")
-        result = x.new_empty((len(x), len(self._scale)), dtype=self._dtype)
+        self._scale.copy_(scale)
+        result = x.new_empty((len(x), len(scale)), dtype=self._dtype)
         torch.ops._C.onednn_scaled_mm(
             result,
             x.contiguous(),
@@ -82,4 +84,5 @@ def _is_exact() -> bool:
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return ScaledInt8(weight, torch.ones(weight.shape[1]), torch.float32).product(x)
+    scale = torch.ones(weight.shape[1], dtype=torch.float32, device="cpu")
+    return ScaledInt8(weight, torch.float32).product(x, scale)

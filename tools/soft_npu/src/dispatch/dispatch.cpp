@@ -5,6 +5,7 @@
 // operator on the CPU, and a few around torch_npu's own.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -54,6 +55,22 @@ bool is_true(const c10::IValue *value) {
   return value && value->isBool() && value->toBool();
 }
 
+// Whether an index has a mask, whose number of elements decides on sizes.
+bool has_mask(const c10::IValue &value) {
+  bool found = false;
+  if (value.isOptionalTensorList())
+    map_tensors(value, [&](const at::Tensor &t) {
+      found |= t.defined() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte);
+      return t;
+    });
+  return found;
+}
+
+bool waits(const Call &call) {
+  const auto &given = call.given();
+  return rules().synchronize.count(call.name()) || std::any_of(given.begin(), given.end(), has_mask);
+}
+
 // A graph holds what the device does by itself.
 void check_capturable(const OperatorHandle &op, const std::string &name,
                       const std::vector<c10::IValue> &given) {
@@ -70,13 +87,7 @@ void check_capturable(const OperatorHandle &op, const std::string &name,
                   "and the host's memory pinned");
       return t;
     });
-    // A mask's number of elements decides on sizes.
-    if (given[i].isOptionalTensorList())
-      map_tensors(given[i], [&](const at::Tensor &t) {
-        TORCH_CHECK(!t.defined() || !(t.scalar_type() == at::kBool || t.scalar_type() == at::kByte),
-                    cannot, "an index that is a mask waits for the device");
-        return t;
-      });
+    TORCH_CHECK(!has_mask(given[i]), cannot, "an index that is a mask waits for the device");
   }
 }
 
@@ -104,6 +115,7 @@ void compute(const OperatorHandle &op, DispatchKeySet, Stack *stack) {
   else
     TORCH_CHECK(idle(stream), call->name(),
                 " after a graph that waits for an event, on its stream: not emulated");
+  if (waits(*call)) counters().synchronizations++;
   const auto results = call->compute();
   fills = true;
   const auto converted = call->on_device(results);
@@ -172,6 +184,14 @@ void copy_(const OperatorHandle &op, DispatchKeySet keys, Stack *stack) {
 // To the host, or from a layout, torch_npu would first convert into rows.
 void to_copy(const OperatorHandle &op, DispatchKeySet keys, Stack *stack) {
   auto &source = stack->end()[-long(op.schema().arguments().size())];
+  const auto &device = (&source)[*op.schema().argumentIndexWithName("device")];
+  const auto &tensor = source.toTensor();
+  if (device.isDevice() && device.toDevice().type() != tensor.device().type()) {
+    const bool to_host = on_npu(tensor);
+    count_copy(tensor.nbytes(), to_host ? ACL_MEMCPY_DEVICE_TO_HOST : ACL_MEMCPY_HOST_TO_DEVICE);
+    const std::vector<c10::IValue> given(&source, stack->data() + stack->size());
+    if (!is_true(argument(op, given, "non_blocking"))) counters().synchronizations++;
+  }
   if (on_npu(source.toTensor()) && is_nz(source.toTensor())) {
     static auto cast = c10::Dispatcher::singleton().findSchemaOrThrow("npu::npu_format_cast", "");
     Stack rows{source, int64_t(ACL_FORMAT_ND), c10::IValue(), c10::IValue()};
@@ -260,6 +280,12 @@ std::vector<std::string> graph_report() {
           std::to_string(c.waits) + " waits", std::to_string(c.updates) + " updates"};
 }
 
+std::vector<int64_t> transfers() {
+  const auto &c = counters();
+  return {int64_t(c.synchronizations), int64_t(c.to_host), int64_t(c.to_host_bytes),
+          int64_t(c.to_device), int64_t(c.to_device_bytes)};
+}
+
 std::vector<int64_t> memory(int64_t device) {
   const auto info = memory_info(int32_t(device));
   return {int64_t(info.total), int64_t(info.used), int64_t(info.peak)};
@@ -301,6 +327,8 @@ TORCH_LIBRARY(soft_npu, m) {
         soft_npu::install);
   m.def("report() -> str[]", soft_npu::report);
   m.def("graph_report() -> str[]", soft_npu::graph_report);
+  // Synchronizations; copies to the host and their bytes, to the device and their bytes.
+  m.def("transfers() -> int[]", soft_npu::transfers);
   // Bytes of a device: in all, used now, used at most.
   m.def("memory(int device) -> int[]", soft_npu::memory);
   m.def("reset_peak(int device) -> ()",

@@ -44,6 +44,17 @@ Counters &counters() {
   return all;
 }
 
+void count_copy(size_t bytes, aclrtMemcpyKind kind) {
+  auto &all = counters();
+  if (kind == ACL_MEMCPY_DEVICE_TO_HOST) {
+    all.to_host++;
+    all.to_host_bytes += bytes;
+  } else if (kind == ACL_MEMCPY_HOST_TO_DEVICE) {
+    all.to_device++;
+    all.to_device_bytes += bytes;
+  }
+}
+
 Graph *capturing(aclrtStream stream) { return stream_of(stream).captured_by; }
 
 void join(Graph *graph, Stream &stream) {

@@ -340,19 +340,22 @@ aclError aclrtUnmapMem(void *p) {
 }
 
 // Copies. Of two streams' the order is that of their calls.
-aclError aclrtMemcpy(void *to, size_t, const void *from, size_t count, aclrtMemcpyKind) {
+aclError aclrtMemcpy(void *to, size_t, const void *from, size_t count, aclrtMemcpyKind kind) {
   if (aclError error = refuse_in_capture("aclrtMemcpy")) return error;
+  count_copy(count, kind);
   memmove(to, from, count);
   return hangs() ? hang(-1) : ACL_SUCCESS;
 }
 
-aclError aclrtMemcpyAsync(void *to, size_t, const void *from, size_t count, aclrtMemcpyKind,
-                          aclrtStream stream) {
+aclError aclrtMemcpyAsync(void *to, size_t, const void *from, size_t count,
+                          aclrtMemcpyKind kind, aclrtStream stream) {
+  count_copy(count, kind);
   return launch(stream, [=] { memmove(to, from, count); });
 }
 
 aclError aclrtMemcpyAsyncWithCondition(void *to, size_t, const void *from, size_t count,
-                                       aclrtMemcpyKind, aclrtStream stream) {
+                                       aclrtMemcpyKind kind, aclrtStream stream) {
+  count_copy(count, kind);
   return launch(stream, [=] { memmove(to, from, count); });
 }
 

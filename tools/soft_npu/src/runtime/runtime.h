@@ -126,8 +126,13 @@ bool any_captured(int32_t device);
 
 struct Counters {
   uint64_t replays = 0, replayed = 0, waits = 0, updates = 0;
+  // How often the host waits for the device, and copies between them.
+  uint64_t synchronizations = 0, to_host = 0, to_host_bytes = 0, to_device = 0,
+           to_device_bytes = 0;
 };
 Counters &counters();
+// Counts a copy if it is one between host and device.
+void count_copy(size_t bytes, aclrtMemcpyKind kind);
 
 // --- operators of the graph engine (aclop.cpp)
 

@@ -115,6 +115,7 @@ aclError wait_until(const std::function<bool()> &done, int32_t timeout, const ch
 
 aclError synchronize(aclrtStream handle, int32_t timeout) {
   Stream &stream = stream_of(handle);
+  counters().synchronizations++;
   if (stream.captured_by)
     return fail(ACL_ERROR_RT_STREAM_CAPTURED,
                 "synchronizing a stream that is captured: a graph cannot wait for the host");
@@ -122,6 +123,7 @@ aclError synchronize(aclrtStream handle, int32_t timeout) {
 }
 
 aclError synchronize_device(int32_t timeout) {
+  counters().synchronizations++;
   if (any_captured(current_device()))
     return fail(ACL_ERROR_RT_STREAM_CAPTURED, "synchronizing a device while it is captured");
   return wait_until(
@@ -261,6 +263,7 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
 
 aclError aclrtSynchronizeEvent(aclrtEvent handle) {
   auto *event = static_cast<Event *>(handle);
+  counters().synchronizations++;
   if (event->captured_by)
     return fail(ACL_ERROR_RT_EVENT_CAPTURED, "synchronizing an event that is captured");
   return wait_until([event] { return event->done; }, -1, "event");

@@ -100,8 +100,9 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         set_parameter(layer, scale_name, scale)
         if not self.config.is_static_input_scheme and self.config.input_symmetric:
             self.fuses_quant = fuses_quant(_dtype(layer), weight.data)
-        npu_weight = weight.data if self.fuses_quant else npu_int8_weight(weight.data)
-        set_parameter(layer, weight_name, npu_weight)
+        del weight
+        if not self.fuses_quant:
+            replace_int8_weight(layer, weight_name)
         announce(self, *self._forms(len(scale)))
 
     def _forms(self, n: int) -> list[Form]:
@@ -263,6 +264,15 @@ def int8_layout(n: int) -> str:
         return TRANSPOSED_NZ
     # In FRACTAL_NZ, N is the inner axis, whose size is limited.
     return NZ if ascend_base.prefers_nz() and n <= limits.max_size else TRANSPOSED
+
+
+def replace_int8_weight(layer: Any, name: str) -> None:
+    """Repack a layer's int8 weight `[N, K]`, with at most two copies at a time."""
+    weight = getattr(layer, name).data
+    if int8_layout(len(weight)) == NZ:
+        set_parameter(layer, name, weight.t().contiguous())
+        weight = getattr(layer, name).data.t()
+    set_parameter(layer, name, npu_int8_weight(weight))
 
 
 def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""This package does no more than vllm-ascend's own quantization; see the benchmark."""
+
+import os
+
+import pytest
+
+from tools.bench import side_by_side
+from tools.bench.side_by_side import OURS, OWN, Counts
+from tools.soft_npu import suite
+
+pytestmark = [pytest.mark.soft_npu, pytest.mark.long]
+BOTH = ("dense-w8a8", "moe-w8a8", "qwen3-moe/w8a8-channel-dynamic+w4a16-g32")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_no_more_than_vllm_ascend(name: str) -> None:
+    suite.prepare([name])
+    release = os.environ["SOFT_NPU_RELEASE"]
+    path = suite.checkpoint(name)
+    ours, own = (side_by_side.run(path, release, by) for by in (OURS, OWN))
+    assert ours is not None and own is not None
+    assert ours["config"].startswith("vllm_ascend_ct.")
+    assert own["config"].startswith("vllm_ascend.")
+    for phase in ("load", "prefill", "decode"):
+        a, b = Counts(*ours[phase]), Counts(*own[phase])
+        if phase != "load":
+            assert sum(a.launches.values()) <= sum(b.launches.values()) > 0
+            assert a.allocations <= b.allocations
+        assert a.waits <= b.waits, phase
+        assert a.to_host <= b.to_host and a.to_host_bytes <= b.to_host_bytes, phase
+        assert a.to_device <= b.to_device, phase
+        assert a.to_device_bytes <= b.to_device_bytes, phase
+    assert 0 < ours["resident"] <= own["resident"]
+    assert ours["peak"] <= own["peak"]
