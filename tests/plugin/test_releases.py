@@ -34,6 +34,8 @@ def install(
         ("0.32.0+cpu", None),
         ("0.31.0", None),
         ("0.33.0", None),
+        ("0.24.0+empty", "0.24.0rc1"),
+        ("0.28.0+empty", "0.28.0rc1"),
         ("0.30.0+empty", "0.30.0rc2"),
     ],
 )
@@ -48,9 +50,7 @@ def test_supported(
     ("vllm_release", "vllm_ascend", "nearest"),
     [
         ("0.23.0", "0.22.1rc1", _FIRST),
-        ("0.24.0", "0.24.0rc1", _FIRST),
-        ("0.27.1", "0.27.1rc1", _FIRST),
-        ("0.28.0", "0.28.0rc1", _FIRST),
+        ("0.27.1", "0.27.1rc1", "vllm-ascend 0.26.0rc1 on vLLM 0.26.0"),
         ("0.24.0", "0.23.0", _FIRST),
         ("0.32.0", "0.23.0", _FIRST),
         ("0.30.0", "0.30.0", _LATEST),
