@@ -111,6 +111,14 @@ class QuantTypeHolder:
         self.quant_type = quant_type(name)
 
 
+def has_parameters(layer: Any) -> bool:
+    """Whether vllm-ascend asks again for the method of experts with parameters.
+
+    0.24 to 0.26 do, to pass `tid2eid`. 0.23 does too, but creates parameters again.
+    """
+    return hasattr(layer, "quant_method") and not hasattr(layer, "_shared_experts")
+
+
 def has_adapters(layer: Any) -> bool:
     """Whether vllm-ascend wrapped a layer for LoRA.
 
