@@ -32,8 +32,7 @@ def pytest_runtest_call() -> Generator[None, object, object]:
     try:
         return (yield)
     except UnsupportedCheckpointError as error:
-        if lacks.names(error):
-            pytest.skip(f"this vLLM lacks it: {error}")
+        lacks.skip_if_named(error)
         raise
 
 
