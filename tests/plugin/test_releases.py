@@ -32,6 +32,7 @@ def install(
         ("0.23.0+empty", "0.23.0.post1"),
         ("0.32.0", None),
         ("0.32.0+cpu", None),
+        ("0.30.0", None),
         ("0.31.0", None),
         ("0.33.0", None),
         ("0.24.0+empty", "0.24.0rc1"),
@@ -55,10 +56,10 @@ def test_supported(
         ("0.32.0", "0.23.0", _FIRST),
         ("0.30.0", "0.30.0", _LATEST),
         ("0.32.0", "0.32.0rc1", _LATEST),
-        ("0.30.0", None, "vLLM 0.31.0"),
+        ("0.29.0", None, "vLLM 0.30.0"),
         ("0.34.0", None, "vLLM 0.33.0"),
         ("0.31.1.dev7+g12", None, "vLLM 0.31.0"),
-        ("dev", None, "vLLM 0.31.0"),
+        ("dev", None, "vLLM 0.30.0"),
     ],
 )
 def test_refused(

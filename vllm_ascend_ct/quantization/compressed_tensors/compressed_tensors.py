@@ -191,7 +191,8 @@ class AscendCTConfig(CompressedTensorsConfig):
         if isinstance(layer, RoutedExperts):
             if fused_moe.has_parameters(layer):
                 # The method knows what its parameters were loaded with.
-                layer.quant_method.tid2eid = tid2eid
+                known: Any = layer.quant_method
+                known.tid2eid = tid2eid
                 return layer.quant_method
             self._add_fused_moe_to_target_scheme_map()
             return get_moe_method(self, layer, prefix, tid2eid)
