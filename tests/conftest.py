@@ -13,15 +13,27 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 # Several processes run tests in parallel.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import lacks
 from tests.real_stack.chip import set_chip
 from tools.checkpoints import make_checkpoint, tiny_moe
+from vllm_ascend_ct.errors import UnsupportedCheckpointError
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Skip tests of what this vLLM lacks, if they are refused for that reason."""
+    try:
+        return (yield)
+    except UnsupportedCheckpointError as error:
+        lacks.skip_if_named(error)
+        raise
 
 
 @pytest.fixture(scope="session", autouse=True)

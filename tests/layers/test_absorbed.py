@@ -46,6 +46,8 @@ def projection(**kwargs: Any) -> ColumnParallelLinear:
     layer = ColumnParallelLinear(K, N, **kwargs)
     # As in vLLM's attention layer; otherwise the weight goes to a CPU library.
     layer._cpu_skip_gemm_dispatch = True
+    # Its name up to vLLM 0.30.
+    layer.skip_weight_relayout = True
     return layer
 
 

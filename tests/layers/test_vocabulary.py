@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
+from tests import lacks
 from tests.formula import relative_error
 from tests.layers.quantized_layers import (
     TOLERANCES,
@@ -147,6 +148,7 @@ def test_embedding_with_quantized_activations_is_refused(scheme: str) -> None:
         load_embedding(VOCABULARY, 256, scheme, BF16)
 
 
+@pytest.mark.skipif(lacks.is_older(), reason="refused for its width first")
 def test_vocabulary_whose_zero_points_end_within_a_word_is_refused() -> None:
     with pytest.raises(UnsupportedCheckpointError, match="N=.1000. of shards"):
         load_embedding(1000, 256, "w2a16-g64-asym", BF16)

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Broken checkpoints are refused, with vLLM's own loader."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from pytest_mock import MockerFixture
 from safetensors.torch import load_file
 
+from tests import lacks
 from tests.layers.quantized_layers import MULTIPLIED
 from tests.loading.models import load_model
 from tools.checkpoints import tiny_moe
@@ -46,8 +48,10 @@ def check_refused(
     errors: type[Exception] = UnsupportedCheckpointError,
 ) -> None:
     malform(valid, kind, broken)
-    with pytest.raises(errors, match=kind.names):
+    with pytest.raises(errors) as error:
         load_model(broken)
+    lacks.skip_if_named(error.value)
+    assert re.search(kind.names, str(error.value)), error.value
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,11 @@ def install(
         ("0.23.0+empty", "0.23.0.post1"),
         ("0.32.0", None),
         ("0.32.0+cpu", None),
+        ("0.30.0", None),
         ("0.31.0", None),
         ("0.33.0", None),
+        ("0.24.0+empty", "0.24.0rc1"),
+        ("0.28.0+empty", "0.28.0rc1"),
         ("0.30.0+empty", "0.30.0rc2"),
     ],
 )
@@ -48,17 +51,15 @@ def test_supported(
     ("vllm_release", "vllm_ascend", "nearest"),
     [
         ("0.23.0", "0.22.1rc1", _FIRST),
-        ("0.24.0", "0.24.0rc1", _FIRST),
-        ("0.27.1", "0.27.1rc1", _FIRST),
-        ("0.28.0", "0.28.0rc1", _FIRST),
+        ("0.27.1", "0.27.1rc1", "vllm-ascend 0.26.0rc1 on vLLM 0.26.0"),
         ("0.24.0", "0.23.0", _FIRST),
         ("0.32.0", "0.23.0", _FIRST),
         ("0.30.0", "0.30.0", _LATEST),
         ("0.32.0", "0.32.0rc1", _LATEST),
-        ("0.30.0", None, "vLLM 0.31.0"),
+        ("0.29.0", None, "vLLM 0.30.0"),
         ("0.34.0", None, "vLLM 0.33.0"),
         ("0.31.1.dev7+g12", None, "vLLM 0.31.0"),
-        ("dev", None, "vLLM 0.31.0"),
+        ("dev", None, "vLLM 0.30.0"),
     ],
 )
 def test_refused(

@@ -3,15 +3,19 @@
 """The platform and config of a process with vllm-ascend installed."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.soft_npu import environment
+from tests.soft_npu import engines
+from tests.soft_npu.test_engine import GRAPHS, PROCESSES
+from tools.soft_npu import environment, suite
 from tools.soft_npu.suite import CHECKPOINTS
-from vllm_ascend_ct import releases
+from vllm_ascend_ct import envs, releases
 
 pytestmark = pytest.mark.soft_npu
 PLATFORMS = {"ascend_ct": "NPUAscendCTPlatform", "ascend,ascend_ct": "NPUPlatform"}
@@ -45,7 +49,8 @@ def start(
 ) -> tuple[int, str]:
     """Exit code and output of a process."""
     variables = environment.variables(device) | {"HF_HUB_OFFLINE": "1"}
-    variables.pop("VLLM_PLUGINS", None)
+    for name in ("VLLM_PLUGINS", envs.ANY_RELEASE):
+        variables.pop(name, None)
     if plugins is not None:
         variables["VLLM_PLUGINS"] = plugins
     result = subprocess.run(
@@ -70,11 +75,21 @@ def report(release: str, plugins: str | None, process: str) -> dict[str, str]:
 
 
 RELEASES = [
-    # The last release of each row is in the default run.
-    pytest.param(name, marks=[pytest.mark.long] * (name != row.vllm_ascend[-1]))
+    pytest.param(name, marks=[pytest.mark.long] * (name not in suite.end_to_end()))
     for row in releases.served(on_npu=True)
     for name in row.vllm_ascend
 ]
+IN_PARTS = [
+    row.vllm_ascend[-1]
+    for row in releases.served(on_npu=True)
+    if row.tested is releases.Tested.IN_PARTS
+]
+REFUSED = {
+    name: row
+    for row in releases.TABLE
+    for name in row.vllm_ascend
+    if row.tested is releases.Tested.REFUSED
+}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +101,42 @@ def test_in_charge(release: str, plugins: str, process: str) -> None:
     said = report(release, plugins, process)
     assert said["SERVES"] == "AscendCTConfig"
     assert said["PLATFORM"] == PLATFORMS[plugins]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("process", ["main", "other"])
+@pytest.mark.parametrize("plugins", PLATFORMS)
+@pytest.mark.parametrize("release", REFUSED)
+def test_refused(release: str, plugins: str, process: str) -> None:
+    """On the real release, which is fetched when this runs for the first time."""
+    device, row = environment.Device(release), REFUSED[release]
+    checkpoint = str(CHECKPOINTS / "dense-w4a16")
+    code, output = start(device, plugins, SCRIPT, checkpoint, process)
+    assert code != 0 and "SERVES" not in output, output[-3000:]
+    error = "PlatformError: This release of vllm-ascend-ct does not support vllm-ascend"
+    versions = rf"{re.escape(release)} on vLLM {re.escape(row.vllm)}(\+\w+)?"
+    reason = re.escape(f": {row.note} (")
+    assert re.search(f"{error} {versions}{reason}", output), output[-3000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["dense", "moe", "float experts"])
+@pytest.mark.parametrize("release", IN_PARTS)
+def test_engines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, name: str
+) -> None:
+    """Those that test_engine.py runs on releases that are tested end to end."""
+    for variable, value in environment.variables(environment.Device(release)).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv(envs.ANY_RELEASE, raising=False)
+    runs = PROCESSES[name]
+    results = engines.run(runs, tmp_path / "out.json")
+    for given, result in zip(runs, results, strict=True):
+        engines.check_served(given, result)
+        engines.check_close(given, result)
+    for (process, run), (_, eager) in GRAPHS.items():
+        if process == name:
+            assert results[run]["tokens"] == results[eager]["tokens"]
 
 
 @pytest.mark.long

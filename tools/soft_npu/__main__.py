@@ -39,7 +39,7 @@ def main() -> None:
     test = actions.add_parser("test", help="run tests/soft_npu; the rest is pytest's")
     default = Device()
     for action in (run, make, test, operators):
-        # By default `test` runs on all supported releases.
+        # By default `test` runs on all releases that are tested end to end.
         known = None if action is test else default.release
         action.add_argument("--release", default=known, help="vllm-ascend release")
         action.add_argument("--vllm", help="vLLM of an unknown release")

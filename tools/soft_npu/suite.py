@@ -58,13 +58,12 @@ def test(arguments: Sequence[str], release: str | None = None) -> int:
 
     Args:
         arguments: Arguments of pytest. Files replace the default selection.
-        release: vllm-ascend release; None for all supported ones, of which all but the
-            default run only the tests of engines.
+        release: vllm-ascend release; None for those that are tested end to end, of
+            which all but the default run only the tests of engines.
 
     """
     prepare()
-    served = [row.vllm_ascend[-1] for row in releases.served(on_npu=True)]
-    names = served if release is None else [release]
+    names = end_to_end() if release is None else [release]
     for name in names:
         environment.set_up(name)
     has_files = any(argument.startswith("tests/") for argument in arguments)
@@ -77,6 +76,13 @@ def test(arguments: Sequence[str], release: str | None = None) -> int:
         codes = list(pool.map(lambda run: _test(*run), runs))
     # After a crash the code is negative.
     return int(any(codes))
+
+
+def end_to_end() -> list[str]:
+    """The releases whose engines run by default."""
+    rows = releases.served(on_npu=True)
+    tested = releases.Tested.END_TO_END
+    return [row.vllm_ascend[-1] for row in rows if row.tested is tested]
 
 
 def parts(release: str) -> list[list[str]]:

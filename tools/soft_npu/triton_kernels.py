@@ -196,11 +196,19 @@ def get_element(src: Any, indice: Sequence[Any], **_: Any) -> Any:
 
 
 def provide_extension() -> None:
-    """Provide `triton.language.extra.cann.extension`, which 3.2.0 lacks."""
+    """Provide `triton.language.extra.cann`, which 3.2.0 calls `ascend`.
+
+    Its `extension` is not in 3.2.0.
+    """
+    from triton.language import extra
+    from triton.language.extra.ascend import libdevice
+
     names = ("triton.language.extra.cann", "triton.language.extra.cann.extension")
     for name in names:
         module = types.ModuleType(name)
         module.__path__ = []
         sys.modules.setdefault(name, module)
+    extra.cann = sys.modules[names[0]]
+    extra.cann.libdevice = libdevice
     for function in (extract_slice, insert_slice, get_element):
         setattr(sys.modules[names[1]], function.__name__, function)

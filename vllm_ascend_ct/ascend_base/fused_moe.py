@@ -111,6 +111,14 @@ class QuantTypeHolder:
         self.quant_type = quant_type(name)
 
 
+def has_parameters(layer: Any) -> bool:
+    """Whether vllm-ascend asks again for the method of experts with parameters.
+
+    0.24 to 0.26 do, to pass `tid2eid`. 0.23 does too, but creates parameters again.
+    """
+    return hasattr(layer, "quant_method") and not hasattr(layer, "_shared_experts")
+
+
 def has_adapters(layer: Any) -> bool:
     """Whether vllm-ascend wrapped a layer for LoRA.
 
@@ -143,12 +151,14 @@ def select_experts(
 
     """
     from vllm.forward_context import get_forward_context
-    from vllm_ascend import flash_common3_context
     from vllm_ascend.ascend_config import get_ascend_config
     from vllm_ascend.ops.fused_moe import experts_selector
 
-    if get_ascend_config().multistream_overlap_gate:
+    # Removed in 0.24.
+    if getattr(get_ascend_config(), "multistream_overlap_gate", False):
         # The runner has routed already, on another stream.
+        from vllm_ascend import flash_common3_context
+
         context = flash_common3_context.get_flash_common3_context()
         assert context is not None
         weights, ids = context.topk_weights, context.topk_ids

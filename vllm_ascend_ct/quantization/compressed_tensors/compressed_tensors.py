@@ -31,7 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_ascend_ct import compat
-from vllm_ascend_ct.ascend_base import graph_key, linear, settings
+from vllm_ascend_ct.ascend_base import fused_moe, graph_key, linear, settings
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors import agreement
@@ -189,6 +189,11 @@ class AscendCTConfig(CompressedTensorsConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
+            if fused_moe.has_parameters(layer):
+                # The method knows what its parameters were loaded with.
+                known: Any = layer.quant_method
+                known.tid2eid = tid2eid
+                return layer.quant_method
             self._add_fused_moe_to_target_scheme_map()
             return get_moe_method(self, layer, prefix, tid2eid)
         if isinstance(layer, Attention) and self._skips_kv_scales:
@@ -269,7 +274,7 @@ class AscendCTConfig(CompressedTensorsConfig):
             return self._resolved(made, args, prefix, files)
         scheme = layer.scheme = self.get_scheme(layer, prefix)
         if is_head:
-            return AscendCTHeadMethod(self, args)
+            return AscendCTHeadMethod(self, args, prefix)
         weight_only = args.get("input_activations") is None
         if not weight_only or not isinstance(scheme, CompressedTensorsWNA16):
             raise refused(

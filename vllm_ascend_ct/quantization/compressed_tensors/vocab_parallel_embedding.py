@@ -40,11 +40,16 @@ class AscendCTEmbeddingMethod(AscendCTLinearMethod):
 class AscendCTHeadMethod(AscendCTLinearMethod):
     """A quantized output head."""
 
+    def __init__(self, config: Any, args: dict[str, Any], prefix: str) -> None:
+        """Keep the head's name for errors: the layer has none until vLLM 0.31."""
+        super().__init__(config, args)
+        self._prefix = prefix
+
     def tie_weights(self, layer: Any, embed_tokens: Any) -> torch.nn.Module:
         # Some models use `torch.nn.Embedding`, which has no method.
         method = getattr(embed_tokens, "quant_method", None)
         if not isinstance(method, AscendCTLinearMethod) or method._args != self._args:
-            raise tied_otherwise(layer.prefix)
+            raise tied_otherwise(self._prefix)
         tied: torch.nn.Module = embed_tokens
         return tied
 
