@@ -25,10 +25,10 @@ KINDS = {
     "refused": re.compile(
         r"OperatorLimitError|NotImplementedError|soft_npu: |software NPU"
     ),
-    "slow": re.compile(r"^Failed: Timeout|^slow: ", re.MULTILINE),
+    "slow": re.compile(r"Failed: Timeout \(>|^slow: "),
     "missing": re.compile(
-        r"No module named|LocalEntryNotFoundError|OfflineModeIsEnabled|"
-        r"offline mode|FileNotFoundError|couldn't connect|Connection"
+        r"No module named|FileNotFoundError|in the cached path|offline mode|"
+        r"LocalEntryNotFoundError|OfflineModeIsEnabled|couldn't connect"
     ),
 }
 # What differs between failures of one reason.
@@ -64,8 +64,7 @@ class Suite:
             report = Path(state) / "report.xml"
             said = self._run([*paths, f"--junitxml={report}"], Path(state))
             if report.exists():
-                found = patch_tree.outcomes(report)
-                return {name: (kind_of(*x), x[1]) for name, x in found.items()}
+                return read(report)
         if len(paths) == 1:
             return {paths[0]: (kind_of("failed", said), said)}
         each = map(self.outcomes, ([path] for path in paths))
@@ -101,6 +100,12 @@ class Suite:
                 process.wait()
         lines = log.read_text(errors="replace").strip().splitlines()
         return f"no report, exit code {process.returncode}: {(lines or [''])[-1]}"
+
+
+def read(report: Path) -> patch_tree.Outcomes:
+    """Read pytest's report, with our kinds."""
+    found = patch_tree.outcomes(report)
+    return {name: (kind_of(*outcome), outcome[1]) for name, outcome in found.items()}
 
 
 def kind_of(kind: str, text: str) -> str:
@@ -158,8 +163,15 @@ def _failures(
             yield name, outcome
 
 
-def run(suites: Iterable[tuple[Suite, Sequence[str]]]) -> patch_tree.Outcomes:
-    """Run suites of test files one after the other, and print their outcomes."""
+def run(
+    suites: Iterable[tuple[Suite, Sequence[str]]],
+) -> Iterator[patch_tree.Outcomes]:
+    """Run suites of test files one after the other, and print their outcomes.
+
+    Yields:
+        The outcomes of all suites until now.
+
+    """
     total: patch_tree.Outcomes = {}
     for suite, paths in suites:
         found = suite.outcomes(paths)
@@ -168,5 +180,5 @@ def run(suites: Iterable[tuple[Suite, Sequence[str]]]) -> patch_tree.Outcomes:
             if kind == "wrong":
                 print(f"  {name}: {first_line(text)}", flush=True)
         total |= found
-    print(f"All: {describe(count(total))}")
-    return total
+        yield total
+    print(f"All: {describe(count(total))}\n{reasons(total)}")

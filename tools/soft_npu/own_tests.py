@@ -22,6 +22,7 @@ from tools.soft_npu import environment, foreign_tests, suite
 from tools.soft_npu.environment import Device
 from tools.soft_npu.foreign_tests import Suite
 from tools.stacks import stacks
+from tools.upstream import patch_tree
 
 # Models of the hub, and the small one that takes its place.
 MODELS = {
@@ -60,17 +61,18 @@ def run(paths: Sequence[str], release: str, report: Path | None) -> int:
         root, variables = _tree(place, release), _variables(place)
         suites = (
             (Suite(root, _device(release, directory), variables), files)
-            for directory, files in _directories(root, paths)
+            for directory, files in directories(root, paths)
         )
-        found = foreign_tests.run(suites)
-    counts, table = foreign_tests.count(found), foreign_tests.reasons(found)
-    print(table)
-    if report is not None:
-        title = f"# {' '.join(paths)} of vllm-ascend {release}"
-        parts = (title, foreign_tests.describe(counts), table)
-        text = "\n\n".join((*parts, foreign_tests.details(found)))
-        report.write_text(text + "\n")
-    return int(counts["wrong"] > 0)
+        for found in foreign_tests.run(suites):
+            if report is not None:
+                _write(report, f"{' '.join(paths)} of vllm-ascend {release}", found)
+    return int(foreign_tests.count(found)["wrong"] > 0)
+
+
+def _write(report: Path, title: str, found: patch_tree.Outcomes) -> None:
+    counts = foreign_tests.describe(foreign_tests.count(found))
+    table, details = foreign_tests.reasons(found), foreign_tests.details(found)
+    report.write_text(f"# {title}\n\n{counts}\n\n{table}\n\n{details}\n")
 
 
 def _tree(place: Path, release: str) -> Path:
@@ -117,7 +119,7 @@ def _add_model(model: Path, small: Path) -> None:
     (snapshot / "config.json").write_text(json.dumps(config | _LONG))
 
 
-def _directories(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def directories(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """The test files of each directory."""
     files: set[str] = set()
     for path in paths:

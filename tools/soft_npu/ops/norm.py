@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """RMS norms, also fused with additions and quantization."""
 
+from math import nan
+
 import torch
 
 from tools.soft_npu.ops.registry import implements
@@ -164,8 +166,8 @@ def npu_add_rms_norm_dynamic_quant(
     `norm/add_rms_norm_dynamic_quant`.
 
     Returns:
-        int8 `[..., H]`, an unwritten one, the sum, the scale fp32 `[...]`, and an
-        unwritten one.
+        int8 `[..., H]`, an unwritten scalar, the sum, the scale fp32 `[...]`, and an
+        unwritten scalar.
 
     """
     name = "npu_add_rms_norm_dynamic_quant"
@@ -181,7 +183,8 @@ def npu_add_rms_norm_dynamic_quant(
     if smooth_scale1 is not None:
         y = y * smooth_scale1.float()
     reciprocal = 127 / y.abs().amax(-1, keepdim=True)
-    nothing = torch.empty(0)
     quantized = _quantize((y * reciprocal).nan_to_num(0))
     scale = (1 / reciprocal).squeeze(-1)
-    return quantized, nothing.to(torch.int8), total.to(x1.dtype), scale, nothing
+    # As the operator's host code allocates them; its meta function has no elements.
+    second, its_scale = torch.full((), -128, dtype=torch.int8), torch.full((), nan)
+    return quantized, second, total.to(x1.dtype), scale, its_scale
