@@ -22,7 +22,8 @@ E   ValueError: 8 heads at 0x8a</failure></testcase>
 <testcase classname="t" name="late"><failure message="m">
 E   Failed: Timeout (&gt;120.0s) from pytest-timeout.</failure></testcase>
 <testcase classname="t" name="bare"><error message="m">
-E   ModuleNotFoundError: No module named 'ray'</error></testcase>
+E   ValidationError: 1 validation error for ModelConfig
+E     Value error, Invalid repository ID or local directory: 'a/B'.</error></testcase>
 <testcase classname="t" name="left"><skipped message="why"/></testcase>
 </testsuite></testsuites>"""
 
@@ -51,6 +52,7 @@ def test_reasons_do_not_depend_on_numbers(found: patch_tree.Outcomes) -> None:
     lines = foreign_tests.reasons(found).splitlines()[2:]
     assert lines[0] == "| 2 | wrong | ValueError: N heads at N | `t.there[4]` |"
     assert len(lines) == 4 and all(line.startswith("| 1 |") for line in lines[1:])
+    assert any("| missing | Value error, Invalid repository ID" in x for x in lines)
 
 
 def test_files_of_a_directory_share_a_process(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ KINDS = {
     ),
     "slow": re.compile(r"Failed: Timeout \(>|^slow: "),
     "missing": re.compile(
-        r"No module named|FileNotFoundError|in the cached path|offline mode|"
-        r"LocalEntryNotFoundError|OfflineModeIsEnabled|couldn't connect"
+        r"No module named|FileNotFoundError|Invalid repository ID|in the cached path|"
+        r"offline mode|LocalEntryNotFoundError|OfflineModeIsEnabled|couldn't connect"
     ),
 }
 # What differs between failures of one reason.
@@ -128,7 +128,9 @@ def count(found: patch_tree.Outcomes) -> Counter[str]:
 def first_line(text: str) -> str:
     """The first line of a failure's message."""
     said = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
-    line = (said or text.strip().splitlines() or [""])[0]
+    line, *more = said or text.strip().splitlines() or [""]
+    if "validation error" in line and more:
+        line = more[0]
     if _ELSEWHERE in line and (found := _ROOT_CAUSE.search(text)):
         line = found[1]
     return line[:_WIDTH]
