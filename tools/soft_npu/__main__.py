@@ -108,11 +108,10 @@ def _run(arguments: argparse.Namespace) -> int:
         command = command[1:]
     if not command:
         raise SystemExit("soft_npu: no command. Name one after `--`.")
-    if arguments.coverage:
-        covered.check()
     with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
         variables = environment.variables(device, Path(state))
         if arguments.coverage:
+            environment.add_packages(variables, "coverage")
             variables[covered.VARIABLE] = state
         code = subprocess.run(command, env=variables).returncode
         if arguments.coverage:

@@ -76,6 +76,12 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
     return environment
 
 
+def add_packages(variables: dict[str, str], part: str) -> None:
+    """Add a part of `stacks.REQUIREMENTS` to a process's environment."""
+    paths = (str(stacks.install(part)), variables["PYTHONPATH"])
+    variables["PYTHONPATH"] = os.pathsep.join(paths)
+
+
 def plain() -> dict[str, str]:
     """The environment of a process without software NPUs, from a process with them."""
     own = ("SOFT_NPU_", "TRITON_INTERPRET", "TASK_QUEUE_ENABLE", "REAL_STACK_EMULATE")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tools.soft_npu import environment
 from tools.soft_npu.environment import Device
-from tools.stacks import stacks
 from tools.upstream import patch_tree
 
 # Kinds of outcomes by the failure's text; the first that matches. Others are wrong.
@@ -32,7 +31,7 @@ KINDS = {
     ),
 }
 # What differs between failures of one reason.
-_VARIES = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?(e[+-]\d+)?")
+_VARIES = re.compile(r"0x[0-9a-f]+|(?<!\w)\d+(\.\d+)?(e[+-]?\d+)?")
 # An engine's process prints what its parent refers to.
 _ELSEWHERE = "See root cause above"
 _ROOT_CAUSE = re.compile(r"^\(.* ((?:\w+\.)*\w+(?:Error|Exception): .*)$", re.MULTILINE)
@@ -73,11 +72,10 @@ class Suite:
     def _run(self, arguments: Sequence[str], state: Path) -> str:
         """Run pytest, and stop all that it started; returns why there is no report."""
         variables = environment.variables(self.device, state) | self.variables
-        packages = str(stacks.install("test_packages"))
-        variables["PYTHONPATH"] = os.pathsep.join((packages, variables["PYTHONPATH"]))
+        environment.add_packages(variables, "test_packages")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-c", os.devnull, "--rootdir", str(self.root), "--tb=short"]
-        command += ["-o", "junit_logging=out-err"]
+        command += ["-o", "junit_logging=out-err", "--continue-on-collection-errors"]
         command += [f"--timeout={self.seconds_of_test}", *arguments]
         log = state / "log"
         with log.open("w") as out:
