@@ -127,7 +127,7 @@ def first_line(text: str) -> str:
     """The first line of a failure's message."""
     said = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
     line, *more = said or text.strip().splitlines() or [""]
-    if "validation error" in line and more:
+    if more and ("validation error" in line or line.endswith(":")):
         line = more[0]
     if _ELSEWHERE in line and (found := _ROOT_CAUSE.search(text)):
         line = found[1]

@@ -42,6 +42,19 @@ def npu_rms_norm(
     return (normal * gamma.float()).to(input.dtype), rstd
 
 
+@implements("npu::npu_gemma_rms_norm", "_C_ascend::npu_gemma_rms_norm")
+def npu_gemma_rms_norm(
+    input: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalize with `1 + gamma` in fp32, rounded once; also returns rstd.
+
+    Source: op-plugin `GemmaRmsNormKernelOpApi.cpp`; ops-nn `norm/gemma_rms_norm`.
+    """
+    _check("npu_gemma_rms_norm", input, gamma)
+    normal, rstd = _normalize(input, gamma, epsilon)
+    return (normal * (1 + gamma.float())).to(input.dtype), rstd
+
+
 def _add(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
     """Add in fp16, or in fp32 and round once."""
     if x1.dtype == torch.float16:
