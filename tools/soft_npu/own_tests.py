@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tools.soft_npu import environment, foreign_tests, suite
 from tools.soft_npu.environment import Device
@@ -32,10 +33,19 @@ MODELS = {
     "deepseek-ai/DeepSeek-V2": "deepseek-v2-latent-query",
     "deepseek-ai/DeepSeek-V2-Chat": "deepseek-v2-latent-query",
     "deepseek-ai/DeepSeek-V2-Lite": "deepseek-v2",
+    "deepseek-ai/DeepSeek-V3.2-Exp": "deepseek-v2-latent-query",
     "meta-llama/Meta-Llama-3-8B": "llama",
 }
 # The tests ask for longer texts than the small models have positions for.
 _LONG = {"max_position_embeddings": 40960}
+# Only unit tests ask for this model, and they read its config alone.
+_SPARSE = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_head_dim": 128,
+    "index_n_heads": 4,
+    "index_topk": 64,
+}
 # Parts of directories' names that ask for a chip.
 CHIPS = {"310p": "310P", "a3": "A3"}
 # Without this command the tests replace torch_npu by mocks.
@@ -91,7 +101,9 @@ def _variables(place: Path) -> dict[str, str]:
     """Variables for a hub with the small models, and the command `npu-smi`."""
     hub, commands = place / "hub", place / "bin"
     for name, small in MODELS.items():
-        _add_model(hub / f"models--{name.replace('/', '--')}", suite.checkpoint(small))
+        model = hub / f"models--{name.replace('/', '--')}"
+        changes = _LONG | (_SPARSE if "V3.2" in name else {})
+        _add_model(model, suite.checkpoint(small), changes)
     commands.mkdir()
     command = commands / "npu-smi"
     command.write_text(_NPU_SMI)
@@ -106,8 +118,8 @@ def _variables(place: Path) -> dict[str, str]:
     }
 
 
-def _add_model(model: Path, small: Path) -> None:
-    """Write what the hub's cache has of a model."""
+def _add_model(model: Path, small: Path, changes: dict[str, Any]) -> None:
+    """Write what the hub's cache has of a model, with a changed config."""
     snapshot = model / "snapshots/local"
     for directory in (model / "refs", snapshot):
         directory.mkdir(parents=True)
@@ -116,7 +128,7 @@ def _add_model(model: Path, small: Path) -> None:
         (snapshot / file.name).symlink_to(file.absolute())
     config = json.loads((small / "config.json").read_text())
     (snapshot / "config.json").unlink()
-    (snapshot / "config.json").write_text(json.dumps(config | _LONG))
+    (snapshot / "config.json").write_text(json.dumps(config | changes))
 
 
 def directories(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
