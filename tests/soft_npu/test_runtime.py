@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch_npu
 
+from tools.soft_npu import environment
+
 pytestmark = pytest.mark.soft_npu
 MIB = 1 << 20
 
@@ -253,3 +255,9 @@ torch.npu.synchronize()
     result = run(script, ACL_DEVICE_SYNC_TIMEOUT="1")
     assert result.returncode != 0
     assert "the device does not answer" in result.stderr
+
+
+def test_version_of_cann() -> None:
+    """From the installation, which vllm-ascend reads, and from the runtime."""
+    installed = torch.version.cann  # type: ignore[attr-defined]
+    assert installed == torch_npu.npu.utils.get_cann_version() == environment.CANN

@@ -33,9 +33,9 @@ WAIT = 300
 # Seen with vllm-ascend's own config as well.
 READS_UNWRITTEN = pytest.mark.xfail(
     os.environ.get("SOFT_NPU_RELEASE") == "0.30.0rc2",
-    strict=True,
-    reason="vllm-ascend takes row 1 with a weight of 0 for experts of other ranks; "
-    "nobody writes it if a rank has fewer than two rows",
+    # Depends on what freed memory holds.
+    strict=False,
+    reason="vllm-ascend reads rows of experts' results that no rank has written",
 )
 CASES = {
     "one": ("dense-w4a16", []),

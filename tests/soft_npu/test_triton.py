@@ -86,3 +86,20 @@ def test_kernel_in_a_graph() -> None:
     x.copy_(torch.arange(10.0))
     graph.replay()
     assert torch.equal(y.cpu(), torch.arange(1.0, 11.0))
+
+
+def test_small_product() -> None:
+    """The chip's compiler has no smallest size; the interpreter's is 16."""
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, y, z, M: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+        rows, columns = tl.arange(0, M)[:, None], tl.arange(0, K)
+        a = tl.load(x + rows * K + columns[None, :])
+        b = tl.load(y + columns[:, None] * M + tl.arange(0, M)[None, :])
+        tl.store(z + rows * M + tl.arange(0, M)[None, :], tl.dot(a, b))
+
+    x, y = torch.randint(9, (4, 8)).float(), torch.randint(9, (8, 4)).float()
+    z = torch.empty(4, 4, device="npu")
+    kernel[(1,)](x.npu(), y.npu(), z, M=4, K=8)
+    assert torch.equal(z.cpu(), x @ y)

@@ -8,6 +8,7 @@
     python -m tools.soft_npu set-up [--release R]
     python -m tools.soft_npu stand-ins
     python -m tools.soft_npu op-plugin DIRECTORY [--release R]
+    python -m tools.soft_npu own-tests [--release R] [--report REPORT.md] [PATH...]
 
 `run` gives a command and its child processes software NPUs: the real torch_npu with a
 runtime that uses the host's memory and computes on the CPU. Dependencies are downloaded
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.soft_npu import covered, environment, op_plugin, stand_ins, suite
+from tools.soft_npu import covered, environment, op_plugin, own_tests, stand_ins, suite
 from tools.soft_npu.environment import Device
 from tools.stacks import stacks
 
@@ -36,9 +37,12 @@ def main() -> None:
     actions.add_parser("stand-ins", help="list the stand-ins")
     operators = actions.add_parser("op-plugin", help="run op-plugin's own tests")
     operators.add_argument("directory", type=Path, help="its test/test_custom_ops")
+    own = actions.add_parser("own-tests", help="run vllm-ascend's own tests")
+    own.add_argument("paths", nargs="*", metavar="PATH", default=["tests/ut"])
+    own.add_argument("--report", type=Path, help="write the failures to it")
     test = actions.add_parser("test", help="run tests/soft_npu; the rest is pytest's")
     default = Device()
-    for action in (run, make, test, operators):
+    for action in (run, make, test, operators, own):
         # By default `test` runs on all releases that are tested end to end.
         known = None if action is test else default.release
         action.add_argument("--release", default=known, help="vllm-ascend release")
@@ -73,6 +77,8 @@ def main() -> None:
         sys.exit(suite.test(others, arguments.release))
     if arguments.action == "op-plugin":
         sys.exit(op_plugin.run(arguments.directory, arguments.release))
+    if arguments.action == "own-tests":
+        sys.exit(own_tests.run(arguments.paths, arguments.release, arguments.report))
     if arguments.action == "run":
         sys.exit(_run(arguments))
 
@@ -102,11 +108,10 @@ def _run(arguments: argparse.Namespace) -> int:
         command = command[1:]
     if not command:
         raise SystemExit("soft_npu: no command. Name one after `--`.")
-    if arguments.coverage:
-        covered.check()
     with tempfile.TemporaryDirectory(prefix="soft-npu-") as state:
         variables = environment.variables(device, Path(state))
         if arguments.coverage:
+            environment.add_packages(variables, "coverage")
             variables[covered.VARIABLE] = state
         code = subprocess.run(command, env=variables).returncode
         if arguments.coverage:

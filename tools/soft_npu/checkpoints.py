@@ -6,10 +6,11 @@ python -m tools.soft_npu.checkpoints NAME...
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from tools.checkpoints import make_checkpoint, tiny_model, tiny_moe
 from tools.numerics.logprobs import reference
@@ -20,17 +21,28 @@ from tools.stacks import stacks
 _LAYERS = ("re:.*self_attn.*_proj.*", "re:.*.mlp.*(_proj|w[123])")
 
 
-def dense_configs() -> dict[str, PretrainedConfig]:
-    """Configs of dense models with random weights."""
+def more_configs() -> dict[str, PretrainedConfig]:
+    """Configs of further models with random weights."""
     sizes = tiny_moe.COMMON | {"intermediate_size": 512, "head_dim": 64}
-    return {"llama": LlamaConfig(**sizes), "qwen3": Qwen3Config(**sizes)}
+    latent = tiny_moe.configs()["deepseek-v2"].to_dict()
+    return {
+        "llama": LlamaConfig(**sizes),
+        "qwen3": Qwen3Config(**sizes),
+        "deepseek-v2-latent-query": DeepseekV2Config(**latent | {"q_lora_rank": 256}),
+    }
 
 
 def make(name: str) -> None:
-    """Make a checkpoint with its `reference.json`, unless it exists."""
+    """Make a checkpoint with its `reference.json`, unless it exists.
+
+    Without a recipe it is the unquantized model.
+    """
     model, _, recipe = suite.contents(name).partition("/")
 
     def make_one(directory: Path) -> None:
+        if not recipe:
+            shutil.copytree(_base(model), directory, dirs_exist_ok=True)
+            return
         schemes = recipe.split("+")
         pairs = dict(zip(_LAYERS, (schemes[0], schemes[-1])))
         make_checkpoint.make(directory, pairs, _base(model), tiny_moe.IGNORE)
@@ -44,7 +56,7 @@ def _base(model: str) -> Path:
     if model == "dense":
         tiny_model.make_once(make_checkpoint.DEFAULT_BASE)
         return make_checkpoint.DEFAULT_BASE
-    config = (tiny_moe.configs() | dense_configs())[model]
+    config = (tiny_moe.configs() | more_configs())[model]
 
     def make_random(directory: Path) -> None:
         tiny_moe.make_random(directory, config)

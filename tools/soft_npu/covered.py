@@ -5,25 +5,18 @@
     python -m tools.soft_npu run --coverage REPORT.md -- COMMAND
 
 Each process of the command writes its data when it ends. A process that is killed
-writes nothing, so the report states the number of processes. Needs the package
-`coverage`.
+writes nothing, so the report states the number of processes.
 """
 
 import atexit
 import json
 import os
+import sys
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 VARIABLE = "SOFT_NPU_COVERAGE"
 PACKAGE = "vllm_ascend"
-
-
-def check() -> None:
-    """Exit with an error if the package `coverage` is missing."""
-    if find_spec("coverage") is None:
-        raise SystemExit("soft_npu: --coverage needs `pip install coverage`.")
 
 
 def start(directory: str) -> None:
@@ -59,7 +52,9 @@ def report(directory: Path, out: Path) -> None:
 
     """
     from tools.soft_npu import stand_ins
+    from tools.stacks import stacks
 
+    sys.path.append(str(stacks.install("coverage")))
     processes = sorted(directory.glob("operators-*.json"))
     called: Counter[str] = Counter()
     for path in processes:

@@ -14,6 +14,8 @@ from vllm_ascend_ct.ops.soc import Soc
 
 SITE = Path(__file__).parent / "site"
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# As src/runtime/device.cpp reports it.
+CANN = "9.0.0"
 SOCS = tuple(soc.value for soc in Soc)
 
 
@@ -53,6 +55,9 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(map(str, [SITE, *paths, root])),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "LD_LIBRARY_PATH": str(library),
+        # As CANN's set_env.sh sets them.
+        "ASCEND_HOME_PATH": str(_cann()),
+        "ASCEND_OPP_PATH": str(_cann() / "opp"),
         "SOFT_NPU_LIBRARY": str(library / build.DISPATCH),
         "SOFT_NPU_RELEASE": device.release,
         "SOFT_NPU_SOC": device.soc,
@@ -69,6 +74,12 @@ def variables(device: Device, state: Path | None = None) -> dict[str, str]:
     if state is not None:
         environment["SOFT_NPU_STATE"] = str(state)
     return environment
+
+
+def add_packages(variables: dict[str, str], part: str) -> None:
+    """Add a part of `stacks.REQUIREMENTS` to a process's environment."""
+    paths = (str(stacks.install(part)), variables["PYTHONPATH"])
+    variables["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def plain() -> dict[str, str]:
@@ -114,6 +125,17 @@ def _link_custom_operators(name: str, part: Path) -> None:
     if not link.exists():
         link.unlink(missing_ok=True)
         link.symlink_to(compiled)
+
+
+def _cann() -> Path:
+    """Write what torch_npu recognizes an installed CANN by."""
+
+    def make(directory: Path) -> None:
+        for part in ("opp", "runtime", "compiler"):
+            (directory / part).mkdir()
+        (directory / "ascend_toolkit_install.info").write_text(f"version={CANN}\n")
+
+    return stacks.once(build.ROOT / "cann", f"{CANN} and its parts", make)
 
 
 def _metadata(parts: list[Path]) -> Path:

@@ -71,7 +71,7 @@ REPLACED = {
     "torch._C._host_emptyCache": "removed, as in a build without CUDA",
     "triton.runtime.driver.active": "names the chip's cores; there is no compiler",
     "triton.runtime.interpreter.GridExecutor": "launches through the dispatcher",
-    "triton.runtime.interpreter.InterpreterBuilder": "adds gather; rounds to bfloat16",
+    "triton.runtime.interpreter.InterpreterBuilder": "gather, small products, bfloat16",
     "triton.language.extra.cann": "three functions, for the interpreter; libdevice",
     "vllm_ascend._build_info.__device_type__": "the chip that --soc names",
     "vllm-*.dist-info": "identifies vLLM as the build for no device, as on NPU hosts",

@@ -27,7 +27,8 @@ def install() -> None:
     original = interpreter.GridExecutor
     compiler = backends["ascend"].compiler
     # Options of the compiler, which the interpreter does not accept.
-    options = compiler.parse_options.__globals__["NPUOptions"].__dataclass_fields__
+    names = compiler.parse_options.__globals__
+    options = names["NPUOptions"].__dataclass_fields__
 
     class Executor(original):  # type: ignore[misc, valid-type]
         """Launches through the dispatcher."""
@@ -49,6 +50,9 @@ def install() -> None:
     builder = interpreter.InterpreterBuilder
     builder.create_gather = _gather
     builder.cast_impl = _with_bfloat16(builder.cast_impl)
+    # The smallest sizes of a product, which are the same for all targets.
+    functions = interpreter.interpreter_builder.codegen_fns
+    functions["min_dot_size"] = names["min_dot_size"](None)
 
 
 def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:

@@ -41,6 +41,15 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "vllm_ascend": ("vllm-ascend==0.23.0", *_VLLM_0_23),
     # To build source distributions.
     "build_tools": ("setuptools-scm==10.3.4", "vcs-versioning==2.6.0"),
+    "coverage": ("coverage==7.17.5",),
+    # What tests of vllm-ascend and op-plugin import, and their pytest.
+    "test_packages": (
+        "expecttest==0.3.0",
+        "modelscope==1.35.3",
+        "pytest==8.4.2",
+        "pytest-asyncio==1.2.0",
+        "pytest-timeout==2.4.0",
+    ),
 }
 # Source distributions of vllm-ascend, of which only the Python files are installed.
 SOURCES: dict[str, str] = {

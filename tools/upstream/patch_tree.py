@@ -344,6 +344,8 @@ def outcomes(report: Path) -> Outcomes:
             if child.tag in ("failure", "error"):
                 kind = "failed"
                 text += f"{child.get('message')}\n{child.text}\n"
+            elif child.tag == "system-out" and kind == "failed":
+                text += f"{child.text}\n"
             elif child.tag == "skipped":
                 kind, text = "skipped", str(child.get("message"))
         outcomes[name] = kind, text

@@ -367,6 +367,75 @@ def _npu_paged_attention(
         out[i] = _attend(query[i : i + 1], k, v, scale_value, None)[0][0].to(out.dtype)
 
 
+@implements("npu::npu_fusion_attention_v3")
+def npu_fusion_attention_v3(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    head_num: int,
+    input_layout: str,
+    pse: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    atten_mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tockens: int = _FAR,
+    next_tockens: int = _FAR,
+    inner_precise: int = 0,
+    prefix: list[int] | None = None,
+    actual_seq_qlen: torch.Tensor | None = None,
+    actual_seq_kvlen: torch.Tensor | None = None,
+    sparse_mode: int = 0,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
+    """PyTorch's `scaled_dot_product_attention`, as torch_npu calls it.
+
+    Source: op-plugin `torch_npu-npu_fusion_attention_v3.md`. Not emulated: other
+    layouts, dropout, shifts of scores, and what only the backward pass reads.
+
+    Args:
+        query: fp16, bf16 or fp32 `[B, N, S, D]`.
+        key: `[B, n, S', D]`; N is a multiple of n.
+        value: As `key`.
+        head_num: N.
+        input_layout: "BNSD".
+        pse: None.
+        padding_mask: None.
+        atten_mask: Masked keys: `[S, S']` or `[B, 1, S, S']`, or compressed.
+        scale: Factor of `q @ k`.
+        keep_prob: 1.
+        pre_tockens: Has no effect in these modes.
+        next_tockens: Has no effect in these modes.
+        inner_precise: Has no effect.
+        prefix: None.
+        actual_seq_qlen: None.
+        actual_seq_kvlen: None.
+        sparse_mode: 0, or 2 for a compressed mask of the keys after the query.
+
+    """
+    name = "npu_fusion_attention_v3"
+    unused = (pse, padding_mask, prefix, actual_seq_qlen, actual_seq_kvlen)
+    if any(x is not None for x in unused) or keep_prob != 1:
+        refuse(name, "pse, padding_mask, prefix, lengths and dropout: not emulated")
+    if input_layout != "BNSD" or sparse_mode not in (_DEFAULT, _LEFT_UP):
+        refuse(name, f"{input_layout=}, {sparse_mode=}; emulated: BNSD, 0 and 2")
+    if pre_tockens < _FAR or next_tockens < (_FAR if sparse_mode == _DEFAULT else 0):
+        refuse(name, f"{pre_tockens=}, {next_tockens=}: not emulated")
+    masks: Sequence[torch.Tensor | None] = [atten_mask] * len(query)
+    if atten_mask is not None and atten_mask.dim() == 4:
+        if atten_mask.shape[1] != 1:
+            refuse(name, f"atten_mask is {describe(atten_mask)}; emulated: one head")
+        masks = list(atten_mask.expand(len(query), -1, -1, -1))
+    outputs = []
+    for q, k, v, mask in zip(query, key, value, masks):
+        hidden = _hidden(sparse_mode, mask, (q.shape[1], k.shape[1]), (_FAR, _FAR))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        output, _lse = _attend(q, k, v, scale, hidden)
+        outputs.append(output.to(query.dtype).transpose(0, 1))
+    nothing = torch.full((1,), torch.nan)
+    return torch.stack(outputs), *[nothing] * 3, *[nothing.long()] * 2
+
+
 @implements("npu::npu_attention_update")
 def npu_attention_update(
     lse: list[torch.Tensor], local_out: list[torch.Tensor], update_type: int

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """RMS norms, also fused with additions and quantization."""
 
+from math import nan
+
 import torch
 
 from tools.soft_npu.ops.registry import implements
@@ -38,6 +40,19 @@ def npu_rms_norm(
     _check("npu_rms_norm", input, gamma)
     normal, rstd = _normalize(input, gamma, epsilon)
     return (normal * gamma.float()).to(input.dtype), rstd
+
+
+@implements("npu::npu_gemma_rms_norm", "_C_ascend::npu_gemma_rms_norm")
+def npu_gemma_rms_norm(
+    input: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalize with `1 + gamma` in fp32, rounded once; also returns rstd.
+
+    Source: op-plugin `GemmaRmsNormKernelOpApi.cpp`; ops-nn `norm/gemma_rms_norm`.
+    """
+    _check("npu_gemma_rms_norm", input, gamma)
+    normal, rstd = _normalize(input, gamma, epsilon)
+    return (normal * (1 + gamma.float())).to(input.dtype), rstd
 
 
 def _add(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
@@ -164,8 +179,8 @@ def npu_add_rms_norm_dynamic_quant(
     `norm/add_rms_norm_dynamic_quant`.
 
     Returns:
-        int8 `[..., H]`, an unwritten one, the sum, the scale fp32 `[...]`, and an
-        unwritten one.
+        int8 `[..., H]`, an unwritten scalar, the sum, the scale fp32 `[...]`, and an
+        unwritten scalar.
 
     """
     name = "npu_add_rms_norm_dynamic_quant"
@@ -181,7 +196,8 @@ def npu_add_rms_norm_dynamic_quant(
     if smooth_scale1 is not None:
         y = y * smooth_scale1.float()
     reciprocal = 127 / y.abs().amax(-1, keepdim=True)
-    nothing = torch.empty(0)
     quantized = _quantize((y * reciprocal).nan_to_num(0))
     scale = (1 / reciprocal).squeeze(-1)
-    return quantized, nothing.to(torch.int8), total.to(x1.dtype), scale, nothing
+    # As the operator's host code allocates them; its meta function has no elements.
+    second, its_scale = torch.full((), -128, dtype=torch.int8), torch.full((), nan)
+    return quantized, second, total.to(x1.dtype), scale, its_scale

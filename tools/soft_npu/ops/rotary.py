@@ -99,6 +99,8 @@ def npu_mrope(
         refuse(name, f"mrope_section={mrope_section}; emulated: none")
     if rotary_mode not in (None, "half", "interleave"):
         refuse(name, f"rotary_mode={rotary_mode}; supported: half, interleave")
+    if cache_mode not in (None, "default", "interleave"):
+        refuse(name, f"{cache_mode=}; cache_mode only support default or interleave")
     results = query.clone(), key.clone()
     halves = rotary_mode != "interleave"
     _npu_rotary_embedding(
