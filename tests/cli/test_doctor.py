@@ -94,7 +94,7 @@ ANY = {"VLLM_ASCEND_CT_ANY_RELEASE": "1"}
             FILES,
             {"VLLM_PLUGINS": "ascend_ct"},
             "does not support vllm-ascend 0.24.0",
-            "Install vllm-ascend 0.23.0",
+            "Install vllm-ascend 0.24.0rc1",
             id="another release",
         ),
         pytest.param(

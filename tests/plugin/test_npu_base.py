@@ -156,7 +156,7 @@ def test_release_that_is_not_supported(npu_host: Path, plugins: str) -> None:
     for part in (
         f"does not support vllm-ascend 0.24.0 on vLLM {vllm.__version__} (",
         f"Supported: {releases.describe(releases.served(on_npu=True))}. ",
-        "Install vllm-ascend 0.23.0 or 0.23.0.post1 on vLLM 0.23.0, or ",
+        "Install vllm-ascend 0.24.0rc1 on vLLM 0.24.0, or ",
         "VLLM_ASCEND_CT_ANY_RELEASE=1",
     ):
         assert part in result.stderr
