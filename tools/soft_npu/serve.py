@@ -56,8 +56,13 @@ def operators(_: Any = None) -> dict[str, int]:
     return {name: int(count) for count, name in counts}
 
 
-def serve(checkpoint: str, **options: Any) -> dict[str, Any]:
+def serve(checkpoint: str, reload: bool = False, **options: Any) -> dict[str, Any]:
     """Serve one checkpoint.
+
+    Args:
+        checkpoint: Its directory.
+        reload: Whether to load the weights again before anything is served.
+        options: Arguments of `LLM`.
 
     Returns:
         The config's class; the result of `describe` and the number of calls of each
@@ -77,6 +82,8 @@ def serve(checkpoint: str, **options: Any) -> dict[str, Any]:
         "gpu_memory_utilization": 0.5,
     }
     llm = LLM(checkpoint, **(defaults | options))
+    if reload:
+        llm.collective_rpc("reload_weights")
     before = llm.apply_model(operators)
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
     outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
