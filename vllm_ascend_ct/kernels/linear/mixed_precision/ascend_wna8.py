@@ -27,7 +27,7 @@ from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
     biased_quant_matmul,
     dynamic_forms,
     fuses_quant,
-    npu_int8_weight,
+    replace_int8_weight,
 )
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops import layouts
@@ -100,9 +100,10 @@ class AscendWNA8LinearKernel(AscendMPLinearKernel):
         bits = self.config.weight_type.size_bits
         weight = pack_quantized.to_int8(getattr(layer, self.w_q_name).data, bits, k)
         self.fuses_quant = fuses_quant(self.config.act_type, weight)
-        if not self.fuses_quant:
-            weight = npu_int8_weight(weight)
         replace_weight(layer, self.w_q_name, weight)
+        del weight
+        if not self.fuses_quant:
+            replace_int8_weight(layer, "weight")
         set_parameter(layer, self.w_s_name, scale.reshape(-1).float())
 
     def _process_int4(self, layer: torch.nn.Module, scale: torch.Tensor) -> None:

@@ -267,15 +267,17 @@ def int8_layout(n: int) -> str:
 
 
 def replace_int8_weight(layer: Any, name: str) -> None:
-    """Repack a layer's int8 weight `[N, K]`, with at most two copies at a time."""
+    """Repack a layer's int8 weight `[N, K]` to `[K, N]` in the current chip's layout.
+
+    At most two copies exist at a time.
+    """
     weight = getattr(layer, name).data
-    if int8_layout(len(weight)) == NZ:
+    layout = int8_layout(len(weight))
+    if layout == NZ:
+        # Free the rows before the cast.
         set_parameter(layer, name, weight.t().contiguous())
         weight = getattr(layer, name).data.t()
-    set_parameter(layer, name, npu_int8_weight(weight))
-
-
-def npu_int8_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Repack an int8 weight `[N, K]` to `[K, N]` in the current chip's layout."""
-    layout = int8_layout(len(weight))
-    return to_npu_weight(weight, nz=layout == NZ, transposed_nz=layout == TRANSPOSED_NZ)
+    npu_weight = to_npu_weight(
+        weight, nz=layout == NZ, transposed_nz=layout == TRANSPOSED_NZ
+    )
+    set_parameter(layer, name, npu_weight)
