@@ -23,13 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.soft_npu import build, environment, suite
+from tools.docs import section
+from tools.soft_npu import environment, suite
 from tools.soft_npu.environment import Device
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 START = "<!-- side by side: tools/bench/side_by_side.py -->\n"
 END = "<!-- end of side by side -->\n"
-RELEASES = ("0.23.0.post1", "0.30.0rc2")
 CHECKPOINTS = (
     *("dense-w8a8", "moe-w8a8", "qwen3-moe/w8a8-channel-dynamic+w4a16-g32"),
     *("dense-w4a16", "moe-w4a16"),
@@ -196,16 +196,11 @@ def rows(names: Sequence[str], releases: Sequence[str]) -> Iterator[Row]:
                 assert own["config"].startswith("vllm_ascend.")
                 yield Row(name, release, "vllm-ascend", own)
                 continue
-            base = run(_base(name), release, OWN)
+            model = suite.contents(name).partition("/")[0]
+            suite.prepare([model])
+            base = run(suite.checkpoint(model), release, OWN)
             assert base is not None and not base["config"]
             yield Row(name, release, "16-bit model", base)
-
-
-def _base(name: str) -> Path:
-    from tools.checkpoints.make_checkpoint import DEFAULT_BASE
-
-    model = suite.contents(name).partition("/")[0]
-    return DEFAULT_BASE if model == "dense" else build.ROOT / "base" / model
 
 
 def line(row: Row) -> str:
@@ -240,17 +235,17 @@ def differences(ours: Row, other: Row) -> str:
 
 def with_table(page: str, lines: Sequence[str]) -> str:
     """Replace the table in the page's text."""
-    before, _, rest = page.partition(START)
     table = f"Measured on {date.today()}:\n\n{HEADER}{''.join(lines)}"
-    return before + START + table + END + rest.partition(END)[2]
+    return section.replace(page, START, END, table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    known = suite.end_to_end()
     parser.add_argument("checkpoints", nargs="*", default=CHECKPOINTS)
-    parser.add_argument("--release", choices=RELEASES, help="both by default")
+    parser.add_argument("--release", choices=known, help="all by default")
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -258,7 +253,7 @@ def main() -> None:
         measured = measure(*arguments.checkpoints)
         arguments.measure.write_text(json.dumps(measured))
         return
-    releases = [arguments.release] if arguments.release else RELEASES
+    releases = [arguments.release] if arguments.release else known
     lines: list[str] = []
     previous = None
     print(HEADER, end="")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tools.docs import section
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import Remedy
 
@@ -49,10 +50,9 @@ def remedies_in(page: str) -> list[str]:
 def with_texts(page: str) -> str:
     """Put the texts of now into the page's text."""
     page = HEADING.sub(lambda found: f"#### {found[1]}\n\n{_quoted(found[1])}", page)
-    before, _, rest = page.partition(START)
     rows = "".join(f"| {t.what} | {t.remedy} | `{t.file}` |\n" for t in texts())
     header = "| error | remedy | raised in |\n| --- | --- | --- |\n"
-    return before + START + header + rows + END + rest.partition(END)[2]
+    return section.replace(page, START, END, header + rows)
 
 
 def _quoted(name: str) -> str:

@@ -7,6 +7,7 @@ python -m tools.docs.release_table
 
 from pathlib import Path
 
+from tools.docs import section
 from vllm_ascend_ct.releases import TABLE, Release
 
 PAGE = Path(__file__).parents[2] / "docs" / "releases.md"
@@ -33,9 +34,8 @@ def _line(release: Release) -> str:
 
 def with_table(page: str) -> str:
     """Replace the table in the page's text."""
-    before, _, rest = page.partition(START)
     table = HEADER + "".join(map(_line, TABLE))
-    return before + START + table + END + rest.partition(END)[2]
+    return section.replace(page, START, END, table)
 
 
 if __name__ == "__main__":

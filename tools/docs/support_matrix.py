@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.docs import section
+
 if TYPE_CHECKING:
     from tests.evidence import Case, Evidence
 
@@ -292,8 +294,7 @@ def tables() -> str:
 
 def with_table(page: str, made: str) -> str:
     """Replace the tables in the page's text."""
-    before, _, rest = page.partition(START)
-    return before + START + made + END + rest.partition(END)[2]
+    return section.replace(page, START, END, made)
 
 
 def main() -> None:
