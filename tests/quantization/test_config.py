@@ -34,6 +34,7 @@ from vllm_ascend_ct.errors import (
 from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
     AscendWNA16LinearKernel,
 )
+from vllm_ascend_ct.ops.emulated.graph_pass import InlineDynamicQuant
 from vllm_ascend_ct.quantization.compressed_tensors import (
     compressed_tensors,
     linear_method,
@@ -575,6 +576,8 @@ def test_graphs_of_one_chip_and_layout_are_not_taken_for_another(
         )
         made = arguments.create_engine_config()
         assert type(made.quant_config) is AscendCTConfig
+        passes = made.compilation_config.inductor_compile_config
+        assert type(passes["post_grad_custom_pre_pass"]) is InlineDynamicQuant
         return str(pickle.loads(pickle.dumps(made)).compute_hash())
 
     assert hash_on("A2") == hash_on("A2") != hash_on("A5")
