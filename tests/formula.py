@@ -26,6 +26,8 @@ class FormulaLinear:
     input_zero_point: torch.Tensor | None
     bias: torch.Tensor | None
     output_scale: torch.Tensor | None = None
+    # If given, x is multiplied by the reciprocal of a static scale, in this dtype.
+    reciprocal_dtype: torch.dtype | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.double()
@@ -86,6 +88,10 @@ class FormulaLinear:
             if not self.input_args.symmetric:
                 assert self.input_zero_point is not None
                 zero_point = self.input_zero_point.double()
+            if self.reciprocal_dtype is not None:
+                reciprocal = self.input_scale.float().reciprocal()
+                factor = reciprocal.to(self.reciprocal_dtype).double()
+                return x * factor + zero_point, scale, zero_point
         return x / scale + zero_point, scale, zero_point
 
 

@@ -105,7 +105,7 @@ def test_table(checkpoint: Callable[..., Path]) -> None:
     result = inspect(checkpoint({"Linear": "w8a8-channel-static"}), "--soc", "A5")
     assert result.returncode == 0 and result.stderr == ""
     assert "AscendInt8ScaledMMLinearKernel" in result.stdout
-    assert "npu_quantize (static, divided) *" in result.stdout
+    assert "npu_quantize (static, reciprocal) *" in result.stdout
     assert "* unproven on A5" in result.stdout
 
 

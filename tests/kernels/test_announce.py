@@ -16,8 +16,8 @@ WEIGHT_ONLY = (
     "AscendWNA16LinearKernel calls npu_weight_quant_batchmatmul (w4a16-group, {})."
 )
 STATIC = (
-    "AscendInt8ScaledMMLinearKernel calls npu_quantize (static, divided, unproven on "
-    "A2), npu_quant_matmul (w8a8-static, {})."
+    "AscendInt8ScaledMMLinearKernel calls npu_quantize (static, reciprocal), "
+    "npu_quant_matmul (w8a8-static, {})."
 )
 
 

@@ -72,10 +72,15 @@ def dynamic_asymmetric(dtype: torch.dtype) -> list[Any]:
 
 
 def static(dtype: torch.dtype, asymmetric: bool) -> list[Any]:
-    zero_point = (torch.int32, (1,), (1,)) if asymmetric else None
+    reciprocal = (dtype, (K,), (1,))
+    zero_point = reciprocal if asymmetric else None
     scale = vector(FP32 if dtype == BF16 else torch.int64)
     return [
-        ("npu_quantize", [X[dtype], ONE, zero_point, torch.qint8, -1, True], {}),
+        (
+            "npu_quantize",
+            [X[dtype], reciprocal, zero_point, torch.qint8, -1, False],
+            {},
+        ),
         (
             "npu_quant_matmul",
             [Q, INT8, scale],

@@ -4,7 +4,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from tools.checkpoints.make_checkpoint import (
     prepare,
     set_range,
 )
+from vllm_ascend_ct.ops import layouts
+from vllm_ascend_ct.ops.precedents import RECIPROCAL
 
 HEAD_SIZE = 64
 # Narrower than the outputs, so that some saturate.
@@ -188,6 +190,8 @@ def load(
     formulas = [
         formula_linear(module, schemes[name]) for name, module in modules.items()
     ]
+    if layouts.chosen("w8a8-static") == RECIPROCAL and "o8" not in scheme:
+        formulas = [replace(formula, reciprocal_dtype=dtype) for formula in formulas]
     return layer, formulas
 
 

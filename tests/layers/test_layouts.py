@@ -2,14 +2,24 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The layouts of `VLLM_ASCEND_CT_LAYOUT`, compared with float64."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
+    Int8ScaledMMLinearLayerConfig,
+)
 
-from tests.formula import FormulaLinear, relative_error
+from tests.formula import relative_error
 from tests.layers.quantized_layers import activations, load, row_case, tolerance
 from tests.layers.test_linear import QUANTIZED_IN_FLOAT16
 from tools.bench.launches import Launches
 from vllm_ascend_ct.errors import PlatformError
+from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
+    AscendInt8ScaledMMLinearKernel,
+)
+from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops import layouts
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -18,16 +28,15 @@ ROWS = 40
 CASE = row_case(512, 96)
 BF16, FP16 = torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+NAMES = ("weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj")
 WEIGHT_ONLY = "npu.npu_weight_quant_batchmatmul"
 
 
 def error_of(
-    scheme: str, dtype: torch.dtype, formula_class: type[FormulaLinear] | None = None
+    scheme: str, dtype: torch.dtype
 ) -> tuple[float, list[str], torch.nn.Module]:
     """A layer's error compared with float64, its launches, and the layer."""
     layer, (formula,) = load(CASE, scheme, dtype, bias=True)
-    if formula_class is not None:
-        formula = formula_class(**vars(formula))
     x = formula.without_ties(activations(ROWS, CASE.k, dtype))
     with Launches() as launches:
         y, _ = layer(x)
@@ -66,37 +75,28 @@ def test_inputs_that_are_no_whole_groups_keep_one_scale(
     assert layer.weight_scale.shape == (96,)
 
 
-class Reciprocal(FormulaLinear):
-    """Formula that quantizes with the reciprocal rounded to the model's dtype."""
-
-    dtype = BF16
-
-    def _quantize(
-        self, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        _, scale, zero_point = super()._quantize(x)
-        reciprocal = (1 / scale.float()).to(self.dtype).double()
-        return x * reciprocal + zero_point, scale, zero_point
-
-
-class ReciprocalFloat16(Reciprocal):
-    dtype = FP16
-
-
-@pytest.mark.parametrize("formula", [Reciprocal, ReciprocalFloat16])
+@DTYPES
 @pytest.mark.parametrize("scheme", ["w8a8-channel-static", "w8a8-tensor-static-asym"])
-def test_static_by_reciprocals(
-    scheme: str, formula: type[Reciprocal], monkeypatch: pytest.MonkeyPatch
+def test_static_by_division(
+    scheme: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matches its own formula exactly; on the config's grid, some integers differ."""
-    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
-    dtype = formula.dtype
-    error, launches, layer = error_of(scheme, dtype, formula)
-    assert layer.input_scale.shape == (512,) and layer.input_scale.dtype == dtype
+    """On the config's grid exactly, where reciprocals move some integers."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=divided")
+    error, launches, layer = error_of(scheme, dtype)
+    assert layer.input_scale.shape == (1,)
+    assert layer.input_scale.dtype == torch.float32
     assert launches == ["npu.npu_quantize", "npu.npu_quant_matmul"]
     assert error < tolerance(scheme, dtype)
-    error, *_ = error_of(scheme, dtype)
-    assert error < 1e-2
+
+
+@DTYPES
+@pytest.mark.parametrize("scheme", ["w8a8-channel-static", "w8a8-tensor-static-asym"])
+def test_reciprocals_are_near_the_grid(scheme: str, dtype: torch.dtype) -> None:
+    layer, (formula,) = load(CASE, scheme, dtype, bias=True)
+    assert layer.input_scale.shape == (512,) and layer.input_scale.dtype == dtype
+    exact = replace(formula, reciprocal_dtype=None)
+    x = activations(ROWS, CASE.k, dtype)
+    assert relative_error(layer(x)[0], exact(x)) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -146,5 +146,33 @@ def test_unknown_names_are_refused(
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", value)
     with pytest.raises(PlatformError, match=reason) as refusal:
         layouts.requested()
-    assert "w8a8-static=divided|reciprocal" in str(refusal.value)
+    assert "w8a8-static=reciprocal|divided" in str(refusal.value)
     assert str(refusal.value).endswith("Correct or unset VLLM_ASCEND_CT_LAYOUT.")
+
+
+@DTYPES
+def test_scales_without_a_reciprocal(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error's remedy serves them."""
+    tiny = torch.finfo(dtype).tiny / 8
+
+    def static(scale: float) -> torch.nn.Module:
+        config = Int8ScaledMMLinearLayerConfig(True, True, True)
+        kernel = AscendInt8ScaledMMLinearKernel(config, NAMES)
+        layer: Any = torch.nn.Module()
+        layer.params_dtype, layer.prefix = dtype, "model.layers.3.mlp.up_proj"
+        tensors = (torch.ones(8, 32, dtype=torch.int8), torch.ones(8, 1))
+        for name, tensor in zip(NAMES, (*tensors, torch.tensor([scale]), None, None)):
+            set_parameter(layer, name, tensor)
+        kernel.process_weights_after_loading(layer)
+        return layer
+
+    with pytest.raises(PlatformError) as refusal:
+        static(tiny)
+    assert "model.layers.3.mlp.up_proj, input_scale=" in str(refusal.value)
+    remedy = "VLLM_ASCEND_CT_LAYOUT=w8a8-static=divided"
+    assert str(refusal.value).endswith(f"Set {remedy}.")
+    variable, _, value = remedy.partition("=")
+    monkeypatch.setenv(variable, value)
+    assert static(tiny).input_scale.shape == (1,)

@@ -70,7 +70,7 @@ def test_one_that_raises_does_not_hide_the_others(
     code, report = run(tmp_path / "report.json")
     faults = {(r["kind"], r["layout"]): r["fault"] for r in report["results"]}
     assert code == 1
-    assert faults["w8a8-static", "divided"] == "RuntimeError: not supported"
+    assert faults["w8a8-static", "reciprocal"] == "RuntimeError: not supported"
     assert faults["w4a16-group", "contiguous"] is None
 
 

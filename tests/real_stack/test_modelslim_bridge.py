@@ -239,7 +239,7 @@ def test_w8a8_static(
     )
     assert torch.equal(ours, theirs)
 
-    # Divided by the scale, as is the default here, nothing of x is lost before.
+    # Divided by the scale, nothing of x is lost before.
     divided = static_quant_matmul(
         x,
         weight,

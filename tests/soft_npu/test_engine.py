@@ -148,11 +148,8 @@ def operators(result: Result) -> Counter[str]:
     return calls
 
 
-def test_norms_quantize(
-    serve: Callable[..., list[Result]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_norms_quantize(serve: Callable[..., list[Result]]) -> None:
     """With vllm-ascend's passes: all of four norms except the last, before the head."""
-    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
     run: Run = {"checkpoint": "dense/w8a8-channel-static"}
     (result,) = serve([run])
     engines.check_served(run, result)

@@ -159,9 +159,7 @@ def before_and_after(block: Block, passes: Any) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_static(symmetric: bool, passes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With reciprocals, as in the pattern."""
-    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=reciprocal")
+def test_static(symmetric: bool, passes: Any) -> None:
     block = Block("AscendRMSNorm", static=True, symmetric=symmetric)
     before, after = before_and_after(block, passes)
     assert before == [NORM, "vllm.quantize", PRODUCT]
@@ -186,12 +184,15 @@ def test_dynamic_behind_torch_npus_norm(
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_what_no_pattern_has(static: bool, passes: Any) -> None:
+def test_what_no_pattern_has(
+    static: bool, passes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dynamic after vllm-ascend's norm without a bias, and static by division.
 
     Its `AddRMSNormDynamicQuantPattern` has torch_npu's norm, `...WithBias` a tensor as
     bias, and `AddRMSNormQuantPattern` reciprocals.
     """
+    monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", "w8a8-static=divided")
     block = Block("AscendRMSNorm", static, symmetric=True)
     before, after = before_and_after(block, passes)
     quantize = "npu.npu_quantize" if static else "npu.npu_dynamic_quant"

@@ -140,3 +140,16 @@ def test_rows() -> None:
             assert precedent(row.form, chip) is row
     elsewhere = Form("npu_moe_finalize_routing", "routing", "rows")
     assert precedent(elsewhere, Soc.ASCEND_310P) is None
+
+
+def test_defaults_come_first() -> None:
+    """As `precedents.unproven`, which takes the first row of a kind, assumes."""
+    choices = {
+        ("npu_weight_quant_batchmatmul", "w4a16-group"): CHOICES["w4a16-group"],
+        ("npu_quantize", "static"): CHOICES["w8a8-static"],
+    }
+    for chip in Soc:
+        for kind, choice in choices.items():
+            rows = (row for row in PRECEDENTS if row.form[:2] == kind)
+            layouts = [row.form.layout for row in rows if chip in row.chips]
+            assert not layouts or tuple(layouts) == choice.names

@@ -38,7 +38,7 @@ CHOICES = {
     "w4a16-group": Choice((CONTIGUOUS, TRANSPOSED), (Soc.A2, Soc.A3, Soc.A5)),
     "w4a8-channel": Choice((SINGLE, REPEATED), (Soc.A2, Soc.A3)),
     "w8a8-dynamic": Choice((SPLIT, DEQUANT), (Soc.ASCEND_310P,)),
-    "w8a8-static": Choice((DIVIDED, RECIPROCAL), tuple(Soc)),
+    "w8a8-static": Choice((RECIPROCAL, DIVIDED), tuple(Soc)),
 }
 
 

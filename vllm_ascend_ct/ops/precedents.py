@@ -172,14 +172,6 @@ PRECEDENTS: tuple[Precedent, ...] = (
     _row(
         QUANTIZE,
         "static",
-        DIVIDED,
-        tuple(Soc),
-        None,
-        f"with reciprocals in the model's dtype: {_METHODS}w8a8_static.py",
-    ),
-    _row(
-        QUANTIZE,
-        "static",
         RECIPROCAL,
         _A2_A3,
         f"{_METHODS}w8a8_static.py; sgl-project/sglang",
@@ -193,6 +185,14 @@ PRECEDENTS: tuple[Precedent, ...] = (
         _310P,
         f"{_METHODS_310P}w8a8_static.py",
         "serving",
+    ),
+    _row(
+        QUANTIZE,
+        "static",
+        DIVIDED,
+        tuple(Soc),
+        None,
+        f"with reciprocals in the model's dtype: {_METHODS}w8a8_static.py",
     ),
     _row(
         QUANT_MATMUL,

@@ -161,8 +161,9 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
                 f"The reciprocal of the activations' scale overflows {dtype}",
                 where=f"layer {getattr(layer, 'prefix', '')}, "
                 f"{x_scale_name}={x_scale.item():.3g}",
-                supported=f"{envs.LAYOUT}=w8a8-static={DIVIDED}, the default",
-                remedy=f"Unset {envs.LAYOUT}",
+                supported=f"scales of at least {1 / torch.finfo(dtype).max:.1e}, or "
+                f"{envs.LAYOUT}=w8a8-static={DIVIDED}",
+                remedy=f"Set {envs.LAYOUT}=w8a8-static={DIVIDED}",
             )
         set_parameter(layer, x_scale_name, reciprocal.repeat(k))
         zero_point = None
