@@ -13,13 +13,14 @@ from pytest_mock import MockerFixture
 from vllm_ascend_ct import compare_layouts
 from vllm_ascend_ct.cli.main import main
 from vllm_ascend_ct.compare_layouts import Result
+from vllm_ascend_ct.compare_layouts.layer import Layer
+from vllm_ascend_ct.ops.layouts import CHOICES
+from vllm_ascend_ct.ops.precedents import PRECEDENTS
+from vllm_ascend_ct.ops.soc import Soc
 from vllm_ascend_ct.weights import int4
 
-CHOSEN = {
-    "A2": ["w4a16-group", "w4a8-channel", "w8a8-dynamic", "w8a8-static"],
-    "A5": ["w4a16-group", "w8a8-dynamic", "w8a8-static"],
-    "310P": ["w8a8-dynamic", "w8a8-static"],
-}
+# Calls of a layer besides those that multiply and quantize.
+UNANNOUNCED = ("routing", "activation", "loading")
 
 
 def run(out: Path) -> tuple[int, Any]:
@@ -27,17 +28,30 @@ def run(out: Path) -> tuple[int, Any]:
     return main(["check-npu", *arguments]), json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("soc", CHOSEN)
-def test_each_layout_is_right(
-    soc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("soc", [Soc.A2, Soc.A5, Soc.ASCEND_310P], ids=str)
+def test_each_call_of_the_chip_is_made_and_right(
+    soc: Soc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
 ) -> None:
-    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
-    code, report = run(tmp_path / "report.json")
-    assert code == 0 and report["soc"] == soc
-    results = report["results"]
-    assert list(dict.fromkeys(found["kind"] for found in results)) == CHOSEN[soc]
-    assert all(found["fault"] is None and found["error"] > 0 for found in results)
-    assert all(found["ratios"].keys() == {"1", "16"} for found in results)
+    """Both with and without FRACTAL_NZ in vllm-ascend's settings."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc.value)
+    made = {}
+    for prefers_nz in (False, True):
+        mocker.patch("vllm_ascend_ct.ascend_base.prefers_nz", return_value=prefers_nz)
+        code, report = run(tmp_path / "report.json")
+        assert code == 0 and report["soc"] == soc.value
+        for found in report["results"]:
+            assert found["fault"] is None and found["error"] > 0
+            assert found["ratios"].keys() == {"1", "16"}
+            made |= found["calls"]
+        kinds = {(found["kind"], found["layout"]) for found in report["results"]}
+        for kind, choice in CHOICES.items():
+            if soc in choice.chips:
+                assert {(kind, name) for name in choice.names} <= kinds
+    assert made == {
+        compare_layouts.call(row.form): row.source
+        for row in PRECEDENTS
+        if soc in row.chips and row.form.kind not in UNANNOUNCED
+    }
 
 
 def test_a_wrong_one_is_found(
@@ -81,9 +95,8 @@ def test_nan_is_wrong() -> None:
     def product(x: torch.Tensor) -> torch.Tensor:
         return x * torch.nan if len(x) > 1 else x
 
-    found = compare_layouts.measured(
-        product, torch.Tensor.double, rows, dict.fromkeys(rows, 1.0), "cpu"
-    )
+    layer = Layer(product, torch.Tensor.double, ())
+    found = compare_layouts.measured(layer, rows, dict.fromkeys(rows, 1.0), "cpu")
     assert found["fault"] == "wrong" and found["error"] is None
 
 

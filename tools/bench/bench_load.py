@@ -187,12 +187,14 @@ def int8(k: int, n: int, static: bool, asymmetric: bool) -> Result:
     kernel = AscendInt8ScaledMMLinearKernel(config, names)
 
     def make() -> torch.nn.Module:
-        return parameters(
+        layer: Any = parameters(
             weight=torch.randint(-128, 128, (n, k), dtype=torch.int8),
             scale=torch.rand(n, 1),
             input_scale=torch.rand(1),
             input_zero_point=torch.ones(1, dtype=torch.int8),
         )
+        layer.params_dtype = torch.bfloat16
+        return layer
 
     kind = "static" if static else "dynamic"
     route = f"w8a8-channel-{kind}{'-asym' if asymmetric else ''}"

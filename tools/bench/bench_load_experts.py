@@ -15,19 +15,14 @@ and int4 by way of one int32 per value.
 import argparse
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import (
-    FusedMoEConfig,
-    FusedMoEParallelConfig,
-    FusedMoEQuantConfig,
-    MoEActivation,
-    RoutingMethodType,
-)
+from vllm.model_executor.layers.fused_moe import FusedMoEQuantConfig, MoEActivation
 
 from tools.bench.bench_load import Result, measure, packed_weight, parameters
+from vllm_ascend_ct.compare_layouts.experts import moe_config
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_moe import AscendWNA8Experts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import AscendWNA16Experts
@@ -83,29 +78,6 @@ SCHEMES = (
 )
 
 
-def config(sizes: Sizes) -> FusedMoEConfig:
-    """Make upstream's config of a layer on one rank."""
-    names = {field.name for field in fields(FusedMoEConfig)}
-    # vLLM before 0.27 takes the intermediate size of the rank.
-    width = "intermediate_size"
-    if width not in names:
-        width = "intermediate_size_per_partition"
-    sizes_of_rank: dict[str, Any] = {width: sizes.intermediate}
-    return FusedMoEConfig(
-        **sizes_of_rank,
-        num_experts=sizes.experts,
-        experts_per_token=TOP_K,
-        hidden_dim=sizes.hidden,
-        num_local_experts=sizes.experts,
-        num_logical_experts=sizes.experts,
-        activation=MoEActivation.SILU,
-        device="cpu",
-        routing_method=RoutingMethodType.Renormalize,
-        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=DTYPE,
-    )
-
-
 def loaded(sizes: Sizes, scheme: Scheme) -> AscendExperts:
     """Make the experts of a layer as it is after loading."""
     tensors = {}
@@ -123,7 +95,8 @@ def loaded(sizes: Sizes, scheme: Scheme) -> AscendExperts:
             words = packed_weight(scheme.bits, n, sizes.experts * groups)
             zero_point = words.unflatten(0, (sizes.experts, groups)).transpose(1, 2)
             tensors[f"{name}_weight_zero_point"] = zero_point.contiguous()
-    return scheme.experts_cls(parameters(**tensors), config(sizes))
+    moe = moe_config(sizes.experts, TOP_K, sizes.hidden, sizes.intermediate, DTYPE)
+    return scheme.experts_cls(parameters(**tensors), moe)
 
 
 def expert_by_expert(experts: AscendExperts) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""`vllm-ascend-ct check-npu`: which layouts of weights are right and fast on a chip."""
+"""`vllm-ascend-ct check-npu`: which layers are right and fast on a chip."""
 
 import argparse
 from pathlib import Path
@@ -13,10 +13,10 @@ _SIZE_STEP = 256
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "check-npu",
-        help="compare the layouts of weights on this chip",
-        description="Compare the layouts of linear layers' weights on this chip: each "
-        "beside float64, and timed beside a 16-bit product. Exit status: 0 all are "
-        "right, 1 one is wrong.",
+        help="compare quantized layers of each kind on this chip",
+        description="Compare quantized layers of each kind and layout on this chip: "
+        "each beside float64, and timed beside a 16-bit product. Exit status: 0 all "
+        "are right, 1 one is wrong.",
     )
     parser.add_argument("--k", type=_size, default=4096, help="inputs of the layer")
     parser.add_argument("--n", type=_size, default=4096, help="outputs of the layer")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Compare the named layouts of linear layers on this chip for accuracy and speed.
+"""Compare the layers of each kind on this chip for accuracy and speed.
 
     vllm-ascend-ct check-npu [--k 4096] [--n 4096] [--out FILE]
 
-Repacks random weights as the kernels do when they load a checkpoint, into each layout
-that `ops/layouts.py` names for the chip. Multiplies by them, and compares the results
-with float64 and the times with a 16-bit matmul. Times are measured in a captured graph,
+Makes a linear layer of each kind that the chip serves, in each layout that
+`ops/layouts.py` names, and a layer of each kind of routed experts. Repacks random
+weights as the kernels do when they load a checkpoint. Compares the results with float64
+and the times with a 16-bit product, and says which operator calls have a precedent on
+such a chip (`ops/precedents.py`). Times are measured in a captured graph,
 as engines run; the weight may stay in the chip's cache. Needs the same installation as
 serving, but no checkpoint and no clone of the repository. Without an NPU the operators
 are emulated, and the times say nothing about an NPU.
@@ -18,10 +20,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,24 +30,27 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct import envs
+from vllm_ascend_ct.compare_layouts import experts
+from vllm_ascend_ct.compare_layouts.layer import Layer, NotServed, Product, Sizes
+from vllm_ascend_ct.compare_layouts.linear import LINEAR
 from vllm_ascend_ct.errors import PlatformError
 from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.dtypes import FRACTAL_NZ
+from vllm_ascend_ct.ops.precedents import Form, precedent
 from vllm_ascend_ct.ops.soc import Soc, current_soc
 
-GROUP = 128
 CALLS, ROUNDS = 20, 5
+# Experts' intermediate size is a multiple of it: two of the largest groups.
+GROUPS = 512
 # Largest relative error (norm of the difference / norm of the float64 result) of a
 # correct layout. Covers a few roundings to bfloat16, and quantized activations that the
 # chip rounds to the other neighbour. A misread weight is off by far more.
 TOLERANCE = 2.0**-7
+# Experts round twice as often.
+EXPERTS_TOLERANCE = 2 * TOLERANCE
 # A layout is recommended if its time and its error are at most these multiples of the
 # default layout's.
 MAX_TIME, MAX_ERROR = 0.95, 1.5
-# Its reciprocal rounds to bfloat16 with an error of 0.1 %, like a typical random scale.
-INPUT_SCALE = 1 / 27.03
-
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,16 @@ class Result:
     """Measurements of one layout.
 
     Attributes:
-        kind: Kind of linear layer, as in `VLLM_ASCEND_CT_LAYOUT`.
-        layout: Name of the layout; the first one of a kind is the default.
+        kind: Kind of layer, as in `VLLM_ASCEND_CT_LAYOUT` if there is a choice.
+        layout: Name of the layout; the first one of a kind is the default. Empty if
+            there is no choice.
         fault: The error it raised, or "wrong"; None if its results are correct.
         error: Norm of the difference from float64, divided by the norm of the float64
             result; None if the layout raised an error or a result is not finite.
         microseconds: Time of one call, by number of tokens.
-        ratios: Time divided by that of a 16-bit matmul, by number of tokens.
+        ratios: Time divided by that of a 16-bit product, by number of tokens.
+        calls: The operator calls that multiply and quantize, each with the code that
+            is known to make it on such a chip; None if the call is unproven.
 
     """
 
@@ -70,14 +77,16 @@ class Result:
     error: float | None = None
     microseconds: dict[int, float] = field(default_factory=dict)
     ratios: dict[int, float] = field(default_factory=dict)
+    calls: dict[str, str | None] = field(default_factory=dict)
 
 
 def run(k: int, n: int, tokens: Sequence[int], out: Path) -> int:
     """Measure all layouts, print the results and write a report.
 
     Args:
-        k: Input features of the layers.
-        n: Output features of the layers.
+        k: Input features of linear layers, hidden size of experts.
+        n: Output features of linear layers. The intermediate size of experts is a
+            quarter of it, in whole groups.
         tokens: Numbers of tokens to multiply at once.
         out: The file to write.
 
@@ -86,7 +95,13 @@ def run(k: int, n: int, tokens: Sequence[int], out: Path) -> int:
 
     """
     device = start()
-    results = compare(k, n, tokens, device)
+    # Upstream's constructors of kernels read a config.
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        results = compare(k, n, tokens, device)
+    if not results:
+        raise RuntimeError("no layer was compared")
     print(table(results))
     print(advice(results, device))
     report = {**machine(device), "k": k, "n": n}
@@ -177,31 +192,38 @@ def compare(k: int, n: int, tokens: Sequence[int], device: str) -> list[Result]:
     dtype = torch.float16 if is_310p else torch.bfloat16
     torch.manual_seed(0)
     rows = {m: torch.randn(m, k).to(dtype) for m in tokens}
+    linear = Sizes(k, n, dtype, device)
     dense = torch.randn(n, k).to(dtype).to(device)
-    linear = partial(torch.nn.functional.linear, weight=dense)
-    reference = {m: timed(linear, x.to(device), device) for m, x in rows.items()}
+    width = max(n // 4 // GROUPS, 1) * GROUPS
+    routed = Sizes(k, width, dtype, device)
     results = []
-    for kind, make in _LAYERS.items():
-        for name, setting in settings(kind).items():
-            torch.manual_seed(1)
-            try:
-                with requested(setting):
-                    product, formula = make(k, n, dtype, device)
-                result = measured(product, formula, rows, reference, device)
-            except Exception as error:
-                # The chip may reject an unproven layout; go on with the others.
-                result = {"fault": f"{type(error).__name__}: {error}"}
-            results.append(Result(kind, name, **result))
+    for sizes, makers, product, tolerance in (
+        (linear, LINEAR, lambda x: torch.nn.functional.linear(x, dense), TOLERANCE),
+        (routed, experts.ROUTED, experts.reference(routed), EXPERTS_TOLERANCE),
+    ):
+        times = {m: timed(product, x.to(device), device) for m, x in rows.items()}
+        for kind, make in makers.items():
+            for name, setting in settings(kind).items():
+                torch.manual_seed(1)
+                try:
+                    with requested(setting):
+                        layer = make(sizes)
+                    found = measured(layer, rows, times, device, tolerance)
+                except NotServed:
+                    continue
+                except Exception as error:
+                    # The chip may reject an unproven call; go on with the others.
+                    found = {"fault": f"{type(error).__name__}: {error}"}
+                results.append(Result(kind, name, **found))
     return results
 
 
 def settings(kind: str) -> dict[str, str]:
     """Layouts of a kind on the current chip, and the setting that requests each."""
-    choice = layouts.CHOICES[kind]
-    if current_soc() in choice.chips:
-        return {name: f"{kind}={name}" for name in choice.names}
-    # Every chip multiplies int8 by int8; only the chips listed in `CHOICES` take int4.
-    return {choice.names[0]: ""} if kind.startswith("w8a8") else {}
+    choice = layouts.CHOICES.get(kind)
+    if choice is None or current_soc() not in choice.chips:
+        return {"": ""}
+    return {name: f"{kind}={name}" for name in choice.names}
 
 
 @contextmanager
@@ -219,20 +241,20 @@ def requested(setting: str) -> Iterator[None]:
 
 
 def measured(
-    product: Product,
-    formula: Product,
+    layer: Layer,
     rows: dict[int, torch.Tensor],
     reference: dict[int, float],
     device: str,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
-    """Compare a product with its formula, and time it.
+    """Compare a layer with its formula, and time it.
 
     Args:
-        product: Multiplies `[tokens, K]` on the device.
-        formula: Computes the same on the host in float64.
+        layer: The layer.
         rows: Inputs `[tokens, K]` on the host, by number of tokens.
-        reference: Seconds of the 16-bit matmul, by number of tokens.
+        reference: Seconds of the 16-bit product, by number of tokens.
         device: The device to compute on.
+        tolerance: Largest relative error of a correct result.
 
     Returns:
         Fields of a `Result`.
@@ -240,18 +262,28 @@ def measured(
     """
     errors, times = [], {}
     for m, x in rows.items():
-        on_device, expected = x.to(device), formula(x)
-        difference = product(on_device).cpu().double() - expected
+        on_device, expected = x.to(device), layer.formula(x)
+        difference = layer.product(on_device).cpu().double() - expected
         errors.append(float(difference.norm() / expected.norm()))
-        times[m] = timed(product, on_device, device)
+        times[m] = timed(layer.product, on_device, device)
     # NaN compares false.
-    is_right = all(error <= TOLERANCE for error in errors)
+    is_right = all(error <= tolerance for error in errors)
     return {
         "fault": None if is_right else "wrong",
         "error": max(errors) if all(map(math.isfinite, errors)) else None,
         "microseconds": {m: round(x * 1e6, 1) for m, x in times.items()},
         "ratios": {m: round(x / reference[m], 3) for m, x in times.items()},
+        "calls": {call(form): _source(form) for form in layer.forms},
     }
+
+
+def call(form: Form) -> str:
+    return f"{form.operator} ({form.kind}, {form.layout})"
+
+
+def _source(form: Form) -> str | None:
+    row = precedent(form)
+    return None if row is None else row.source
 
 
 def timed(product: Product, x: torch.Tensor, device: str) -> float:
@@ -291,18 +323,18 @@ def timed(product: Product, x: torch.Tensor, device: str) -> float:
 def table(results: Sequence[Result]) -> str:
     """Format the results as a Markdown table; times are in microseconds."""
     tokens = next((list(r.microseconds) for r in results if r.microseconds), [])
-    lines = [
-        f"| kind | layout | error | {' | '.join(f'{m} rows' for m in tokens)} |",
-        f"|{'---|' * (len(tokens) + 3)}",
-    ]
+    columns = ["kind", "layout", "error", *(f"{m} rows" for m in tokens), "calls"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for result in results:
         error = "" if result.error is None else f"{result.error:.1e} "
         cells = [result.kind, result.layout, f"{error}{result.fault or ''}".strip()]
         for m in tokens:
             time_of = result.microseconds.get(m, "")
             cells.append(f"{time_of} ({result.ratios[m]})" if time_of else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("In parentheses: time divided by that of a 16-bit matmul.")
+        marked = (f"{name}{'' if s else ' *'}" for name, s in result.calls.items())
+        lines.append(f"| {' | '.join((*cells, ', '.join(marked)))} |")
+    lines.append("In parentheses: time divided by that of a 16-bit product.")
+    lines.append("* Unproven: no public code is known to make this call on this chip.")
     return "\n".join(lines)
 
 
@@ -348,140 +380,3 @@ def _is_better(other: Result, default: Result) -> bool:
 def _time(result: Result) -> float:
     """Geometric mean of the time ratios over the numbers of tokens."""
     return statistics.geometric_mean(result.ratios.values())
-
-
-def _packed_int4(k: int, n: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random int4 weights as a checkpoint packs them, and their values `[K, N]`."""
-    values = torch.randint(0, 16, (n, k // 8, 8))
-    packed = (values << torch.arange(0, 32, 4)).sum(2).to(torch.int32)
-    return packed.to(device), values.view(n, k).t().double() - 8
-
-
-def _mixed_precision(
-    kernel_class: Any,
-    group_size: int,
-    k: int,
-    n: int,
-    dtype: torch.dtype,
-    device: str,
-) -> tuple[Product, torch.Tensor]:
-    """A matmul by a packed int4 weight, and that weight in float64 `[K, N]`."""
-    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
-        MPLinearLayerConfig,
-    )
-
-    from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import packed_type
-    from vllm_ascend_ct.kernels.parameters import set_parameter
-
-    # A field of vLLM before 0.30.
-    others: Any = {"has_g_idx": False}
-    names = {field.name for field in fields(MPLinearLayerConfig)}
-    config = MPLinearLayerConfig(
-        full_weight_shape=(k, n),
-        partition_weight_shape=(k, n),
-        weight_type=packed_type(4, True),
-        act_type=dtype,
-        group_size=group_size,
-        zero_points=False,
-        **{name: value for name, value in others.items() if name in names},
-    )
-    groups = 1 if group_size == -1 else k // group_size
-    scale = (torch.rand(n, groups) / 100 + 0.01).to(dtype)
-    packed, values = _packed_int4(k, n, device)
-    layer: Any = torch.nn.Module()
-    set_parameter(layer, "weight_packed", packed)
-    set_parameter(layer, "weight_scale", scale.to(device))
-    serves, reason = kernel_class.can_implement(config)
-    if not serves:
-        raise ValueError(reason)
-    kernel = kernel_class(config, "weight_packed", "weight_scale")
-    kernel.process_weights_after_loading(layer)
-    weight = values * scale.t().double().repeat_interleave(k // groups, 0)
-    return lambda x: kernel.apply_weights(layer, x), weight
-
-
-def _w4a16(k: int, n: int, dtype: torch.dtype, device: str) -> tuple[Product, Product]:
-    from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
-        AscendWNA16LinearKernel,
-    )
-
-    product, weight = _mixed_precision(
-        AscendWNA16LinearKernel, GROUP, k, n, dtype, device
-    )
-    return product, lambda x: x.double() @ weight
-
-
-def _w4a8(k: int, n: int, dtype: torch.dtype, device: str) -> tuple[Product, Product]:
-    from vllm_ascend_ct.kernels.linear.mixed_precision.ascend_wna8 import (
-        AscendWNA8LinearKernel,
-    )
-
-    product, weight = _mixed_precision(AscendWNA8LinearKernel, -1, k, n, dtype, device)
-    return product, lambda x: _dynamic(x) @ weight
-
-
-def _int8(
-    is_static: bool, k: int, n: int, dtype: torch.dtype, device: str
-) -> tuple[Product, Product]:
-    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
-        Int8ScaledMMLinearLayerConfig,
-    )
-
-    from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
-        AscendInt8ScaledMMLinearKernel,
-    )
-    from vllm_ascend_ct.kernels.parameters import set_parameter
-
-    config = Int8ScaledMMLinearLayerConfig(
-        is_channelwise=True, is_static_input_scheme=is_static, input_symmetric=True
-    )
-    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-    scale = torch.rand(n, 1) / 1000 + 0.001
-    input_scale = torch.tensor([INPUT_SCALE])
-    layer: Any = torch.nn.Module()
-    layer.params_dtype = dtype
-    set_parameter(layer, "weight", weight.to(device))
-    set_parameter(layer, "weight_scale", scale.to(device))
-    given = input_scale.to(device) if is_static else None
-    set_parameter(layer, "input_scale", given)
-    for name in ("input_zero_point", "azp_adj"):
-        set_parameter(layer, name, None)
-    names = ("weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj")
-    kernel = AscendInt8ScaledMMLinearKernel(config, names)
-    kernel.process_weights_after_loading(layer)
-    exact = weight.t().double() * scale.t().double()
-
-    def formula(x: torch.Tensor) -> torch.Tensor:
-        if not is_static:
-            return _dynamic(x) @ exact
-        step = input_scale.double()
-        return (x.double() / step).round().clamp(-128, 127) * step @ exact
-
-    return lambda x: kernel.apply_weights(layer, x), formula
-
-
-def _dynamic(x: torch.Tensor) -> torch.Tensor:
-    """Round activations `[M, K]` to their int8 per-token grid, in float64."""
-    values = x.double()
-    step = values.abs().amax(1, keepdim=True) / 127
-    return (values / step).round() * step
-
-
-def _w8a8_dynamic(
-    k: int, n: int, dtype: torch.dtype, device: str
-) -> tuple[Product, Product]:
-    return _int8(False, k, n, dtype, device)
-
-
-def _w8a8_static(
-    k: int, n: int, dtype: torch.dtype, device: str
-) -> tuple[Product, Product]:
-    return _int8(True, k, n, dtype, device)
-
-
-_LAYERS = {
-    "w4a16-group": _w4a16,
-    "w4a8-channel": _w4a8,
-    "w8a8-dynamic": _w8a8_dynamic,
-    "w8a8-static": _w8a8_static,
-}
