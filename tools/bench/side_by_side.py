@@ -8,7 +8,8 @@ Serves each checkpoint on a software NPU, once by this package and once by vllm-
 alone, or the unquantized model where vllm-ascend does not serve it. Counts what does
 not depend on the machine: operators that are launched, synchronizations, copies,
 allocations, and memory while weights are loaded. `--write` puts the table into
-docs/performance.md.
+docs/performance.md. Also prints the time that Python takes for a call of a linear layer
+beside its operators; compare it within one run only.
 """
 
 import argparse
@@ -16,12 +17,16 @@ import json
 import subprocess
 import sys
 import tempfile
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import date
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from tools.docs import section
 from tools.soft_npu import environment, suite
@@ -38,6 +43,12 @@ CHECKPOINTS = (
 REFUSED = "No compressed-tensors compatible"
 OURS, OWN = "ascend_ct", "ascend"
 PROMPT, GENERATED = 16, 8
+# Operators of linear layers.
+STUBBED = (
+    *("npu_dynamic_quant", "npu_quantize", "npu_quant_matmul"),
+    "npu_weight_quant_batchmatmul",
+)
+CALLS, ROUNDS = 2000, 7
 HEADER = (
     "| checkpoint | vllm-ascend | served by | launches: prefill | decode | waits | "
     "copies to host | to device | allocations | load: peak / resident | copied to host "
@@ -111,6 +122,48 @@ def watch_loading(measured: dict[str, Any]) -> None:
             return model
 
 
+def call_microseconds(model: Any) -> float | None:
+    """Time that a linear layer's method takes for one row beside its operators.
+
+    The operators are replaced by functions that return what they returned before.
+
+    Returns:
+        Microseconds of the model's first linear layer; None if it calls none of
+        `STUBBED`.
+
+    """
+    import torch
+    import torch_npu
+    from vllm.model_executor.layers.linear import LinearBase
+
+    layer = next(found for found in model.modules() if isinstance(found, LinearBase))
+    x = torch.zeros(1, layer.input_size, dtype=torch.bfloat16, device="npu")
+
+    def call() -> Any:
+        return layer.quant_method.apply(layer, x)
+
+    def stub(operator: Any) -> Any:
+        known: list[Any] = []
+
+        def stubbed(*arguments: Any, **options: Any) -> Any:
+            if not known:
+                known.append(operator(*arguments, **options))
+            return known[0]
+
+        stubs.append(known)
+        return stubbed
+
+    stubs: list[list[Any]] = []
+    with ExitStack() as patches, torch.inference_mode():
+        for namespace, name in product((torch.ops.npu, torch_npu), STUBBED):
+            stubbed = stub(getattr(namespace, name))
+            patches.enter_context(mock.patch.object(namespace, name, stubbed))
+        call()
+        if not any(stubs):
+            return None
+        return min(timeit.repeat(call, number=CALLS, repeat=ROUNDS)) / CALLS * 1e6
+
+
 def measure(checkpoint: str) -> dict[str, Any]:
     """Serve a checkpoint in this process; return counts and bytes by phase."""
     measured: dict[str, Any] = {}
@@ -137,6 +190,7 @@ def measure(checkpoint: str) -> dict[str, Any]:
     longer = during(partial(generate, GENERATED + 1))
     measured["prefill"] = during(partial(generate, 1))
     measured["decode"] = longer - shorter
+    (measured["call"],) = llm.apply_model(call_microseconds)
     config = llm.llm_engine.vllm_config.quant_config
     measured["config"] = "" if config is None else type(config).__module__
     return measured
@@ -262,6 +316,8 @@ def main() -> None:
         print(lines[-1], end="", flush=True)
         if row.server == "vllm-ascend" and previous is not None:
             print(f"  decode, this package:vllm-ascend: {differences(previous, row)}")
+            calls = (found.measured["call"] for found in (previous, row))
+            print(f"  Python of a linear call, us: {' : '.join(map(str, calls))}")
         previous = row
     if arguments.write:
         PAGE.write_text(with_table(PAGE.read_text(), lines))

@@ -85,7 +85,7 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         # Computed here, and not in every forward.
         self.operands = current_limits().quant_matmul.operands
         self.divides = layouts.chosen("w8a8-static") == DIVIDED
-        self.fuses_quant = False
+        self.fuses_quant = self.fuses_norms = False
 
     def process_weights_after_loading(self, layer: Any) -> None:
         weight_name, scale_name, *_, azp_adj_name = self.layer_param_names
@@ -126,7 +126,6 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
             zero_point = getattr(layer, x_zero_point_name).data.reshape(1).int()
             set_parameter(layer, x_zero_point_name, zero_point)
             zero_point_share = weight_sum(weight) * -zero_point
-        set_parameter(layer, "input_divisor", None)
         if not self.divides:
             self._multiply_by_reciprocal(layer, weight.shape[1])
         dequant_scale = x_scale * scale
@@ -169,7 +168,8 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         zero_point = None
         if not self.config.input_symmetric:
             zero_point = getattr(layer, x_zero_point_name).data.to(dtype).repeat(k)
-        if ascend_base.fuses_norms(dtype):
+        self.fuses_norms = ascend_base.fuses_norms(dtype)
+        if self.fuses_norms:
             set_parameter(layer, "input_divisor", x_scale.to(dtype).repeat(k))
             if zero_point is None:
                 zero_point = torch.zeros_like(layer.input_divisor.data)
@@ -181,21 +181,25 @@ class AscendInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight, scale, x_scale, x_zero_point, azp_adj = self._get_layer_params(layer)
+        # Each parameter of a module takes as long to look up as the rest of a call.
+        weight_name, scale_name, x_scale_name, x_zero_point_name, azp_adj_name = (
+            self.layer_param_names
+        )
+        weight = getattr(layer, weight_name)
         if self.config.is_static_input_scheme:
-            assert x_scale is not None
             return static_quant_matmul(
                 x,
                 weight,
                 layer.dequant_scale,
-                x_scale,
-                x_zero_point,
-                azp_adj if bias is None else layer.quant_bias,
+                getattr(layer, x_scale_name),
+                getattr(layer, x_zero_point_name),
+                getattr(layer, azp_adj_name) if bias is None else layer.quant_bias,
                 self.divides,
-                layer.input_divisor,
+                layer.input_divisor if self.fuses_norms else None,
             )
+        scale = getattr(layer, scale_name)
         if not self.config.input_symmetric:
-            assert azp_adj is not None
+            azp_adj = getattr(layer, azp_adj_name)
             return dynamic_asymmetric_quant_matmul(x, weight, scale, azp_adj, bias)
         if self.fuses_quant:
             return quant_matmul_dequant(x, weight, scale, bias)
