@@ -160,6 +160,8 @@ def once(directory: Path, contents: str, make: Callable[[Path], None]) -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stamp.with_suffix(".lock")):
             if not is_made(directory, contents):
+                # If `make` fails, the earlier contents are gone too.
+                stamp.unlink(missing_ok=True)
                 with suppress(FileNotFoundError):
                     shutil.rmtree(directory)
                 directory.mkdir()
