@@ -83,6 +83,9 @@ class LoadRecord:
             name = parameter_name(self.layer, param)
             if fault := self.shape.fault(name, loaded_weight, self._rows(shard)):
                 raise self._refused(name, shard, *fault)
+            if loaded_weight.dtype == torch.float8_e8m0fnu != param.dtype:
+                # Copied to a parameter of bytes, it would be converted to integers.
+                loaded_weight = loaded_weight.view(torch.uint8)
             try:
                 result = weight_loader(param, loaded_weight, *args, **kwargs)
             except (AssertionError, ValueError, IndexError) as error:

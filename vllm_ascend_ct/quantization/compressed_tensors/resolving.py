@@ -13,19 +13,54 @@ from vllm.logger import init_logger
 
 from vllm_ascend_ct import compat, envs
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
+from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.soc import current_soc
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method import (
+    needs_dense_weight,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.headers import FileLayer
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.rules import (
     float_name,
     is_multiplied,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
 _GIB = 2**30
 _BLOCK = re.compile(r"\blayers\.(\d+)\.")
+
+
+def is_resolved(scheme: dict[str, Any], prefix: str, layer: Any = None) -> bool:
+    """Whether a linear layer's weights are resolved to 16 bits.
+
+    Args:
+        scheme: The layer's scheme from upstream's `get_scheme_dict`.
+        prefix: Its name.
+        layer: The layer, whose sizes and dtype may be outside the operators' limits;
+            None if they are not known.
+
+    """
+    if not is_float(scheme):
+        return False
+    if needs_dense_weight(prefix) or not is_multiplied(scheme):
+        return True
+    return layer is not None and _size_refusal(scheme, layer) is not None
+
+
+def _size_refusal(scheme: dict[str, Any], layer: Any) -> str | None:
+    """Why the chip cannot multiply a layer whose scheme it multiplies, or None."""
+    # Layers that are not split over ranks have no sizes per rank.
+    k = getattr(layer, "input_size_per_partition", layer.input_size)
+    n = getattr(layer, "output_size_per_partition", layer.output_size)
+    limits, group_size = current_limits(), scheme["weights"].group_size
+    if limits.mx_matmul is None or not group_size:
+        return limits.fp8_refusal(layer.params_dtype, k, n)
+    if k % group_size:
+        return f"K={k} per rank, group_size={group_size}; supported: whole groups"
+    return limits.mx_matmul.refusal(layer.params_dtype, k, n)
 
 
 def check_resolving(
