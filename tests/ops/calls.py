@@ -142,6 +142,31 @@ def quant_matmul_dequant_call() -> Call:
     )
 
 
+def mx_grouped_call(bits: int, spare: int = 1, k: int = K) -> Call:
+    """As layers make it, with transposed weights; see `grouped_call`."""
+    m, pairs = sum(GROUPED_ROWS) + spare, -(-k // 64)
+    make, options = (fp8, {}) if bits == 8 else (e2m1, {})
+    width = k * bits // 8
+    if bits == 4:
+        options = {"x_dtype": E2M1, "weight_dtype": E2M1}
+    return Call(
+        "npu_grouped_matmul",
+        [[make(m, width)], [make(EXPERTS, N, width).transpose(1, 2)]],
+        {
+            "scale": [exponents(EXPERTS, N, pairs, 2).transpose(1, 2)],
+            "per_token_scale": [exponents(m, pairs, 2)],
+            "group_list": torch.tensor(GROUPED_ROWS),
+            "group_list_type": 1,
+            "group_type": 0,
+            "split_item": 2,
+            "output_dtype": torch.bfloat16,
+            **options,
+            "scale_dtype": E8M0,
+            "per_token_scale_dtype": E8M0,
+        },
+    )
+
+
 def quant_grouped_matmul_dequant_call(spare: int = 1) -> Call:
     """Like `grouped_call`."""
     rows = torch.randn(sum(GROUPED_ROWS) + spare, K).half()
@@ -333,6 +358,8 @@ CALLS_A5: dict[str, Callable[[], Call]] = {
         "npu_dynamic_mx_quant", [x()], {"dst_type": FP8}
     ),
     "npu_dynamic_mx_quant, MXFP4": lambda: Call("npu_dynamic_mx_quant", [x()]),
+    "npu_grouped_matmul, MXFP8": lambda: mx_grouped_call(8),
+    "npu_grouped_matmul, MXFP4": lambda: mx_grouped_call(4),
     "npu_quant_matmul, MXFP8": lambda: mx_matmul_call(8),
     "npu_quant_matmul, MXFP4": lambda: mx_matmul_call(4),
 }

@@ -13,6 +13,8 @@ import torch
 
 from tests.formula import relative_error
 from tests.ops.calls import (
+    EXPERTS,
+    GROUPED_ROWS,
     Call,
     K,
     M,
@@ -22,6 +24,7 @@ from tests.ops.calls import (
     exponents,
     fp8,
     int8,
+    mx_grouped_call,
     mx_matmul_call,
     scales,
     x,
@@ -245,19 +248,19 @@ REFUSED: dict[str, Callable[[], Call]] = {
     "offset and y_scale": lambda: product(8, offset=torch.zeros(N)),
     "y_scale of MX": lambda: product(8, y_scale=torch.zeros(1, N)),
     "without scale_dtype": lambda: product(8, scale_dtype=None),
-    f"pertoken_scale_dtype=None.*{E8M0} for both": lambda: product(
+    f"dtypes of scales .{E8M0}, None.; emulated": lambda: product(
         8, pertoken_scale_dtype=None
     ),
     r"group_sizes=\[1, 1, 64\]": lambda: product(8, group_sizes=[1, 1, 64]),
     "group_sizes=None": lambda: product(8, group_sizes=None),
-    "x1 is int8": lambda: product(8, {0: int8(M, K)}),
-    "x1 is float8.*x1_dtype=296, x2_dtype=None": lambda: product(8, x1_dtype=E2M1),
-    "x2 is uint8 .*x1_dtype=None": lambda: product(
+    "x is int8": lambda: product(8, {0: int8(M, K)}),
+    "x is float8.*given dtypes .296, None": lambda: product(8, x1_dtype=E2M1),
+    "weight is uint8 .*dtypes .None": lambda: product(
         8, {1: e2m1(N, K // 2).t()}, x2_dtype=None
     ),
-    "x1 is uint8 .1, 5, 64.": lambda: product(4, {0: e2m1(1, M, K // 2)}),
-    "x1 is float8.* emulated: contiguous": lambda: product(8, {0: fp8(K, M).t()}),
-    "x2 is uint8 .*emulated for E2M1: a transposed": lambda: product(
+    "x is uint8 .1, 5, 64.": lambda: product(4, {0: e2m1(1, M, K // 2)}),
+    "x is float8.* emulated: contiguous": lambda: product(8, {0: fp8(K, M).t()}),
+    "weight is uint8 .*emulated for E2M1: a view": lambda: product(
         4, {1: e2m1(K // 2, N)}
     ),
     "K of x1 is 128, of x2 64": lambda: product(4, {1: e2m1(N, K // 4).t()}),
@@ -273,9 +276,7 @@ REFUSED: dict[str, Callable[[], Call]] = {
         8, pertoken_scale=exponents(M, 4)
     ),
     "^(?!.*pertoken).* scale is uint8 .*contiguous": lambda: product(8, {2: PAIRED}),
-    "scale is uint8 .*the transposed view": lambda: product(
-        4, {2: PAIRED.contiguous()}
-    ),
+    "scale is uint8 .*, transposed": lambda: product(4, {2: PAIRED.contiguous()}),
     r"scale is uint8 \(48, 2, 2\)": lambda: product(8, {2: exponents(N, 2, 2)}),
 }
 
@@ -292,3 +293,72 @@ def test_refused(message: str) -> None:
     call.kwargs = {name: to_meta(value) for name, value in call.kwargs.items()}
     with pytest.raises(OperatorLimitError, match=message):
         call.run()
+
+
+@BITS
+@pytest.mark.parametrize("k", [K, 96])
+@pytest.mark.parametrize("list_type", [0, 1])
+def test_grouped_matmul(bits: int, k: int, list_type: int) -> None:
+    call = mx_grouped_call(bits, spare=2, k=k)
+    counts = call.kwargs["group_list"]
+    if list_type == 0:
+        call.kwargs.update(group_list=counts.cumsum(0), group_list_type=0)
+    (x1,), (weight,) = call.args
+    (scale,), (of_rows,) = call.kwargs["scale"], call.kwargs["per_token_scale"]
+    (y,) = call.run()
+    assert y.shape == (counts.sum() + 2, N) and y[-2:].isnan().all()
+    rows = decoded(x1, bits) * factors(of_rows, k)
+    expected = torch.cat(
+        [
+            part
+            @ (
+                decoded(weight[e].t().contiguous(), bits)
+                * factors(scale[e].transpose(0, 1).contiguous(), k)
+            ).t()
+            for e, part in enumerate(rows[:-2].split(counts.tolist()))
+        ]
+    )
+    assert relative_error(y[:-2], expected) < TOLERANCES[torch.bfloat16]
+
+
+def test_grouped_matmul_contiguous() -> None:
+    call = mx_grouped_call(8)
+    (transposed,) = call.run()
+    call.args[1] = [call.args[1][0].contiguous()]
+    call.kwargs["scale"] = [call.kwargs["scale"][0].contiguous()]
+    torch.testing.assert_close(call.run()[0], transposed, equal_nan=True)
+
+
+def grouped(bits: int = 8, args: dict[int, Any] | None = None, **kwargs: Any) -> Call:
+    return changed(mx_grouped_call(bits), args, **kwargs)
+
+
+ROWS = sum(GROUPED_ROWS) + 1
+REFUSED_GROUPED: dict[str, Callable[[], Call]] = {
+    "bias and antiquant": lambda: grouped(bias=[torch.zeros(EXPERTS, N)]),
+    "dtypes of scales .293, None.": lambda: grouped(per_token_scale_dtype=None),
+    "weight is .*emulated: 3-D": lambda: grouped(args={1: [fp8(K, N)]}),
+    "x is uint8 .*given dtypes .None": lambda: grouped(args={0: [e2m1(ROWS, K // 2)]}),
+    "weight is uint8 .* a view": lambda: grouped(4, {1: [e2m1(EXPERTS, K // 2, N)]}),
+    "weight is .*contiguous, or views": lambda: grouped(
+        args={1: [fp8(EXPERTS * 2, N, K)[::2].transpose(1, 2)]}
+    ),
+    "K of x is 128, of the weight 64": lambda: grouped(
+        args={1: [fp8(EXPERTS, N, 64).transpose(1, 2)]}
+    ),
+    "dtype torch.float8_e4m3fn; supported": lambda: grouped(output_dtype=None),
+    "group_list; supported: int64 .4,": lambda: grouped(
+        group_list=torch.ones(3).long()
+    ),
+    "scale is uint8 .*, transposed": lambda: grouped(
+        scale=[exponents(EXPERTS, 2, N, 2)]
+    ),
+    "scale is missing": lambda: grouped(scale=None),
+    "per_token_scale is float32": lambda: grouped(per_token_scale=[scales(ROWS)]),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_GROUPED)
+def test_grouped_refused(message: str) -> None:
+    with pytest.raises(OperatorLimitError, match=message):
+        REFUSED_GROUPED[message]().run()

@@ -493,6 +493,18 @@ def test_what_a5_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+@quantized_experts.factory_needed
+def test_which_experts_a5_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    build, floats = enumerate_configs.experts, enumerate_configs.float_configs
+    outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build, floats)
+    assert outcomes.pop("refused") and outcomes.pop(enumerate_configs.RESOLVED)
+    assert outcomes == {
+        "AscendCTMxfp8MoEMethod with AscendMxExperts": 1,
+        "AscendCTMxfp4MoEMethod with AscendMxExperts": 2,
+    }
+
+
 def test_int8_layers_too_large_are_refused() -> None:
     """Refused before memory for the weights is allocated."""
     with pytest.raises(UnsupportedCheckpointError, match="inner axis of size 65536"):

@@ -96,6 +96,8 @@ def _quant_matmul_dequant(named: dict[str, Any]) -> tuple[str, Any]:
 
 def _grouped(named: dict[str, Any]) -> tuple[str, Any]:
     (weight,) = named["weight"]
+    if named["scale_dtype"] is not None:
+        return f"mxfp{4 if _tensor(weight).dtype == torch.uint8 else 8}", weight
     bits = 4 if _tensor(weight).dtype == torch.int32 else 8
     if _tensor(named["x"][0]).dtype != torch.int8:
         groups = "group" if named["antiquant_scale"][0].dim() == 3 else "channel"

@@ -197,24 +197,31 @@ class Fp8MatmulLimits:
 
 @dataclass(frozen=True)
 class MxMatmulLimits:
-    """Limits of `npu_dynamic_mx_quant` and of the MX modes of `npu_quant_matmul`.
+    """Limits of `npu_dynamic_mx_quant` and of the MX modes of the matmul operators.
 
-    Of those, with weights and activations both in MXFP8 (E4M3) or both in MXFP4 (E2M1).
-    The last block of K may be incomplete for the operators, but not in a checkpoint.
+    The modes of `npu_quant_matmul` and `npu_grouped_matmul` in which weights and
+    activations are both in MXFP8 (E4M3) or both in MXFP4 (E2M1). The last block of K
+    may be incomplete for the operators, but not in a checkpoint.
     """
 
     dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
     max_size: int = 65535
+    max_experts: int = 1024
 
-    def refusal(self, dtype: torch.dtype, k: int, n: int) -> str | None:
+    def refusal(
+        self, dtype: torch.dtype, k: int, n: int, experts: int = 1
+    ) -> str | None:
         """Why a `[n, k]` weight cannot be multiplied by activations, or None.
 
         Args:
             dtype: dtype of the activations and of the result.
             k: Input features.
             n: Output features.
+            experts: Number of such weights on this rank.
 
         """
+        if not 1 <= experts <= self.max_experts:
+            return f"{experts} experts; supported: 1 to {self.max_experts}"
         if dtype not in self.dtypes:
             return f"dtype {dtype}; supported: {names(self.dtypes)}"
         for name, size in (("K", k), ("N", n)):

@@ -365,6 +365,17 @@ PRECEDENTS: tuple[Precedent, ...] = (
         None,
         f"in FRACTAL_NZ: {_VLLM_ASCEND}ops/fused_moe/moe_mlp.py",
     ),
+    *(
+        _row(
+            GROUPED,
+            kind,
+            TRANSPOSED,
+            _A5,
+            f"{_METHODS}{name}.py; {_VLLM_ASCEND}device/device_op.py",
+            "serving; before it, one operator multiplies, activates and quantizes",
+        )
+        for kind, name in (("mxfp8", "w8a8_mxfp8"), ("mxfp4", "w4a4_mxfp4"))
+    ),
     _row(
         GROUPED,
         "w4a8-channel",

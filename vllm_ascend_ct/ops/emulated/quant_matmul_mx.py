@@ -55,7 +55,10 @@ def mx_matmul_fake(
         refuse(_NAME, "the chip does not multiply MX formats")
     if options["offset"] is not None or options["y_scale"] is not None:
         refuse(_NAME, "offset and y_scale of MX formats; supported: None")
-    _check_formats(x1, x2, group_sizes, **options)
+    if group_sizes != _GROUPS:
+        refuse(_NAME, f"group_sizes={group_sizes}; supported: {_GROUPS}")
+    scales = options["scale_dtype"], options["pertoken_scale_dtype"]
+    check_formats(_NAME, (x1, x2), (options["x1_dtype"], options["x2_dtype"]), scales)
     per_value = 2 if x1.dtype == torch.uint8 else 1
     (m, k), n = (x1.shape[0], x1.shape[1] * per_value), x2.shape[1]
     if x2.shape[0] * per_value != k:
@@ -67,65 +70,73 @@ def mx_matmul_fake(
         bias.dtype != torch.float32 or bias.shape != (n,) or not bias.is_contiguous()
     ):
         refuse(_NAME, f"bias is {describe(bias)}; supported: float32 ({n},)")
-    _check_scale("pertoken_scale", pertoken_scale, (m, scale_pairs(k), 2), False)
-    _check_scale("scale", scale, (scale_pairs(k), n, 2), is_transposed(x2))
+    check_scale(_NAME, "pertoken_scale", pertoken_scale, (m, scale_pairs(k), 2))
+    check_scale(_NAME, "scale", scale, (scale_pairs(k), n, 2), is_transposed(x2))
     return x1.new_empty((m, n), dtype=out_dtype)
 
 
-def _check_formats(
-    x1: torch.Tensor,
-    x2: torch.Tensor,
-    group_sizes: list[int] | None,
-    x1_dtype: int | None,
-    x2_dtype: int | None,
-    scale_dtype: int | None,
-    pertoken_scale_dtype: int | None,
-    **_: Any,
+def check_formats(
+    name: str,
+    operands: tuple[torch.Tensor, torch.Tensor],
+    dtypes: tuple[int | None, int | None],
+    scale_dtypes: tuple[int | None, int | None],
 ) -> None:
-    """Refuse operands that are not both MXFP8 or both MXFP4."""
-    if {scale_dtype, pertoken_scale_dtype} != {E8M0} or group_sizes != _GROUPS:
-        refuse(
-            _NAME,
-            f"scale_dtype={scale_dtype}, pertoken_scale_dtype={pertoken_scale_dtype}, "
-            f"group_sizes={group_sizes}; emulated: {E8M0} for both, {_GROUPS}",
-        )
-    named = {x1_dtype, x2_dtype}
-    wanted = {frozenset({None}): FP8, frozenset({E2M1}): torch.uint8}
-    dtype = wanted.get(frozenset(named))
-    for argument, tensor in (("x1", x1), ("x2", x2)):
+    """Refuse operands that are not both MXFP8 or both MXFP4.
+
+    Args:
+        name: Name of the operator.
+        operands: Activations and one weight.
+        dtypes: The arguments that name their dtypes.
+        scale_dtypes: The arguments that name the dtypes of their scales.
+
+    """
+    if set(scale_dtypes) != {E8M0}:
+        refuse(name, f"dtypes of scales {scale_dtypes}; emulated: {E8M0} for both")
+    dtype = {(None, None): FP8, (E2M1, E2M1): torch.uint8}.get(dtypes)
+    for argument, tensor in zip(("x", "weight"), operands):
         if dtype is None or tensor.dtype != dtype or tensor.dim() != 2:
             refuse(
-                _NAME,
-                f"{argument} is {describe(tensor)}, x1_dtype={x1_dtype}, "
-                f"x2_dtype={x2_dtype}; emulated: 2-D FP8 (E4M3), or uint8 and {E2M1} "
-                "for both",
+                name,
+                f"{argument} is {describe(tensor)}, given dtypes {dtypes}; emulated: "
+                f"2-D FP8 (E4M3) and None, or uint8 and {E2M1}",
             )
-        check_layout(_NAME, argument, tensor)
-    if not x1.is_contiguous():
-        refuse(_NAME, f"x1 is {describe(x1)}; emulated: contiguous")
-    if dtype == torch.uint8 and not is_transposed(x2):
+        check_layout(name, argument, tensor)
+    x, weight = operands
+    if not x.is_contiguous():
+        refuse(name, f"x is {describe(x)}; emulated: contiguous")
+    if dtype == torch.uint8 and not is_transposed(weight):
         # Otherwise two outputs share a byte.
-        refuse(_NAME, f"x2 is {describe(x2)}; emulated for E2M1: a transposed view")
+        refuse(name, f"weight is {describe(weight)}; emulated for E2M1: a view")
 
 
-def _check_scale(
+def check_scale(
+    name: str,
     argument: str,
     scale: torch.Tensor | None,
-    shape: tuple[int, int, int],
-    transposed: bool,
+    shape: tuple[int, ...],
+    transposed: bool = False,
 ) -> None:
+    """Refuse E8M0 scales of another dtype, shape or layout.
+
+    Args:
+        name: Name of the operator.
+        argument: Name of the argument.
+        scale: Its value.
+        shape: Its required shape, pairs at the end.
+        transposed: Whether the two axes before the pairs must be transposed, because
+            those of the weight are.
+
+    """
     if scale is None:
-        refuse(_NAME, f"{argument} is missing; supported: uint8 {shape}")
-    stored = scale.transpose(0, 1) if transposed else scale
-    is_laid_out = stored.is_contiguous()
-    if transposed and 1 in shape[:2]:
-        is_laid_out = is_laid_out or scale.is_contiguous()
+        refuse(name, f"{argument} is missing; supported: uint8 {shape}")
+    is_laid_out = scale.is_contiguous()
+    if transposed and scale.dim() == len(shape):
+        one = 1 in shape[-3:-1]
+        is_laid_out = scale.transpose(-3, -2).is_contiguous() or (one and is_laid_out)
     if scale.dtype != torch.uint8 or scale.shape != shape or not is_laid_out:
-        view = (
-            "the transposed view of a contiguous tensor" if transposed else "contiguous"
-        )
+        layout = "transposed" if transposed else "contiguous"
         refuse(
-            _NAME, f"{argument} is {describe(scale)}; supported: uint8 {shape}, {view}"
+            name, f"{argument} is {describe(scale)}; supported: uint8 {shape}, {layout}"
         )
 
 

@@ -12,6 +12,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
 from vllm_ascend_ct import compat, envs
+from vllm_ascend_ct.ascend_base import routed_experts, runs_on_vllm_ascend
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.soc import current_soc
@@ -25,7 +26,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.rules import (
     float_name,
     is_multiplied,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, text
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -48,6 +49,21 @@ def is_resolved(scheme: dict[str, Any], prefix: str, layer: Any = None) -> bool:
     if needs_dense_weight(prefix) or not is_multiplied(scheme):
         return True
     return layer is not None and _size_refusal(scheme, layer) is not None
+
+
+def are_experts_multiplied(scheme: dict[str, Any]) -> bool:
+    """Whether experts with a floating-point scheme are multiplied as they are.
+
+    Those in an MX format are, if this package multiplies them; their sizes may still be
+    outside the operators' limits.
+
+    Args:
+        scheme: A floating-point scheme from upstream's `get_scheme_dict`.
+
+    """
+    is_mx = text(scheme["weights"].strategy) == "group"
+    ours = not runs_on_vllm_ascend() or routed_experts.asks_for_products()
+    return is_mx and ours and is_multiplied(scheme)
 
 
 def _size_refusal(scheme: dict[str, Any], layer: Any) -> str | None:
@@ -93,7 +109,7 @@ def check_resolving(
     only_experts = is_multiplied(scheme)
     resolved = 0
     sizes = "two to four times their size in the checkpoint's files"
-    if headers is not None:
+    if headers is not None and not are_experts_multiplied(scheme):
         layers = list(headers.layers.values())
         stored, resolved = _bytes(layers, only_experts)
         if not checkpoint.is_second:
@@ -108,10 +124,18 @@ def check_resolving(
         "vllm-ascend-ct has no kernel for them on Ascend %s. Over all ranks they take "
         "%s. Weights of integer schemes (W8A8, W4A16) keep their quantized size.",
         name,
-        ", except those of most linear layers," if only_experts else "",
+        _exception(scheme),
         current_soc().value,
         sizes,
     )
+
+
+def _exception(scheme: dict[str, Any]) -> str:
+    """The part of the warning that says which layers are not resolved."""
+    if not is_multiplied(scheme):
+        return ""
+    experts = " and experts" if are_experts_multiplied(scheme) else ""
+    return f", except those of most linear layers{experts},"
 
 
 def _bytes(layers: Iterable[FileLayer], only_experts: bool) -> tuple[int, int]:
