@@ -34,8 +34,7 @@ class FormulaLinear:
         if self.input_args is not None:
             q, scale, zero_point = self._quantize(x)
             step = self._step(q)
-            low, high = (-448, 448) if self._is_float else (-128, 127)
-            x = ((q / step).round() * step).clamp(low, high)
+            x = ((q / step).round() * step).clamp(*self._range)
             x = (x - zero_point) * scale
         y = x @ self.weight.t()
         if self.bias is not None:
@@ -51,7 +50,8 @@ class FormulaLinear:
 
     def without_ties(self, x: torch.Tensor) -> torch.Tensor:
         """Zero inputs that are so near a middle of grid values that either is right."""
-        if self.input_args is None:
+        if self.input_args is None or self._is_mx:
+            # Scales of MX formats are powers of two, so that no rounding is in doubt.
             return x
         q, *_ = self._quantize(x.double())
         q = q / self._step(q)
@@ -61,18 +61,40 @@ class FormulaLinear:
     def _is_float(self) -> bool:
         return self.input_args is not None and self.input_args.type == "float"
 
+    @property
+    def _is_mx(self) -> bool:
+        return self.input_args is not None and self.input_args.strategy == "group"
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        assert self.input_args is not None
+        if not self._is_float:
+            return -128, 127
+        largest = 448 if self.input_args.num_bits == 8 else 6
+        return -largest, largest
+
     def _step(self, q: torch.Tensor) -> torch.Tensor:
-        """Distance of adjacent grid values; in E4M3 there are three mantissa bits."""
+        """Distance of adjacent grid values.
+
+        E4M3 has three mantissa bits and exponents from -6, E2M1 one and from 0.
+        """
+        assert self.input_args is not None
         if not self._is_float:
             return torch.ones_like(q)
-        return torch.exp2(q.abs().clamp(min=2**-6).log2().floor() - 3)
+        bits, least = (3, 2**-6) if self.input_args.num_bits == 8 else (1, 1)
+        return torch.exp2(q.abs().clamp(min=least).log2().floor() - bits)
 
     def _quantize(
         self, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Divide x by its scale without rounding; return also scale and zero point."""
         assert self.input_args is not None
-        if self.input_args.dynamic:
+        if self._is_mx:
+            amax = x.abs().unflatten(-1, (-1, 32)).amax(-1).repeat_interleave(32, -1)
+            largest = torch.tensor(self._range[1]).log2().floor()
+            scale = torch.exp2(amax.log2().floor() - largest)
+            zero_point = torch.zeros_like(scale)
+        elif self.input_args.dynamic:
             low = x.amin(-1, keepdim=True).clamp(max=0)
             high = x.amax(-1, keepdim=True).clamp(min=0)
             if self.input_args.symmetric:

@@ -102,6 +102,8 @@ def register_linear_kernels() -> None:
     from vllm_ascend_ct.kernels.linear.mixed_precision.ascend import (
         AscendWNA16LinearKernel,
     )
+    from vllm_ascend_ct.kernels.linear.mxfp4.ascend import AscendMxfp4LinearKernel
+    from vllm_ascend_ct.kernels.linear.mxfp8.ascend import AscendMxfp8LinearKernel
     from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
         AscendInt8ScaledMMLinearKernel,
     )
@@ -112,3 +114,5 @@ def register_linear_kernels() -> None:
     register_linear_kernel(AscendWNA16LinearKernel, PlatformEnum.OOT, "mp")
     register_linear_kernel(AscendInt8ScaledMMLinearKernel, PlatformEnum.OOT, "int8")
     register_linear_kernel(AscendFP8ScaledMMLinearKernel, PlatformEnum.OOT, "fp8")
+    register_linear_kernel(AscendMxfp8LinearKernel, PlatformEnum.OOT, "mxfp8")
+    register_linear_kernel(AscendMxfp4LinearKernel, PlatformEnum.OOT, "mxfp4")

@@ -122,29 +122,45 @@ def test_float16(checkpoint: MakeCheckpoint, scheme: str) -> None:
     assert difference < TOLERANCES[family] / 2
 
 
-def test_float8_on_a5(
-    monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture, checkpoint: MakeCheckpoint
+# The operator that quantizes activations, the dtype of weights, and the tolerance: the
+# reference does not quantize activations, here to 3, 3 and 1 mantissa bits.
+ON_A5 = {
+    "fp8-channel-dynamic": ("npu_dynamic_quant", torch.float8_e4m3fn, 0.04),
+    "mxfp8": ("npu_dynamic_mx_quant", torch.float8_e4m3fn, 0.05),
+    "mxfp4": ("npu_dynamic_mx_quant", torch.uint8, 0.2),
+}
+
+
+@pytest.mark.parametrize("scheme", ON_A5)
+def test_floats_on_a5(
+    monkeypatch: pytest.MonkeyPatch,
+    mocker: MockerFixture,
+    checkpoint: MakeCheckpoint,
+    scheme: str,
 ) -> None:
-    """The output head is resolved; all other layers are multiplied in FP8."""
+    """The output head is resolved; all other layers are multiplied as they are."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
-    path = checkpoint({"Linear": "fp8-channel-dynamic"}, ignore=())
-    quantized = mocker.spy(torch.ops.npu, "npu_dynamic_quant")
+    path = checkpoint({"Linear": scheme}, ignore=())
+    operator, dtype, tolerance = ON_A5[scheme]
+    quantized = mocker.spy(torch.ops.npu, operator)
     multiplied = mocker.spy(torch.ops.npu, "npu_quant_matmul")
     difference = mean_difference(served(path, eager=True), reference(path))
-    assert difference < TOLERANCES["w8a8"]
+    assert difference < tolerance
     assert quantized.call_count == multiplied.call_count > 0
     dtypes = {call.args[1].dtype for call in multiplied.call_args_list}
-    assert dtypes == {torch.float8_e4m3fn}
+    assert dtypes == {dtype}
 
 
 @pytest.mark.long
-def test_float8_on_a5_compiled(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: MakeCheckpoint
+@pytest.mark.parametrize("scheme", ON_A5)
+def test_floats_on_a5_compiled(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: MakeCheckpoint, scheme: str
 ) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
-    path = checkpoint({"Linear": "fp8-channel-dynamic"}, ignore=())
+    path = checkpoint({"Linear": scheme}, ignore=())
+    *_, tolerance = ON_A5[scheme]
     difference = mean_difference(served(path, eager=False), reference(path))
-    assert difference < TOLERANCES["w8a8"]
+    assert difference < tolerance
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ FLOAT_RECIPES = {
     # These have latent attention and shared experts.
     "deepseek-v3": {"Linear": "nvfp4"},
 }
+MX_RECIPE = {experts(0): "mxfp8", experts(1): "mxfp4", ATTENTION: "mxfp8"}
 OPERATORS = {
     "qwen3-moe": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
     "mixtral": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
@@ -59,6 +60,7 @@ OPERATORS = {
 # activations, and tokens that either routes to other experts.
 TOLERANCE = 0.08
 WEIGHT_ONLY_TOLERANCE = 0.03
+MXFP4_TOLERANCE = 0.2
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -102,6 +104,19 @@ def test_compiled(make: MakeCheckpoint, name: str) -> None:
 def test_resolved(make: MakeCheckpoint, name: str) -> None:
     path = make(name, FLOAT_RECIPES[name])
     assert mean_difference(served(path), reference(path)) < WEIGHT_ONLY_TOLERANCE
+
+
+def test_mx_experts_on_a5(
+    make: MakeCheckpoint, mocker: MockerFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference does not quantize activations."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    grouped = mocker.spy(torch.ops.npu, "npu_grouped_matmul")
+    path = make("qwen3-moe", MX_RECIPE)
+    difference = mean_difference(served(path), reference(path))
+    assert difference < MXFP4_TOLERANCE
+    weights = {call.args[1][0].dtype for call in grouped.call_args_list}
+    assert weights == {torch.float8_e4m3fn, torch.uint8}
 
 
 def test_unquantized_experts(make: MakeCheckpoint) -> None:

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
+from tests.layers.quantized_layers import MULTIPLIED_MX
 from tools.checkpoints.make_checkpoint import (
     ALL_SCHEMES,
     FLOAT_SCHEMES,
@@ -24,6 +25,7 @@ from tools.checkpoints.make_checkpoint import (
     prepare,
     set_range,
 )
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 # For tests that build experts, or compute experts of later releases.
 factory_needed = pytest.mark.skipif(
@@ -55,6 +57,8 @@ SERVED = [
 def is_weight_only(scheme: str) -> bool:
     """Whether activations stay in 16 bits."""
     args = ALL_SCHEMES[scheme]
+    if scheme in MULTIPLIED_MX and current_soc() is Soc.A5:
+        return False
     if args.input_activations is None or scheme in FLOAT_SCHEMES:
         return True
     groups = args.weights.group_size not in (None, 256)
@@ -75,15 +79,20 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class RoundedLinear(FormulaLinear):
-    """A weight-only layer in float64 that rounds like 16-bit operators."""
+    """A layer in float64 that rounds its inputs and results like 16-bit operators.
+
+    If it is weight-only, also its weight.
+    """
 
     dtype: torch.dtype = torch.bfloat16
 
     @classmethod
     def of(cls, formula: FormulaLinear, dtype: torch.dtype) -> "RoundedLinear":
-        assert formula.input_args is formula.output_scale is None
-        weight = formula.weight.to(dtype).double()
-        return cls(weight, None, None, None, formula.bias, dtype=dtype)
+        assert formula.input_scale is formula.output_scale is None
+        weight, inputs = formula.weight, formula.input_args
+        if inputs is None:
+            weight = weight.to(dtype).double()
+        return cls(weight, inputs, None, None, formula.bias, dtype=dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return super().__call__(x.to(self.dtype)).to(self.dtype).double()

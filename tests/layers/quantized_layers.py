@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Upstream's linear layers with random compressed-tensors weights."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +32,7 @@ from tools.checkpoints.make_checkpoint import (
 )
 from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.precedents import RECIPROCAL
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 HEAD_SIZE = 64
 # Narrower than the outputs, so that some saturate.
@@ -60,13 +60,15 @@ WEIGHT_ONLY = (
 )
 
 
-# Schemes of linear layers that A5 multiplies in FP8.
-MULTIPLIED = ("fp8-channel-dynamic", "fp8-tensor-dynamic")
+# Schemes of linear layers that A5 multiplies in FP8, and in MX formats.
+MULTIPLIED_FP8 = ("fp8-channel-dynamic", "fp8-tensor-dynamic")
+MULTIPLIED_MX = ("mxfp8", "mxfp4")
+MULTIPLIED = MULTIPLIED_FP8 + MULTIPLIED_MX
 
 
 def is_weight_only(scheme: str, k: int) -> bool:
     """Whether activations stay in 16 bits although the scheme quantizes them."""
-    if scheme in MULTIPLIED and os.environ.get("VLLM_ASCEND_CT_SOC") == "A5":
+    if scheme in MULTIPLIED and current_soc() is Soc.A5:
         return False
     if scheme in FLOAT_SCHEMES:
         return True

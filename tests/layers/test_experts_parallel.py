@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Every scheme's experts on two ranks, with tensor and with expert parallelism."""
 
+import os
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +27,7 @@ from tests.layers.quantized_experts import (
     routing,
     run,
 )
-from tests.layers.quantized_layers import activations
+from tests.layers.quantized_layers import MULTIPLIED_MX, activations
 from tools.bench.launches import Launches
 from tools.checkpoints.make_checkpoint import ALL_SCHEMES, FLOAT_SCHEMES
 from tools.stacks.ranks import tensor_parallel
@@ -91,13 +92,18 @@ def _tolerance(scheme: str) -> float:
     return TOLERANCE if is_weight_only(scheme) else INT8_TOLERANCE
 
 
+def _rounded(scheme: str, formula: FormulaExperts) -> FormulaExperts:
+    """Round products to 16 bits if they are then quantized to few bits."""
+    return formula.rounded(DTYPE) if scheme in MULTIPLIED_MX else formula
+
+
 def _check_split(rank: int, scheme: str, **options: Any) -> float:
     set_parallel(experts=False)
     weight_only = is_weight_only(scheme) or "has_bias" in options
     runner, formula = load(SIZES, scheme, DTYPE, weight_only, **options)
     x = formula.without_ties(activations(20, SIZES.hidden, DTYPE))
     routed = routing(SIZES, 20)
-    expected = split(formula, rank)(x, *routed)
+    expected = _rounded(scheme, split(formula, rank))(x, *routed)
     return relative_error(run(runner, x, routed), expected)
 
 
@@ -109,7 +115,8 @@ def _check_whole(rank: int, scheme: str, placement: str, **options: Any) -> floa
     x = formula.without_ties(activations(20, SIZES.hidden, DTYPE))
     routed = routing(SIZES, 20)
     here = local_experts(rank, placement)
-    error = relative_error(run(runner, x, routed), formula(x, *routed, experts=here))
+    expected = _rounded(scheme, formula)(x, *routed, experts=here)
+    error = relative_error(run(runner, x, routed), expected)
     # No token is routed to this rank, so all of its rows are unwritten memory.
     elsewhere = torch.tensor(local_experts(1 - rank, placement)[: SIZES.top_k])
     weights, ids = routed[0], elsewhere.expand(20, -1).int().contiguous()
@@ -154,6 +161,13 @@ def _run(rank: int, port: int) -> None:
         for scheme in EP_LAUNCHES:
             placement = "round_robin"
             errors[scheme, placement] = _check_whole(rank, scheme, placement, **grouped)
+        os.environ["VLLM_ASCEND_CT_SOC"] = "A5"
+        for scheme in MULTIPLIED_MX:
+            errors[scheme, "split on A5"] = _check_split(rank, scheme)
+            errors[scheme, "whole on A5"] = _check_whole(rank, scheme, "linear")
+            error = _check_whole(rank, scheme, "round_robin", **grouped)
+            errors[scheme, "round_robin on A5"] = error
+        del os.environ["VLLM_ASCEND_CT_SOC"]
         errors["w4a16-g32", "biases"] = _check_split(rank, "w4a16-g32", has_bias=True)
         _check_refusals()
     failures = {k: e for k, e in errors.items() if not e < _tolerance(k[0])}

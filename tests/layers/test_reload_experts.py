@@ -24,7 +24,7 @@ from tests.layers.quantized_experts import (
     run,
     tensors_of,
 )
-from tests.layers.quantized_layers import activations
+from tests.layers.quantized_layers import MULTIPLIED_MX, activations
 from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
 
 BF16 = torch.bfloat16
@@ -51,8 +51,17 @@ def reload(runner: Any, model: torch.nn.Module, tensors: torch.nn.ModuleDict) ->
     finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
 
 
-@pytest.mark.parametrize("scheme", SERVED)
-def test_experts_are_those_of_the_new_weights(scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "soc"),
+    [
+        *((scheme, "A2") for scheme in SERVED),
+        *((scheme, "A5") for scheme in MULTIPLIED_MX),
+    ],
+)
+def test_experts_are_those_of_the_new_weights(
+    scheme: str, soc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
     x, routed = activations(5, 256, BF16), routing(SIZES, 5)
     (first, config, _), (second, _, _) = (
         compressed_experts(SIZES, scheme, BF16) for _ in range(2)

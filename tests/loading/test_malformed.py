@@ -33,6 +33,7 @@ from tools.checkpoints.malform import (
     malform,
 )
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
+from vllm_ascend_ct.kernels.linear.microscaled import AscendMxMixin
 from vllm_ascend_ct.ops import soc
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8 import (  # noqa: E501
     AscendCTW8A8Fp8,
@@ -138,6 +139,36 @@ def test_float8_that_a5_multiplies_is_refused(
 ) -> None:
     monkeypatch.setattr(soc, "_default", soc.Soc.A5)
     check_refused(valid_float8, FLOAT_KINDS[name], tmp_path / "broken")
+
+
+# Kinds that also break the weights of a layer that is MXFP4 instead of NVFP4.
+MXFP4_KINDS = ["missing", "scale-missing", "columns-fewer", "is-int8", "unpacked"]
+MXFP4_KINDS += ["scale-is-bfloat16", "groups-of-32", "bias-missing"]
+MX_KINDS = [name for name in FLOAT_KINDS if name.startswith("mxfp8-")]
+MX_KINDS += [f"nvfp4-{name}" for name in MXFP4_KINDS]
+
+
+@pytest.fixture(scope="module")
+def valid_mx(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint({**FLOAT_RECIPE, "re:.*layers.1.self_attn.*_proj": "mxfp4"})
+
+
+def test_mx_that_a5_multiplies_is_loaded(
+    valid_mx: Path, monkeypatch: pytest.MonkeyPatch, mocker: MockerFixture
+) -> None:
+    monkeypatch.setattr(soc, "_default", soc.Soc.A5)
+    processed = mocker.spy(AscendMxMixin, "replace_weight")
+    load_model(valid_mx)
+    # Fused projections of attention, its output, and those of the gated unit.
+    assert processed.call_count == 4
+
+
+@pytest.mark.parametrize("name", MX_KINDS)
+def test_mx_that_a5_multiplies_is_refused(
+    valid_mx: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soc, "_default", soc.Soc.A5)
+    check_refused(valid_mx, FLOAT_KINDS[name], tmp_path / "broken")
 
 
 def test_the_corpus_is_large_enough() -> None:

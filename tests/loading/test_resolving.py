@@ -96,6 +96,31 @@ def test_what_a5_multiplies_is_not_counted(
     assert 0 < resolved < 2 * whole
 
 
+def test_experts_that_a5_multiplies_are_not_counted(
+    checkpoint: Callable[..., Path],
+    moe_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mocker: MockerFixture,
+) -> None:
+    """Only the output head is resolved."""
+    monkeypatch.setattr(soc, "_default", soc.Soc.A5)
+    warning = mocker.patch.object(resolving.logger, "warning_once")
+    counted = mocker.spy(resolving, "_bytes")
+    base = moe_model("qwen3-moe")
+    recipe = {"re:.*_proj": "mxfp8"}
+    load_model(checkpoint(recipe, base=base, ignore=tiny_moe.IGNORE))
+    assert not warning.called
+    ignore = [name for name in tiny_moe.IGNORE if "head" not in name]
+    recipe["re:lm_head"] = "mxfp8"
+    load_model(checkpoint(recipe, base=base, ignore=ignore))
+    (call,) = warning.call_args_list
+    text, *values = call.args
+    assert "MXFP8 weights, except those of most linear layers and experts, are" in (
+        text % tuple(values)
+    )
+    assert not counted.called
+
+
 @pytest.mark.parametrize(
     ("options", "offloads"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.dtypes import FP8, FRACTAL_NZ
+from vllm_ascend_ct.ops.dtypes import E2M1, E8M0, FP8, FRACTAL_NZ
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
 M, K, N, GROUP = 5, 128, 48, 32
@@ -99,11 +99,71 @@ def fp8_matmul_call(out_dtype: torch.dtype = torch.bfloat16) -> Call:
     )
 
 
+def exponents(*shape: int) -> torch.Tensor:
+    """E8M0 scales from 1/32 to 1/4."""
+    return torch.randint(122, 126, shape, dtype=torch.uint8)
+
+
+def e2m1(*shape: int) -> torch.Tensor:
+    """Two random values to a byte."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def mx_matmul_call(
+    bits: int, out_dtype: torch.dtype = torch.bfloat16, k: int = K
+) -> Call:
+    """As layers make it: MXFP8 contiguous, MXFP4 transposed."""
+    pairs, options = -(-k // 64), {}
+    weight, scale, x1 = fp8(k, N), exponents(pairs, N, 2), fp8(M, k)
+    if bits == 4:
+        weight, x1 = e2m1(N, k // 2).t(), e2m1(M, k // 2)
+        scale = exponents(N, pairs, 2).transpose(0, 1)
+        options = {"x1_dtype": E2M1, "x2_dtype": E2M1}
+    return Call(
+        "npu_quant_matmul",
+        [x1, weight, scale],
+        {
+            "pertoken_scale": exponents(M, pairs, 2),
+            "bias": torch.randn(N),
+            "output_dtype": out_dtype,
+            **options,
+            "pertoken_scale_dtype": E8M0,
+            "scale_dtype": E8M0,
+            "group_sizes": [1, 1, 32],
+        },
+    )
+
+
 def quant_matmul_dequant_call() -> Call:
     return Call(
         "npu_quant_matmul_dequant",
         [x(torch.float16), int8(N, K), scales(N) * 1e-2],
         {"quant_mode": "pertoken"},
+    )
+
+
+def mx_grouped_call(bits: int, spare: int = 1, k: int = K) -> Call:
+    """As layers make it, with transposed weights; see `grouped_call`."""
+    m, pairs = sum(GROUPED_ROWS) + spare, -(-k // 64)
+    make, options = (fp8, {}) if bits == 8 else (e2m1, {})
+    width = k * bits // 8
+    if bits == 4:
+        options = {"x_dtype": E2M1, "weight_dtype": E2M1}
+    return Call(
+        "npu_grouped_matmul",
+        [[make(m, width)], [make(EXPERTS, N, width).transpose(1, 2)]],
+        {
+            "scale": [exponents(EXPERTS, N, pairs, 2).transpose(1, 2)],
+            "per_token_scale": [exponents(m, pairs, 2)],
+            "group_list": torch.tensor(GROUPED_ROWS),
+            "group_list_type": 1,
+            "group_type": 0,
+            "split_item": 2,
+            "output_dtype": torch.bfloat16,
+            **options,
+            "scale_dtype": E8M0,
+            "per_token_scale_dtype": E8M0,
+        },
     )
 
 
@@ -294,6 +354,14 @@ CALLS_A5: dict[str, Callable[[], Call]] = {
         "npu_dynamic_quant", [x()], {"dst_type": FP8}
     ),
     "npu_quant_matmul, FP8": fp8_matmul_call,
+    "npu_dynamic_mx_quant, MXFP8": lambda: Call(
+        "npu_dynamic_mx_quant", [x()], {"dst_type": FP8}
+    ),
+    "npu_dynamic_mx_quant, MXFP4": lambda: Call("npu_dynamic_mx_quant", [x()]),
+    "npu_grouped_matmul, MXFP8": lambda: mx_grouped_call(8),
+    "npu_grouped_matmul, MXFP4": lambda: mx_grouped_call(4),
+    "npu_quant_matmul, MXFP8": lambda: mx_matmul_call(8),
+    "npu_quant_matmul, MXFP4": lambda: mx_matmul_call(4),
 }
 CALLS_310P: dict[str, Callable[[], Call]] = {
     "npu_quant_matmul_dequant": quant_matmul_dequant_call,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 
-from tests.ops.calls import CALLS, CALLS_310P
+from tests.ops.calls import CALLS, CALLS_310P, CALLS_A5
 from vllm_ascend_ct.ops.emulated import (
     grouped_matmul_swiglu_quant,
     install,
@@ -24,7 +24,7 @@ REAL = find_spec("torch_npu") is not None
 
 
 def test_every_operator_has_a_call_here() -> None:
-    calls = [make() for make in (CALLS | CALLS_310P).values()]
+    calls = [make() for make in (CALLS | CALLS_310P | CALLS_A5).values()]
     assert {operator.name for operator in OPERATORS} == {
         call.operator for call in calls
     }

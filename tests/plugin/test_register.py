@@ -24,6 +24,8 @@ def state():
         [k.__name__ for k in linear._POSSIBLE_KERNELS.get(oot, [])],
         [k.__name__ for k in linear._POSSIBLE_INT8_KERNELS.get(oot, [])],
         [k.__name__ for k in linear._POSSIBLE_FP8_KERNELS.get(oot, [])],
+        [k.__name__ for k in linear._POSSIBLE_MXFP8_KERNELS.get(oot, [])],
+        [k.__name__ for k in linear._POSSIBLE_MXFP4_KERNELS.get(oot, [])],
     ]
 """
 OURS = str(
@@ -32,6 +34,8 @@ OURS = str(
         ["AscendWNA16LinearKernel"],
         ["AscendInt8ScaledMMLinearKernel"],
         ["AscendFP8ScaledMMLinearKernel"],
+        ["AscendMxfp8LinearKernel"],
+        ["AscendMxfp4LinearKernel"],
     ]
 )
 # What vLLM and torch change themselves when plugins load and operators are defined.
@@ -48,7 +52,7 @@ WITH_THE_CONFIG = {
     "vllm.model_executor.layers.linear.WEIGHT_LOADER_V2_SUPPORTED",
     f"{_QUANTIZATION}.compressed_tensors.transform.linear.WEIGHT_LOADER_V2_SUPPORTED",
 }
-THEIRS = "['CompressedTensorsConfig', [], [], []]"
+THEIRS = "['CompressedTensorsConfig', [], [], [], [], []]"
 
 
 def test_registered_once_however_often_it_is_asked_for() -> None:
@@ -164,8 +168,8 @@ print({".".join(k) for k in before.keys() | after.keys()
     )
     changed: set[str] = ast.literal_eval(out)
     kernels = "vllm.model_executor.kernels.linear"
-    kinds = "KERNELS", "INT8_KERNELS", "FP8_KERNELS"
-    expected = {f"{kernels}._POSSIBLE_{kind}" for kind in kinds}
+    kinds = "", "INT8_", "FP8_", "MXFP8_", "MXFP4_"
+    expected = {f"{kernels}._POSSIBLE_{kind}KERNELS" for kind in kinds}
     if hasattr(linear, "_POSSIBLE_KERNELS_BY_TYPE"):
         expected.add(f"{kernels}._POSSIBLE_KERNELS_BY_TYPE")
     assert changed - HOUSEKEEPING == expected | WITH_THE_CONFIG

@@ -475,18 +475,35 @@ def test_every_config_is_served_or_refused(build: Any, enough: int) -> None:
     outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build, floats)
     assert outcomes.total() > 512
     assert set(outcomes) == {enumerate_configs.RESOLVED, "refused"}
-    # FP8 in 3 layouts, 2 formats, 4 kinds of inputs; MXFP8; MXFP4 and NVFP4 with 2.
-    assert outcomes[enumerate_configs.RESOLVED] == 3 * 2 * 4 + 4 + 2 * 4 + 2 * 4
+    # FP8 in 3 layouts, 2 formats, 5 kinds of inputs; MXFP8; MXFP4 and NVFP4 with 2.
+    assert outcomes[enumerate_configs.RESOLVED] == 3 * 2 * 5 + 5 + 2 * 5 + 2 * 5
 
 
 def test_what_a5_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
     build, floats = enumerate_configs.linear, enumerate_configs.float_configs
     outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build, floats)
-    # FP8 in 2 layouts and 2 formats.
-    kernel = "AscendCTW8A8Fp8 with AscendFP8ScaledMMLinearKernel"
-    assert outcomes[kernel] == 2 * 2
-    assert set(outcomes) == {kernel, enumerate_configs.RESOLVED, "refused"}
+    assert outcomes.pop("refused") and outcomes.pop(enumerate_configs.RESOLVED)
+    assert outcomes == {
+        # In 2 layouts and 2 formats.
+        "AscendCTW8A8Fp8 with AscendFP8ScaledMMLinearKernel": 2 * 2,
+        # With inputs in the format of the weights.
+        "CompressedTensorsW8A8Mxfp8 with AscendMxfp8LinearKernel": 1,
+        # With or without the dtype of the scales.
+        "CompressedTensorsW4A4Mxfp4 with AscendMxfp4LinearKernel": 2,
+    }
+
+
+@quantized_experts.factory_needed
+def test_which_experts_a5_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    build, floats = enumerate_configs.experts, enumerate_configs.float_configs
+    outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build, floats)
+    assert outcomes.pop("refused") and outcomes.pop(enumerate_configs.RESOLVED)
+    assert outcomes == {
+        "AscendCTMxfp8MoEMethod with AscendMxExperts": 1,
+        "AscendCTMxfp4MoEMethod with AscendMxExperts": 2,
+    }
 
 
 def test_int8_layers_too_large_are_refused() -> None:

@@ -29,6 +29,7 @@ DIFFERENCES = {
     "npu_grouped_matmul_swiglu_quant_v2": ("dequant_dtype=6", "dequant_dtype=0"),
     # Never passed.
     "npu_moe_finalize_routing": (", int? k=1", ""),
+    "npu_dynamic_mx_quant": (", float max_low_bound=0.", ""),
 }
 
 

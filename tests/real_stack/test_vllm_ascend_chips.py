@@ -3,10 +3,12 @@
 """vllm-ascend's layers on the chip that `REAL_STACK_CHIP` names; A2 by default."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from tests.formula import FormulaLinear, relative_error
 from tests.layers.quantized_experts import (
@@ -19,11 +21,19 @@ from tests.layers.quantized_experts import (
     routing,
 )
 from tests.layers.quantized_layers import (
+    MULTIPLIED,
+    MULTIPLIED_MX,
     TOLERANCES,
     activations,
+    compressed_modules,
+    config_of,
     load_embedding,
     load_head,
+    replicated_case,
+    tolerance,
 )
+from tests.layers.quantized_layers import load as load_layer
+from tests.layers.quantized_layers import load_tensors as load_linear
 from tests.layers.test_linear import check_on_chip
 from tests.real_stack.ascend_experts import (
     ROUNDED_TOLERANCE,
@@ -33,9 +43,13 @@ from tests.real_stack.ascend_experts import (
     load_tensors,
     run,
 )
-from tools.checkpoints.make_checkpoint import SCHEMES
+from tools.checkpoints.make_checkpoint import SCHEMES, compress
+from tools.numerics.record_npu_calls import CallRecorder
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.ops.soc import current_soc
+from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
+    AscendCTLinearMethod,
+)
 
 pytestmark = [pytest.mark.vllm_ascend, pytest.mark.usefixtures("vllm_config")]
 
@@ -51,6 +65,86 @@ def test_chip_is_vllm_ascends() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_linear(scheme: str, dtype: torch.dtype) -> None:
     check_on_chip(scheme, dtype, CHIP)
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """compressed-tensors packs FP4 with a compiled function, which needs a device."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+on_a5 = pytest.mark.skipif(CHIP != "A5", reason="other chips resolve these weights")
+
+
+@on_a5
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", MULTIPLIED)
+def test_linear_of_floats(scheme: str, dtype: torch.dtype, eager: None) -> None:
+    case = replicated_case(352, 96)
+    layer, (formula,) = load_layer(case, scheme, dtype, bias=True)
+    assert type(layer.quant_method) is AscendCTLinearMethod
+    x = formula.without_ties(activations(7, case.k, dtype))
+    assert relative_error(layer(x)[0], formula(x)) < tolerance(scheme, dtype)
+
+
+def own_method(scheme: str) -> Any:
+    """vllm-ascend's own method of linear layers."""
+    from vllm_ascend.quantization.methods import w4a4_mxfp4, w8a8_mxfp8
+
+    if scheme == "mxfp8":
+        return w8a8_mxfp8.AscendW8A8MXFP8DynamicLinearMethod()
+    return w4a4_mxfp4.AscendW4A4MXFP4DynamicLinearMethod()
+
+
+@on_a5
+@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+def test_mx_calls_are_those_of_vllm_ascend(
+    scheme: str, vllm_config: Any, monkeypatch: pytest.MonkeyPatch, eager: None
+) -> None:
+    """The same arguments in the same layout; FP4 activations round ties otherwise."""
+    monkeypatch.setattr(vllm_config, "quant_config", config_of("re:.*", scheme))
+    case = replicated_case(384, 48)
+    modules = compressed_modules(case, scheme, DTYPE, True)
+    compress(modules)
+    tensors = {k: t.data for k, t in modules["out_proj"].named_parameters()}
+    config = config_of("re:.*", scheme)
+    layer = case.build(params_dtype=DTYPE, quant_config=config, prefix="fc")
+    load_linear(case, layer, modules)
+    layer.quant_method.process_weights_after_loading(layer)
+    other, method = torch.nn.Module(), own_method(scheme)
+    for name in ("weight", "weight_scale"):
+        stored = tensors.get(name, tensors.get("weight_packed")).clone()
+        other.register_parameter(name, torch.nn.Parameter(stored, requires_grad=False))
+    method.process_weights_after_loading(other)
+    x = activations(7, case.k, DTYPE)
+    ours, theirs = CallRecorder(), CallRecorder()
+    with ours:
+        y = layer(x)[0]
+    with theirs:
+        expected = method.apply(other, x, tensors["bias"])
+    (quantize, multiply), (their_quantize, their_multiply) = (
+        recorder.calls.values() for recorder in (ours, theirs)
+    )
+    if scheme == "mxfp4":
+        assert their_quantize[2].pop("round_mode") == "round"
+        # What is quantized otherwise.
+        for _, args, kwargs in (multiply, their_multiply):
+            del args[0], kwargs["pertoken_scale"]
+    else:
+        assert torch.equal(y, expected)
+    assert described(quantize) == described(their_quantize)
+    assert described(multiply) == described(their_multiply)
+
+
+def described(call: Any) -> Any:
+    """A recorded call, with tensors as their layouts and values."""
+
+    def describe(tensor: torch.Tensor) -> Any:
+        stored = tensor.contiguous().view(torch.uint8)
+        return tensor.dtype, tensor.shape, tensor.stride(), stored.flatten().tolist()
+
+    return tree_map_only(torch.Tensor, describe, call)
 
 
 def test_embedding_and_head() -> None:

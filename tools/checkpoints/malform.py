@@ -444,6 +444,9 @@ FLOAT_KINDS: dict[str, Kind] = {
         NVFP4, "weight_global_scale", lambda t: t.repeat(256)
     ),
     "nvfp4-bias-missing": missing(NVFP4, "bias"),
+    "mxfp8-missing": missing(MXFP8, "weight"),
+    "mxfp8-is-int8": changed(MXFP8, "weight", lambda t: t.view(torch.int8)),
+    "mxfp8-columns-more": changed(MXFP8, "weight", lambda t: t.repeat(1, 2)),
     "mxfp8-scale-missing": missing(MXFP8, "weight_scale"),
     "mxfp8-nan": byte(MXFP8, "weight", _NAN_E4M3),
     "mxfp8-exponent-nan": byte(MXFP8, "weight_scale", _NAN_E8M0),

@@ -57,6 +57,7 @@ Rows = dict[tuple[str, str, str], dict[str, Any]]
 _FLOAT = "float-quantized"
 _BLOCK = {"strategy": "block", "block_structure": [128, 128]}
 _MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+_MX_INPUTS = {**_MX, "type": "float", "dynamic": True}
 _NV = {"strategy": "tensor_group", "group_size": 16}
 FLOAT_ROWS: Rows = {
     ("FP8, dynamic", _FLOAT, "1; A5 2, with bias 3"): _row(
@@ -66,11 +67,11 @@ FLOAT_ROWS: Rows = {
         8, {"strategy": "tensor"}, {**_TENSOR, **_FLOAT8}, _FLOAT, type="float"
     ),
     ("FP8 in blocks", _FLOAT, "1"): _row(8, _BLOCK, None, _FLOAT, type="float"),
-    ("MXFP8", "mxfp8-quantized", "1"): _row(
-        8, _MX, None, "mxfp8-quantized", type="float"
+    ("MXFP8", "mxfp8-quantized", "1; A5 2"): _row(
+        8, _MX, _MX_INPUTS | {"num_bits": 8}, "mxfp8-quantized", type="float"
     ),
-    ("MXFP4", "mxfp4-pack-quantized", "1"): _row(
-        4, _MX, None, "mxfp4-pack-quantized", type="float"
+    ("MXFP4", "mxfp4-pack-quantized", "1; A5 2"): _row(
+        4, _MX, _MX_INPUTS | {"num_bits": 4}, "mxfp4-pack-quantized", type="float"
     ),
     ("NVFP4", "nvfp4-pack-quantized", "1"): _row(
         4, _NV, None, "nvfp4-pack-quantized", type="float"
@@ -128,7 +129,8 @@ EXPERT_ROWS: Rows = {
     ("W2A8, W3A8 like W4A8", "pack-quantized", "5"): _row(3, _CHANNEL, _TOKEN),
     ("W5A8 to W8A8 per channel", "pack-quantized", "5"): _row(8, _CHANNEL, _TOKEN),
     **{
-        (name, fmt, "as unquantized"): row for (name, fmt, _), row in FLOAT_ROWS.items()
+        (name, fmt, f"as unquantized{'; A5 7' * name.startswith('MX')}"): row
+        for (name, fmt, _), row in FLOAT_ROWS.items()
     },
 }
 
@@ -228,6 +230,11 @@ def products(
     group = config["config_groups"]["group_0"]
     weights, inputs = group["weights"], group["input_activations"]
     bits, groups = operator_bits(weights["num_bits"]), weights["strategy"]
+    if weights.get("type") == "float" and groups == "group":
+        kind, product = f"mxfp{bits}", forms.QUANT_MATMUL
+        if experts:
+            product = forms.GROUPED
+        return [(forms.DYNAMIC_MX_QUANT, kind), (product, kind)]
     if weights.get("type") == "float":
         return [(forms.DYNAMIC_QUANT, "dynamic-fp8"), (forms.QUANT_MATMUL, "fp8")]
     static = [(forms.QUANTIZE, "static")] if inputs == _TENSOR else []

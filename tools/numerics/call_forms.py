@@ -9,6 +9,7 @@ import torch
 from vllm_ascend_ct.ops.precedents import (
     CONTIGUOUS,
     DIVIDED,
+    DYNAMIC_MX_QUANT,
     DYNAMIC_QUANT,
     DYNAMIC_QUANT_ASYMMETRIC,
     FUSED_GATE,
@@ -52,6 +53,9 @@ def form_of(operator: str, args: list[Any], kwargs: dict[str, Any]) -> Form:
     named |= dict(zip(named, args)) | kwargs
     if operator == DYNAMIC_QUANT and named["dst_type"] in _FP8:
         return Form(operator, "dynamic-fp8", ROWS)
+    if operator == DYNAMIC_MX_QUANT:
+        kind = "mxfp8" if named["dst_type"] in _FP8 else "mxfp4"
+        return Form(operator, kind, ROWS)
     if operator in _KINDS:
         return Form(operator, _KINDS[operator], ROWS)
     if operator == "npu_format_cast":
@@ -76,6 +80,8 @@ def _quant_matmul(named: dict[str, Any]) -> tuple[str, Any]:
     weight = named["x2"]
     if _tensor(weight).dtype == torch.int32:
         return f"w4a8-{'group' if named['group_sizes'][2] else 'channel'}", weight
+    if named["scale_dtype"] is not None:
+        return f"mxfp{4 if _tensor(weight).dtype == torch.uint8 else 8}", weight
     if _tensor(weight).dtype == torch.float8_e4m3fn:
         return "fp8", weight
     if named.get("pertoken_scale") is not None:
@@ -90,6 +96,8 @@ def _quant_matmul_dequant(named: dict[str, Any]) -> tuple[str, Any]:
 
 def _grouped(named: dict[str, Any]) -> tuple[str, Any]:
     (weight,) = named["weight"]
+    if named["scale_dtype"] is not None:
+        return f"mxfp{4 if _tensor(weight).dtype == torch.uint8 else 8}", weight
     bits = 4 if _tensor(weight).dtype == torch.int32 else 8
     if _tensor(named["x"][0]).dtype != torch.int8:
         groups = "group" if named["antiquant_scale"][0].dim() == 3 else "channel"

@@ -75,6 +75,12 @@ def integer_configs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 _FLOAT8_TOKEN = {**_TOKEN, "type": "float"}
+_FLOAT_GROUP = {
+    "type": "float",
+    "strategy": "group",
+    "group_size": 32,
+    "dynamic": True,
+}
 FLOAT_LAYOUTS: dict[str, dict[str, Any]] = {
     **LAYOUTS,
     "g32": {"strategy": "group", "group_size": 32},
@@ -88,14 +94,9 @@ FLOAT_ACTIVATIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "token": {"input_activations": _FLOAT8_TOKEN},
     "tensor": {"input_activations": {**_TENSOR, "type": "float"}},
-    "group-4": {
-        "input_activations": {
-            "num_bits": 4,
-            "type": "float",
-            "strategy": "group",
-            "group_size": 32,
-            "dynamic": True,
-        }
+    **{
+        f"group-{bits}": {"input_activations": {**_FLOAT_GROUP, "num_bits": bits}}
+        for bits in (4, 8)
     },
     "int8-token": {"input_activations": _TOKEN},
     "tensor-in-out": {

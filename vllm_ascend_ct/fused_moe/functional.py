@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import E2M1, E8M0, FP8
 from vllm_ascend_ct.ops.traced import moe_init_routing
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -26,7 +27,7 @@ class Operands(NamedTuple):
 
     Attributes:
         weight: int8 `[E, K, N]`, or int4 packed eight to an int32 along the axis that
-            is contiguous in memory.
+            is contiguous in memory; for MX formats see `mx_product`.
         scale: `[E, N]`, or `[E, G, N]` for G groups of K.
         offset: Shape of the scale; added to the integers before scaling.
         bias: `[E, N]`. For int8 rows and int4 weights this is not the layer's bias but
@@ -226,6 +227,44 @@ def int8_product(
         group_type=0,
         split_item=2,
         output_dtype=dtype,
+    )
+    return product
+
+
+def mx_product(
+    rows: torch.Tensor, counts: torch.Tensor, experts: Operands
+) -> torch.Tensor:
+    """Quantize rows to the MX format of the weights, and multiply. Two launches. A5.
+
+    Args:
+        rows: `[M, K]` fp16 or bf16, sorted by expert.
+        counts: int64 `[E]`, number of rows of each expert.
+        experts: FP8 (E4M3) `[E, K, N]`, or two FP4 (E2M1) to a uint8 along K `[E, K /
+            2, N]`; scale uint8 (E8M0) `[E, ceil(K / 64), N, 2]`. Transposed views of
+            `[E, N, ...]`.
+
+    Returns:
+        `[M, N]`, dtype of the rows.
+
+    """
+    packed = E2M1 if experts.weight.dtype == torch.uint8 else None
+    q, row_scale = torch.ops.npu.npu_dynamic_mx_quant(
+        rows, dst_type=FP8 if packed is None else packed
+    )
+    (product,) = torch.ops.npu.npu_grouped_matmul(
+        [q],
+        [experts.weight],
+        scale=[experts.scale],
+        per_token_scale=[row_scale],
+        group_list=counts,
+        group_list_type=_COUNTS,
+        group_type=0,
+        split_item=2,
+        output_dtype=rows.dtype,
+        x_dtype=packed,
+        weight_dtype=packed,
+        scale_dtype=E8M0,
+        per_token_scale_dtype=E8M0,
     )
     return product
 

@@ -7,10 +7,30 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm_ascend_ct.errors import PlatformError, Remedy
 
 
-def check_experts(layer_name: str) -> None:
-    """Refuse experts that vLLM would wrap for LoRA.
+def may_target(layer_name: str) -> bool:
+    """Whether vLLM would wrap these experts for LoRA.
 
     vLLM wraps every module that adapters may target before it loads any adapter.
+
+    Args:
+        layer_name: vLLM's name of the experts, `<block>.experts`.
+
+    """
+    vllm_config = get_current_vllm_config_or_none()
+    lora = None if vllm_config is None else vllm_config.lora_config
+    if lora is None:
+        return False
+    from vllm.lora.utils import is_in_target_modules
+
+    targets = lora.target_modules
+    # For vLLM a projection of one expert, `experts.0.up_proj`, targets all of them.
+    last = layer_name.rpartition(".")[2]
+    projections = [name for name in targets or [] if name.startswith(f"{last}.")]
+    return bool(is_in_target_modules(layer_name, targets, {last: projections}))
+
+
+def check_experts(layer_name: str) -> None:
+    """Refuse experts that vLLM would wrap for LoRA.
 
     Args:
         layer_name: vLLM's name of the experts, `<block>.experts`.
@@ -19,17 +39,10 @@ def check_experts(layer_name: str) -> None:
         PlatformError: LoRA is enabled and may target these experts.
 
     """
-    vllm_config = get_current_vllm_config_or_none()
-    lora = None if vllm_config is None else vllm_config.lora_config
-    if lora is None:
-        return
-    from vllm.lora.utils import is_in_target_modules
-
-    targets = lora.target_modules
-    # For vLLM a projection of one expert, `experts.0.up_proj`, targets all of them.
-    last = layer_name.rpartition(".")[2]
-    projections = [name for name in targets or [] if name.startswith(f"{last}.")]
-    if is_in_target_modules(layer_name, targets, {last: projections}):
+    if may_target(layer_name):
+        vllm_config = get_current_vllm_config_or_none()
+        assert vllm_config is not None and vllm_config.lora_config is not None
+        targets = vllm_config.lora_config.target_modules
         given = "unset" if targets is None else " ".join(sorted(targets))
         raise refused(f"layer {layer_name}, --lora-target-modules {given}")
 

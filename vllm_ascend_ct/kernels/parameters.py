@@ -23,3 +23,10 @@ def set_parameter(
     if tensor is not None:
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
     layer.register_parameter(name, parameter)
+
+
+def convert_bias(layer: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert the bias to an operator's dtype, unless the layer's caller adds it."""
+    bias = getattr(layer, "bias", None)
+    if bias is not None and not getattr(layer, "skip_bias_add", False):
+        bias.data = bias.data.to(dtype)

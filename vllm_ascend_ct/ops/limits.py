@@ -196,6 +196,41 @@ class Fp8MatmulLimits:
 
 
 @dataclass(frozen=True)
+class MxMatmulLimits:
+    """Limits of `npu_dynamic_mx_quant` and of the MX modes of the matmul operators.
+
+    The modes of `npu_quant_matmul` and `npu_grouped_matmul` in which weights and
+    activations are both in MXFP8 (E4M3) or both in MXFP4 (E2M1). The last block of K
+    may be incomplete for the operators, but not in a checkpoint.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = FLOAT16_BFLOAT16
+    max_size: int = 65535
+    max_experts: int = 1024
+
+    def refusal(
+        self, dtype: torch.dtype, k: int, n: int, experts: int = 1
+    ) -> str | None:
+        """Why a `[n, k]` weight cannot be multiplied by activations, or None.
+
+        Args:
+            dtype: dtype of the activations and of the result.
+            k: Input features.
+            n: Output features.
+            experts: Number of such weights on this rank.
+
+        """
+        if not 1 <= experts <= self.max_experts:
+            return f"{experts} experts; supported: 1 to {self.max_experts}"
+        if dtype not in self.dtypes:
+            return f"dtype {dtype}; supported: {names(self.dtypes)}"
+        for name, size in (("K", k), ("N", n)):
+            if not 1 <= size <= self.max_size:
+                return f"{name}={size}; supported: 1 to {self.max_size}"
+        return None
+
+
+@dataclass(frozen=True)
 class QuantMatmulDequantLimits:
     """Limits of `npu_quant_matmul_dequant` and `npu_quant_grouped_matmul_dequant`.
 
@@ -514,6 +549,7 @@ class Limits:
     )
     quant_matmul: QuantMatmulLimits = field(default_factory=QuantMatmulLimits)
     fp8_matmul: Fp8MatmulLimits | None = None
+    mx_matmul: MxMatmulLimits | None = None
     dynamic_quant: ActivationQuantLimits = field(default_factory=ActivationQuantLimits)
     dynamic_quant_asymmetric: ActivationQuantLimits | None = field(
         default_factory=ActivationQuantLimits
@@ -534,6 +570,13 @@ class Limits:
         default_factory=MoeFinalizeRoutingLimits
     )
 
+    def fp8_refusal(self, dtype: torch.dtype, k: int, n: int) -> str | None:
+        """Why an FP8 `[n, k]` weight cannot be multiplied by activations, or None."""
+        if self.fp8_matmul is None:
+            return "FP8 weights; supported: none"
+        reason = self.dynamic_quant.refusal(dtype, k)
+        return reason or self.fp8_matmul.refusal(dtype, [k, n])
+
 
 LIMITS = {
     Soc.A2: Limits(),
@@ -541,6 +584,7 @@ LIMITS = {
     Soc.A5: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(max_size=2**31 - 1),
         fp8_matmul=Fp8MatmulLimits(),
+        mx_matmul=MxMatmulLimits(),
         dynamic_quant=ActivationQuantLimits(dst_dtypes=(torch.int8, FP8)),
         a8w4=None,
         grouped_matmul=GROUPED_A5,

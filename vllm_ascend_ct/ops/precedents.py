@@ -59,6 +59,7 @@ GROUPED = "npu_grouped_matmul"
 GROUPED_DEQUANT = "npu_quant_grouped_matmul_dequant"
 FUSED_GATE = "npu_grouped_matmul_swiglu_quant_v2"
 DYNAMIC_QUANT = "npu_dynamic_quant"
+DYNAMIC_MX_QUANT = "npu_dynamic_mx_quant"
 DYNAMIC_QUANT_ASYMMETRIC = "npu_dynamic_quant_asymmetric"
 QUANTIZE = "npu_quantize"
 
@@ -161,6 +162,22 @@ PRECEDENTS: tuple[Precedent, ...] = (
         "serving",
     ),
     _row(
+        DYNAMIC_MX_QUANT,
+        "mxfp8",
+        ROWS,
+        _A5,
+        f"{_METHODS}w8a8_mxfp8.py",
+        "serving",
+    ),
+    _row(
+        DYNAMIC_MX_QUANT,
+        "mxfp4",
+        ROWS,
+        _A5,
+        f"{_METHODS}w4a4_mxfp4.py",
+        "serving; its experts round half to even, its linear layers half away from 0",
+    ),
+    _row(
         DYNAMIC_QUANT_ASYMMETRIC,
         "dynamic",
         ROWS,
@@ -227,6 +244,22 @@ PRECEDENTS: tuple[Precedent, ...] = (
         _A5,
         f"{_METHODS}w8a8fp8_dynamic.py",
         "serving; adds a bias afterwards because of a fault that the file mentions",
+    ),
+    _row(
+        QUANT_MATMUL,
+        "mxfp8",
+        CONTIGUOUS,
+        _A5,
+        f"{_METHODS}w8a8_mxfp8.py",
+        "serving",
+    ),
+    _row(
+        QUANT_MATMUL,
+        "mxfp4",
+        TRANSPOSED,
+        _A5,
+        f"{_METHODS}w4a4_mxfp4.py",
+        "serving",
     ),
     _row(
         QUANT_MATMUL_DEQUANT,
@@ -331,6 +364,17 @@ PRECEDENTS: tuple[Precedent, ...] = (
         (*_A2_A3, *_A5),
         None,
         f"in FRACTAL_NZ: {_VLLM_ASCEND}ops/fused_moe/moe_mlp.py",
+    ),
+    *(
+        _row(
+            GROUPED,
+            kind,
+            TRANSPOSED,
+            _A5,
+            f"{_METHODS}{name}.py; {_VLLM_ASCEND}device/device_op.py",
+            "serving; before it, one operator multiplies, activates and quantizes",
+        )
+        for kind, name in (("mxfp8", "w8a8_mxfp8"), ("mxfp4", "w4a4_mxfp4"))
     ),
     _row(
         GROUPED,

@@ -10,9 +10,10 @@ from functools import cache
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import E2M1_VALUES
+
 # Values to dequantize at once; their indices, values and scales take 4 MB each.
 _VALUES_AT_ONCE = 1 << 20
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Without the sign bit.
 _E4M3_NAN = 0x7F
 _E8M0_BIAS, _E8M0_NAN = 127, 255
@@ -28,7 +29,7 @@ def _e4m3_values() -> torch.Tensor:
 
 @cache
 def _e2m1_values() -> torch.Tensor:
-    values = (*_E2M1, *(-value for value in _E2M1))
+    values = (*E2M1_VALUES, *(-value for value in E2M1_VALUES))
     return torch.tensor(values, dtype=torch.float32)
 
 

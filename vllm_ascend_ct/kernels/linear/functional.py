@@ -9,7 +9,7 @@ axes of x, because the operators take matrices.
 
 import torch
 
-from vllm_ascend_ct.ops.dtypes import FP8
+from vllm_ascend_ct.ops.dtypes import E2M1, E8M0, FP8, MX_BLOCK
 from vllm_ascend_ct.ops.traced import weight_quant_batchmatmul
 
 
@@ -130,6 +130,46 @@ def dynamic_fp8_matmul(
     )
     if bias is not None:
         y = y + bias
+    return _with_axes_of(x, y)
+
+
+def dynamic_mx_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """MXFP8 or MXFP4 matmul with activations dynamically quantized alike. Two launches.
+
+    Args:
+        x: `[..., K]` fp16 or bf16.
+        weight: FP8 (E4M3) `[K, N]`, contiguous; or two FP4 (E2M1) to a uint8 along K,
+            the transposed view `[K / 2, N]`.
+        weight_scale: uint8 (E8M0) `[ceil(K / 64), N, 2]`, contiguous or a transposed
+            view like the weight.
+        bias: fp32 `[N]`.
+
+    Returns:
+        `[..., N]`, dtype of x.
+
+    """
+    packed = E2M1 if weight.dtype == torch.uint8 else None
+    q, x_scale = torch.ops.npu.npu_dynamic_mx_quant(
+        _matrix(x), dst_type=FP8 if packed is None else packed
+    )
+    y = torch.ops.npu.npu_quant_matmul(
+        q,
+        weight,
+        weight_scale,
+        pertoken_scale=x_scale,
+        bias=bias,
+        output_dtype=x.dtype,
+        x1_dtype=packed,
+        x2_dtype=packed,
+        pertoken_scale_dtype=E8M0,
+        scale_dtype=E8M0,
+        group_sizes=[1, 1, MX_BLOCK],
+    )
     return _with_axes_of(x, y)
 
 

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from vllm_ascend_ct.ops.emulated import (  # noqa: F401
+    dynamic_mx_quant,
     grouped_matmul,
     grouped_matmul_swiglu_quant,
     moe_combine,

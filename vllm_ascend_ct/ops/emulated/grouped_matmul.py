@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct.ops.emulated.derived import derived
+from vllm_ascend_ct.ops.emulated.grouped_matmul_mx import mx_expert, mx_grouped_fake
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4_product
 from vllm_ascend_ct.ops.emulated.registry import (
@@ -137,6 +138,20 @@ def _grouped_matmul_fake(
         only(_NAME, "antiquant_scale", antiquant_scale),
     )
     assert x_one is not None and weight_one is not None
+    if dtypes.get("scale_dtype") is not None:
+        others = bias, antiquant_scale, antiquant_offset
+        return [
+            mx_grouped_fake(
+                x_one,
+                weight_one,
+                scale,
+                per_token_scale,
+                group_list,
+                output_dtype,
+                others,
+                **dtypes,
+            )
+        ]
     m, k = x_one.shape
     group_size = _group_size(k, scales if antiquant is None else antiquant)
     mode, experts, n = _mode(x_one, weight_one, group_size)
@@ -192,9 +207,9 @@ def npu_grouped_matmul(
 ) -> list[torch.Tensor]:
     """Multiply each expert's rows by its weight.
 
-    int8 rows: as `npu_quant_matmul`. (With int4 weights, the NPU overwrites x; this is
-    not emulated.) 16-bit rows: as `npu_weight_quant_batchmatmul`, or by 16-bit weights.
-    Rows that belong to no expert are not written.
+    int8 rows and MX formats: as `npu_quant_matmul`. (With int4 weights, the NPU
+    overwrites x; this is not emulated.) 16-bit rows: as `npu_weight_quant_batchmatmul`,
+    or by 16-bit weights. Rows that belong to no expert are not written.
 
     Source: op-plugin `torch_npu-npu_grouped_matmul.md`, `test_npu_grouped_matmul.py`;
     ops-transformer `gmm/grouped_matmul`.
@@ -212,7 +227,8 @@ def npu_grouped_matmul(
         per_token_scale: One tensor, fp32 `[M]`.
         group_list: int64 `[E]`.
         group_list_type: 0 for cumulative counts, 1 for counts.
-        options: group_type 0, split_item 2 or 3, output_dtype; others are defaults.
+        options: group_type 0, split_item 2 or 3, output_dtype; the dtypes of MX
+            formats, see `grouped_matmul_mx.py`; others are defaults.
 
     Returns:
         One tensor `[M, N]`.
@@ -240,6 +256,12 @@ def npu_grouped_matmul(
         None if tensors is None else tensors[0]
         for tensors in (bias, scale, antiquant_scale, antiquant_offset, per_token_scale)
     )
+    if options.get("scale_dtype") is not None:
+        assert scales is not None and per_token is not None
+        for expert, rows in parts(group_list, group_list_type):
+            operands = x[0], weight[0], scales, per_token
+            result[rows].copy_(mx_expert(*operands, expert, rows))
+        return [result]
     if scales is not None:
         values = int8_products(
             x[0], weight[0], scales, biases, group_list, group_list_type

@@ -10,6 +10,7 @@ from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4, a8w4_fake
 from vllm_ascend_ct.ops.emulated.quant_matmul_fp8 import fp8_matmul, fp8_matmul_fake
+from vllm_ascend_ct.ops.emulated.quant_matmul_mx import mx_matmul, mx_matmul_fake
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
     check_layout,
@@ -40,12 +41,28 @@ def _quant_matmul_fake(
     group_sizes: list[int] | None = None,
     y_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    unused = (x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype, y_scale)
+    if scale_dtype is not None:
+        return mx_matmul_fake(
+            x1,
+            x2,
+            scale,
+            pertoken_scale,
+            bias,
+            output_dtype,
+            group_sizes,
+            offset=offset,
+            x1_dtype=x1_dtype,
+            x2_dtype=x2_dtype,
+            scale_dtype=scale_dtype,
+            pertoken_scale_dtype=pertoken_scale_dtype,
+            y_scale=y_scale,
+        )
+    unused = (x1_dtype, x2_dtype, pertoken_scale_dtype, y_scale)
     if any(argument is not None for argument in unused):
         refuse(
             _NAME,
-            "x1_dtype, x2_dtype, pertoken_scale_dtype, scale_dtype and y_scale are not "
-            "emulated",
+            "x1_dtype, x2_dtype, pertoken_scale_dtype and y_scale without scale_dtype "
+            "are not emulated",
         )
     if x2.dtype == torch.int32:
         return a8w4_fake(
@@ -115,7 +132,7 @@ def npu_quant_matmul(
     output_dtype: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Multiply int8 by int8 or int4, or FP8 by FP8, and dequantize.
+    """Multiply int8 by int8 or int4, FP8 by FP8, or MX formats, and dequantize.
 
     `(x1 @ x2 + bias_int32) * scale * pertoken_scale + bias_float`, accumulated in
     int32; then each step rounds in fp32, and the result rounds to the output dtype. For
@@ -129,14 +146,15 @@ def npu_quant_matmul(
     Args:
         x1: int8 `[M, K]`.
         x2: int8 `[K, N]`, contiguous or a transposed view. For int4, as int32
-            `[K, N / 8]`, and for FP8 `[K, N]`, see `quant_matmul_a8w4.py` and
-            `quant_matmul_fp8.py` for the other operands.
+            `[K, N / 8]`, for FP8 `[K, N]` and for MX formats, see
+            `quant_matmul_a8w4.py`, `quant_matmul_fp8.py` and `quant_matmul_mx.py` for
+            the other operands.
         scale: `(1,)` or `(N,)`; dtype as in `ops/limits.py`.
         offset: fp32 `(1,)` or `(N,)`, int8 output only.
         pertoken_scale: fp32 `(M,)`.
         bias: `(N,)`; int32 is added to the accumulator, others after scaling.
         output_dtype: Defaults to int8.
-        options: Only their defaults are emulated.
+        options: For MX formats; for others only the defaults are emulated.
 
     Returns:
         `[M, N]` of the output dtype.
@@ -151,6 +169,9 @@ def npu_quant_matmul(
     if x2.dtype == torch.int32:
         assert offset is not None and pertoken_scale is not None
         return a8w4(x1, x2, scale, offset, pertoken_scale).to(result_dtype)
+    if options.get("scale_dtype") is not None:
+        assert pertoken_scale is not None
+        return mx_matmul(x1, x2, scale, pertoken_scale, bias).to(result_dtype)
     if x2.dtype == FP8:
         assert pertoken_scale is not None
         return fp8_matmul(x1, x2, scale, pertoken_scale).to(result_dtype)

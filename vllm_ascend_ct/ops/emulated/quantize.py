@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.dtypes import FP8, names
+from vllm_ascend_ct.ops.dtypes import FP8, FP8_MAX, names
 from vllm_ascend_ct.ops.emulated.registry import as_dtype, describe, emulates, refuse
 from vllm_ascend_ct.ops.limits import LIMITS, ActivationQuantLimits, current_limits
 from vllm_ascend_ct.ops.soc import Soc, current_soc
@@ -15,7 +15,6 @@ _DYNAMIC_ARGUMENTS = (
     "(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, "
     "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.)"
 )
-FP8_MAX = torch.finfo(FP8).max
 # A Python number as dividend would be converted to a tensor in each call.
 INT8_MAX = torch.tensor(127.0, dtype=torch.float32, device="cpu")
 

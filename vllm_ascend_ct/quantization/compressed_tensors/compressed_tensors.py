@@ -56,7 +56,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.resolved import (
     ResolvedHeadMixin,
     ResolvedLinearMixin,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.resolving import check_resolving
+from vllm_ascend_ct.quantization.compressed_tensors.resolving import (
+    check_resolving,
+    is_resolved,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.rules import (
     is_multiplied,
     refusal,
@@ -71,7 +74,11 @@ from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_w
     AscendCTWNA16,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.unquantized import watched
-from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, is_packed
+from vllm_ascend_ct.quantization.compressed_tensors.utils import (
+    is_float,
+    is_packed,
+    text,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding import (
     AscendCTEmbeddingMethod,
     AscendCTHeadMethod,
@@ -202,7 +209,7 @@ class AscendCTConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         args = self.get_scheme_dict(layer, prefix)
         files = self.checkpoint.check_layer(layer, prefix, args)
-        if args is not None and _is_resolved(args, prefix):
+        if args is not None and is_resolved(args, prefix, layer):
             method_class = linear.unquantized_class() or UnquantizedLinearMethod
             made = watched(method_class, ResolvedLinearMixin)()
             return self._resolved(made, args, prefix, files)
@@ -255,7 +262,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         if name in ("q_b_proj", "wq_b"):
             other = f"{attention.removesuffix('.indexer')}.fused_qkv_a_proj"
             scheme = self.get_scheme_dict(layer, other)
-            is_mixed = scheme is None or _is_resolved(scheme, other)
+            is_mixed = scheme is None or is_resolved(scheme, other)
             settings.check_latent_query(prefix, is_mixed, is_packed(args))
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
@@ -295,7 +302,8 @@ class AscendCTConfig(CompressedTensorsConfig):
             # scheme.
             raise refused(reason, layer_name)
         weights = args["weights"]
-        if is_float(args) and is_multiplied(args):
+        is_mx = text(weights.strategy) == "group"
+        if is_float(args) and is_multiplied(args) and not is_mx:
             return AscendCTW8A8Fp8(weights)
         if args.get("output_activations") is not None:
             return AscendCTWNA8O8Int(
@@ -362,13 +370,6 @@ class AscendCTConfig(CompressedTensorsConfig):
             # head is a Linear.
             found = find(Linear(), layer_name)
         return found and _without_float_inputs(found)
-
-
-def _is_resolved(scheme: dict[str, Any], prefix: str) -> bool:
-    """Whether a linear layer's weights are resolved to 16 bits."""
-    if not is_float(scheme):
-        return False
-    return needs_dense_weight(prefix) or not is_multiplied(scheme)
 
 
 def _without_float_inputs(scheme: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ _PROCESSED = (
     *("netloader", "rfork"),
 )
 _DUMMY_SCALE = 1e-4
+# E8M0, in bytes.
+_ONE, _NOT_A_NUMBER = 127, 255
 
 
 def check_load_format(layer_name: str) -> None:
@@ -80,7 +82,8 @@ def mark_scales(layer: torch.nn.Module) -> None:
     """Fill the scales of weights with NaN, to see later whether they were loaded."""
     for name, parameter in layer.named_parameters(recurse=False):
         if name.endswith("weight_scale"):
-            parameter.data.fill_(math.nan)
+            is_exponent = parameter.dtype == torch.uint8
+            parameter.data.fill_(_NOT_A_NUMBER if is_exponent else math.nan)
 
 
 def marked_scale(layer: torch.nn.Module) -> str | None:
@@ -89,9 +92,13 @@ def marked_scale(layer: torch.nn.Module) -> str | None:
         if not name.endswith("weight_scale"):
             continue
         # On the meta device only weight loaders fill parameters.
-        if parameter.is_meta or bool(parameter.data.isnan().any()):
+        if parameter.is_meta or bool(_is_marked(parameter.data).any()):
             return str(name)
     return None
+
+
+def _is_marked(scale: torch.Tensor) -> torch.Tensor:
+    return scale == _NOT_A_NUMBER if scale.dtype == torch.uint8 else scale.isnan()
 
 
 def make_dummy(layer: torch.nn.Module, bits: int) -> None:
@@ -106,7 +113,11 @@ def make_dummy(layer: torch.nn.Module, bits: int) -> None:
     """
     for name, parameter in layer.named_parameters(recurse=False):
         data = parameter.data
-        if name.endswith("_scale"):
+        if name.endswith("_scale") and data.dtype == torch.uint8:
+            data.fill_(_ONE)
+        elif data.dtype == torch.uint8:
+            data.random_()
+        elif name.endswith("_scale"):
             data.abs_().clamp_(min=_DUMMY_SCALE)
         elif name.endswith("zero_point"):
             data.zero_()

@@ -83,6 +83,7 @@ class LoadRecord:
             name = parameter_name(self.layer, param)
             if fault := self.shape.fault(name, loaded_weight, self._rows(shard)):
                 raise self._refused(name, shard, *fault)
+            loaded_weight = as_stored(loaded_weight, param)
             try:
                 result = weight_loader(param, loaded_weight, *args, **kwargs)
             except (AssertionError, ValueError, IndexError) as error:
@@ -151,6 +152,16 @@ class LoadRecord:
             f"layer {self.prefix}, tensor {name}",
             remedy,
         )
+
+
+def as_stored(loaded_weight: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """View exponents (E8M0) as bytes, if these are what their parameter has.
+
+    Copied to it in their own dtype, they would be converted to integers.
+    """
+    if loaded_weight.dtype == torch.float8_e8m0fnu != param.dtype:
+        return loaded_weight.view(torch.uint8)
+    return loaded_weight
 
 
 def parameter_name(layer: torch.nn.Module, param: torch.Tensor) -> str:

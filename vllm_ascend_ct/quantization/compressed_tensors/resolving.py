@@ -12,20 +12,71 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
 from vllm_ascend_ct import compat, envs
+from vllm_ascend_ct.ascend_base import routed_experts, runs_on_vllm_ascend
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
+from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.ops.soc import current_soc
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method import (
+    needs_dense_weight,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.headers import FileLayer
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.rules import (
     float_name,
     is_multiplied,
 )
+from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, text
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
 _GIB = 2**30
 _BLOCK = re.compile(r"\blayers\.(\d+)\.")
+
+
+def is_resolved(scheme: dict[str, Any], prefix: str, layer: Any = None) -> bool:
+    """Whether a linear layer's weights are resolved to 16 bits.
+
+    Args:
+        scheme: The layer's scheme from upstream's `get_scheme_dict`.
+        prefix: Its name.
+        layer: The layer, whose sizes and dtype may be outside the operators' limits;
+            None if they are not known.
+
+    """
+    if not is_float(scheme):
+        return False
+    if needs_dense_weight(prefix) or not is_multiplied(scheme):
+        return True
+    return layer is not None and _size_refusal(scheme, layer) is not None
+
+
+def are_experts_multiplied(scheme: dict[str, Any]) -> bool:
+    """Whether experts with a floating-point scheme are multiplied as they are.
+
+    Those in an MX format are, if this package multiplies them; their sizes may still be
+    outside the operators' limits.
+
+    Args:
+        scheme: A floating-point scheme from upstream's `get_scheme_dict`.
+
+    """
+    is_mx = text(scheme["weights"].strategy) == "group"
+    ours = not runs_on_vllm_ascend() or routed_experts.asks_for_products()
+    return is_mx and ours and is_multiplied(scheme)
+
+
+def _size_refusal(scheme: dict[str, Any], layer: Any) -> str | None:
+    """Why the chip cannot multiply a layer whose scheme it multiplies, or None."""
+    # Layers that are not split over ranks have no sizes per rank.
+    k = getattr(layer, "input_size_per_partition", layer.input_size)
+    n = getattr(layer, "output_size_per_partition", layer.output_size)
+    limits, group_size = current_limits(), scheme["weights"].group_size
+    if limits.mx_matmul is None or not group_size:
+        return limits.fp8_refusal(layer.params_dtype, k, n)
+    if k % group_size:
+        return f"K={k} per rank, group_size={group_size}; supported: whole groups"
+    return limits.mx_matmul.refusal(layer.params_dtype, k, n)
 
 
 def check_resolving(
@@ -58,7 +109,7 @@ def check_resolving(
     only_experts = is_multiplied(scheme)
     resolved = 0
     sizes = "two to four times their size in the checkpoint's files"
-    if headers is not None:
+    if headers is not None and not are_experts_multiplied(scheme):
         layers = list(headers.layers.values())
         stored, resolved = _bytes(layers, only_experts)
         if not checkpoint.is_second:
@@ -73,10 +124,18 @@ def check_resolving(
         "vllm-ascend-ct has no kernel for them on Ascend %s. Over all ranks they take "
         "%s. Weights of integer schemes (W8A8, W4A16) keep their quantized size.",
         name,
-        ", except those of most linear layers," if only_experts else "",
+        _exception(scheme),
         current_soc().value,
         sizes,
     )
+
+
+def _exception(scheme: dict[str, Any]) -> str:
+    """The part of the warning that says which layers are not resolved."""
+    if not is_multiplied(scheme):
+        return ""
+    experts = " and experts" if are_experts_multiplied(scheme) else ""
+    return f", except those of most linear layers{experts},"
 
 
 def _bytes(layers: Iterable[FileLayer], only_experts: bool) -> tuple[int, int]:

@@ -33,6 +33,7 @@ class Activations(Enum):
     TENSOR_IN_OUT = "int8 inputs and outputs, static per tensor, symmetric"
     FLOAT = "floating-point or unquantized inputs, unquantized outputs"
     FLOAT8_TOKEN = "FP8 inputs, dynamic per token"
+    MX = "inputs in the MX format of the weights, dynamic"
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ EXPERT_RULES = (
     ),
 )
 
-# Floating-point weights of linear layers and of experts. Except for `MULTIPLIED_RULE`,
+# Floating-point weights of linear layers and of experts. Except for `MULTIPLIED_RULES`,
 # they are resolved to 16 bits, and activations stay in 16 bits.
 FLOAT_RULES = (
     SchemeRule(
@@ -204,13 +205,23 @@ FLOAT_RULES = (
 )
 
 
-# Linear layers that chips with `Limits.fp8_matmul` multiply in FP8.
-MULTIPLIED_RULE = SchemeRule(
-    "FP8, activations dynamic",
-    Activations.FLOAT8_TOKEN,
-    (_FLOAT, _NAIVE),
-    (8,),
-    ("tensor", "channel"),
+# Linear layers that chips with `Limits.fp8_matmul` and `Limits.mx_matmul` multiply as
+# they are.
+MULTIPLIED_RULES = (
+    SchemeRule(
+        "FP8, activations dynamic",
+        Activations.FLOAT8_TOKEN,
+        (_FLOAT, _NAIVE),
+        (8,),
+        ("tensor", "channel"),
+    ),
+    *(
+        replace(
+            rule, name=f"{rule.name}, activations dynamic", activations=Activations.MX
+        )
+        for rule in FLOAT_RULES
+        if rule.strategies == ("group",)
+    ),
 )
 
 
@@ -290,18 +301,38 @@ def _float_activations(
 def is_multiplied(scheme: dict[str, Any]) -> bool:
     """Whether the current chip multiplies floating-point weights as they are.
 
-    True only says that a linear layer with this scheme is multiplied: embeddings, heads
-    and experts are always resolved.
+    True only says that a linear layer with this scheme is multiplied, if its sizes fit:
+    embeddings, heads and experts are always resolved.
 
     Args:
         scheme: A floating-point scheme; see `refusal`.
 
     """
-    inputs, outputs = scheme.get("input_activations"), scheme.get("output_activations")
-    if current_limits().fp8_matmul is None or outputs is not None:
+    if scheme.get("output_activations") is not None:
         return False
-    is_token = _is_8_bits(inputs, QuantizationType.FLOAT, "token", True)
-    return is_token and not MULTIPLIED_RULE.mismatches(scheme)
+    activations = _multiplied_activations(scheme)
+    return any(
+        rule.activations == activations and not rule.mismatches(scheme)
+        for rule in MULTIPLIED_RULES
+    )
+
+
+def _multiplied_activations(scheme: dict[str, Any]) -> Activations | None:
+    """How inputs are quantized, if the chip multiplies them; otherwise None."""
+    inputs, weights, limits = (
+        scheme.get("input_activations"),
+        scheme["weights"],
+        current_limits(),
+    )
+    if limits.fp8_matmul is not None and _is_8_bits(
+        inputs, QuantizationType.FLOAT, "token", True
+    ):
+        return Activations.FLOAT8_TOKEN
+    fields = ("type", "num_bits", "strategy", "group_size")
+    if limits.mx_matmul is None or inputs is None or inputs.dynamic is not True:
+        return None
+    alike = all(getattr(inputs, name) == getattr(weights, name) for name in fields)
+    return Activations.MX if alike else None
 
 
 def float_name(scheme: dict[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from vllm.scalar_type import ScalarType, scalar_types
 from vllm_ascend_ct.kernels.announce import announce
 from vllm_ascend_ct.kernels.linear.functional import weight_quant_matmul
 from vllm_ascend_ct.kernels.linear.layout import foreign_layout
-from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.kernels.parameters import convert_bias, set_parameter
 from vllm_ascend_ct.ops import layouts
 from vllm_ascend_ct.ops.dtypes import INT4_PER_INT32
 from vllm_ascend_ct.ops.limits import current_limits
@@ -129,7 +129,8 @@ class AscendWNA16LinearKernel(AscendMPLinearKernel):
         weight = weight_only_layout(c, weight, along_outputs)
         replace_weight(layer, self.w_q_name, weight)
         set_parameter(layer, self.w_s_name, scale)
-        _convert_bias(layer, c.act_type)
+        limits = current_limits().weight_quant_batchmatmul
+        convert_bias(layer, limits.bias_dtype(c.act_type))
         bits = 4 if weight.dtype == torch.int32 else 8
         kind = f"w{bits}a16-{'group' if self.group_size else 'channel'}"
         layout = CONTIGUOUS if along_outputs else TRANSPOSED
@@ -251,11 +252,3 @@ def replace_weight(layer: torch.nn.Module, name: str, weight: torch.Tensor) -> N
     for loaded in {name, "weight"} & layer._parameters.keys():
         delattr(layer, loaded)
     set_parameter(layer, "weight", weight)
-
-
-def _convert_bias(layer: torch.nn.Module, act_type: torch.dtype) -> None:
-    """Convert the bias to the operator's dtype, unless the layer's caller adds it."""
-    bias = getattr(layer, "bias", None)
-    if bias is not None and not getattr(layer, "skip_bias_add", False):
-        dtype = current_limits().weight_quant_batchmatmul.bias_dtype(act_type)
-        bias.data = bias.data.to(dtype)

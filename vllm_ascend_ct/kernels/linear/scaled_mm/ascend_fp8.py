@@ -50,10 +50,7 @@ class AscendFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
         if c.weight_quant_key not in (kFp8StaticChannelSym, kFp8StaticTensorSym):
             return False, "FP8 weights without a scale per channel or tensor"
         n, k = c.weight_shape
-        limits = current_limits()
-        reason = limits.dynamic_quant.refusal(c.input_dtype, k)
-        if reason is None and limits.fp8_matmul is not None:
-            reason = limits.fp8_matmul.refusal(c.out_dtype, [k, n])
+        reason = current_limits().fp8_refusal(c.input_dtype, k, n)
         return reason is None, reason
 
     def process_weights_after_loading(self, layer: Any) -> None:

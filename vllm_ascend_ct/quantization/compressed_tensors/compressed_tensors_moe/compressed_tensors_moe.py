@@ -16,6 +16,7 @@ from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.fused_moe import lora
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_mx_moe import AscendMxExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
     AscendWNA8DequantExperts,
 )
@@ -28,6 +29,10 @@ from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors import load_formats
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_mx import (  # noqa: E501
+    AscendCTMxfp4MoEMethod,
+    AscendCTMxfp8MoEMethod,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a8_int8 import (  # noqa: E501
     AscendCTW4A8Int8MoEMethod,
 )
@@ -42,7 +47,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
 from vllm_ascend_ct.quantization.compressed_tensors.resolved import (
     ResolvedExpertsMixin,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.resolving import check_resolving
+from vllm_ascend_ct.quantization.compressed_tensors.resolving import (
+    are_experts_multiplied,
+    check_resolving,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.rules import EXPERT_RULES, refusal
 from vllm_ascend_ct.quantization.compressed_tensors.unquantized import (
     WatchedMixin,
@@ -83,7 +91,7 @@ def get_moe_method(
     checkpoint: Checkpoint = quant_config.checkpoint
     files = checkpoint.check_experts(layer, layer_name, schemes)
     scheme = schemes[shards[-1]]
-    if scheme is not None and not is_float(scheme):
+    if scheme is not None and not _is_resolved(scheme, layer, layer_name):
         return _quantized_method(scheme, layer, layer_name, tid2eid, checkpoint, files)
     method_class, options = fused_moe.unquantized_class(tid2eid) or (
         UnquantizedFusedMoEMethod,
@@ -100,6 +108,22 @@ def get_moe_method(
     return method if scheme is None else unquantized.resolve(scheme)
 
 
+def _is_resolved(scheme: dict[str, Any], layer: Any, layer_name: str) -> bool:
+    """Whether the experts' weights are resolved to 16 bits."""
+    if not is_float(scheme):
+        return False
+    weights = scheme["weights"]
+    if not are_experts_multiplied(scheme) or lora.may_target(layer_name):
+        return True
+    reason = AscendMxExperts.refusal(
+        layer.moe_config, weights.num_bits, weights.group_size, weights.symmetric
+    )
+    if reason is None:
+        return False
+    logger.info_once("Experts are not multiplied in an MX format: %s.", reason)
+    return True
+
+
 def _quantized_method(
     scheme: dict[str, Any],
     layer: Any,
@@ -114,11 +138,16 @@ def _quantized_method(
     lora.check_experts(layer_name)
     weights = scheme["weights"]
     method_cls: Any = AscendCTWNA16MoEMethod
-    if not is_packed(scheme):
+    if is_float(scheme):
+        is_fp4 = weights.num_bits == 4
+        method_cls = AscendCTMxfp4MoEMethod if is_fp4 else AscendCTMxfp8MoEMethod
+    elif not is_packed(scheme):
         is_int4 = weights.num_bits == 4
         method_cls = AscendCTW4A8Int8MoEMethod if is_int4 else AscendCTW8A8Int8MoEMethod
     moe, inputs = layer.moe_config, scheme["input_activations"]
-    experts_cls = choose_experts(weights, inputs, moe, layer_name)
+    experts_cls: type[AscendExperts] = AscendMxExperts
+    if not is_float(scheme):
+        experts_cls = choose_experts(weights, inputs, moe, layer_name)
     method = method_cls(weights, inputs, moe, experts_cls, checkpoint, files)
     return ascend_method(method, layer, tid2eid)
 

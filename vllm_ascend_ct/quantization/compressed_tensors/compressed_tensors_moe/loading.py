@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 
 from vllm_ascend_ct.compat import load_format
@@ -23,12 +23,14 @@ from vllm_ascend_ct.errors import (
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.load_formats import marked_scale
 from vllm_ascend_ct.quantization.compressed_tensors.loading import (
+    as_stored,
     missing_tensor,
     parameter_name,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     OPTIONAL,
     Fault,
+    FloatShape,
     QuantizedShape,
 )
 
@@ -73,6 +75,9 @@ def expert_shapes(
         By prefix of the parameter, "w13" or "w2".
 
     """
+    if weights.type == QuantizationType.FLOAT:
+        columns = expert_columns(moe).items()
+        return {name: FloatShape.of({"weights": weights}, k) for name, k in columns}
     group_size = weights.group_size or 0
     return {
         name: QuantizedShape(
@@ -141,6 +146,7 @@ class ExpertsLoadRecord:
                 if fault is not None:
                     raise self._refused(kind, shard_id, expert_id, fault)
                 self._seen.setdefault(name, set()).add((local, shard_id))
+            loaded_weight = as_stored(loaded_weight, param)
             try:
                 return weight_loader(
                     param,
