@@ -10,17 +10,22 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct.compare_layouts.layer import (
+    BLOCK,
     Layer,
     NotServed,
     Product,
     Sizes,
     on_int8_grid,
+    on_mx_grid,
     packed,
     random_integers,
+    random_mx,
 )
 from vllm_ascend_ct.ops.limits import current_limits
 
 EXPERTS, TOP_K = 8, 2
+# Weight `[N, K]` of an expert in float64, by its number.
+_Weight = Callable[[int], torch.Tensor]
 
 
 def moe_config(
@@ -90,7 +95,7 @@ def choices(tokens: int) -> torch.Tensor:
 
 
 def _experts(bits: int, group_size: int, quantizes: bool, sizes: Sizes) -> Layer:
-    """Experts of a width, with 16-bit or dynamically quantized activations.
+    """Experts of integers, with 16-bit or dynamically quantized activations.
 
     Args:
         bits: Width of the weights.
@@ -99,35 +104,91 @@ def _experts(bits: int, group_size: int, quantizes: bool, sizes: Sizes) -> Layer
         sizes: Sizes, dtype and device.
 
     """
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 
-    from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
-    from vllm_ascend_ct.fused_moe.modular_kernel import AscendModularExperts
-    from vllm_ascend_ct.kernels.parameters import set_parameter
-
-    kind = _class(quantizes)
-    moe = moe_config(EXPERTS, TOP_K, sizes.k, sizes.n, sizes.dtype)
-    if reason := kind.refusal(moe, bits, group_size, True):
-        raise NotServed(reason)
-    layer: Any = torch.nn.Module()
-    exact = {}
-    for name, (k, n) in AscendExperts.products(moe).items():
+    def make(layer: Any, name: str, k: int, n: int) -> _Weight:
         groups = k // group_size if group_size else 1
         values = random_integers(bits, EXPERTS, n, k)
         scale = (torch.rand(EXPERTS, n, groups) / 100 + 0.01).to(sizes.dtype)
         if quantizes and bits == 8:
-            set_parameter(layer, f"{name}_weight", values.to(torch.int8, copy=True))
+            _set(layer, f"{name}_weight", values.to(torch.int8, copy=True))
         else:
-            set_parameter(layer, f"{name}_weight_packed", packed(values, bits))
-        set_parameter(layer, f"{name}_weight_scale", scale)
+            _set(layer, f"{name}_weight_packed", packed(values, bits))
         # Laying out changes the scale in place.
-        exact[name] = values.to(torch.int8), scale.clone()
+        _set(layer, f"{name}_weight_scale", scale.clone())
+        integers = values.to(torch.int8)
+        columns = k // groups
+
+        def weight(number: int) -> torch.Tensor:
+            scales = scale[number].double().repeat_interleave(columns, 1)
+            return integers[number] * scales
+
+        return weight
+
+    on_grid = on_int8_grid if quantizes else torch.Tensor.double
+    # Operators that quantize the product do not round it before.
+    scheme = bits, group_size
+    return _made(_class(quantizes), scheme, make, on_grid, sizes, not quantizes)
+
+
+def _mx(bits: int, sizes: Sizes) -> Layer:
+    """Experts in MXFP8 or MXFP4, with activations in the same format."""
+    from vllm_ascend_ct.fused_moe.experts.ascend_mx_moe import AscendMxExperts
+
+    def make(layer: Any, name: str, k: int, n: int) -> _Weight:
+        weight, scale, exact = random_mx(bits, EXPERTS, n, k)
+        _set(layer, f"{name}_weight{'' if bits == 8 else '_packed'}", weight)
+        _set(layer, f"{name}_weight_scale", scale)
+        return exact.__getitem__
+
+    def on_grid(x: torch.Tensor) -> torch.Tensor:
+        # Steps of the grid are wide, so that what rounds before it counts.
+        return on_mx_grid(bits, x.to(sizes.dtype))
+
+    return _made(AscendMxExperts, (bits, BLOCK), make, on_grid, sizes, True)
+
+
+def _set(layer: Any, name: str, tensor: torch.Tensor) -> None:
+    from vllm_ascend_ct.kernels.parameters import set_parameter
+
+    set_parameter(layer, name, tensor)
+
+
+def _made(
+    kind: Any,
+    scheme: tuple[int, int],
+    make: Callable[[Any, str, int, int], _Weight],
+    on_grid: Product,
+    sizes: Sizes,
+    rounds: bool,
+) -> Layer:
+    """Lay out experts whose parameters `make` creates.
+
+    Args:
+        kind: A subclass of `AscendExperts`.
+        scheme: Width of the weights and group size.
+        make: Creates the parameters of a product on the host, given the layer and the
+            product's prefix, K and N.
+        on_grid: Quantizes activations, in float64.
+        sizes: Sizes, dtype and device.
+        rounds: Whether the first product is rounded to the model's dtype.
+
+    """
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+
+    from vllm_ascend_ct.fused_moe.modular_kernel import AscendModularExperts
+
+    moe = moe_config(EXPERTS, TOP_K, sizes.k, sizes.n, sizes.dtype)
+    if reason := kind.refusal(moe, *scheme, True):
+        raise NotServed(reason)
+    layer: Any = torch.nn.Module()
+    layer.layer_name = "experts"
+    weights = {
+        name: make(layer, name, k, n) for name, (k, n) in kind.products(moe).items()
+    }
     layer.to(sizes.device)
     experts = kind(layer, moe)
     experts.lay_out()
     runner: Any = AscendModularExperts(experts, FusedMoEQuantConfig.make())
-    on_grid = on_int8_grid if quantizes else torch.Tensor.double
-
     # Copied to the device once: a captured graph cannot copy.
     ids: dict[int, torch.Tensor] = {}
 
@@ -137,7 +198,7 @@ def _experts(bits: int, group_size: int, quantizes: bool, sizes: Sizes) -> Layer
         return run(runner, x, ids[len(x)])
 
     def formula(x: torch.Tensor) -> torch.Tensor:
-        return _formula(x, exact, on_grid)
+        return _formula(x, weights, on_grid, sizes.dtype if rounds else torch.float64)
 
     return Layer(product, formula, runner.experts.announced)
 
@@ -159,29 +220,30 @@ def _class(quantizes: bool) -> Any:
 
 def _formula(
     x: torch.Tensor,
-    weights: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    weights: dict[str, _Weight],
     on_grid: Product,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Compute experts in float64.
 
     Args:
         x: `[T, H]`.
-        weights: int8 `[E, N, K]` and scales `[E, N, G]` of "w13" and "w2".
+        weights: Weights of "w13" and "w2".
         on_grid: Quantizes activations.
+        dtype: Dtype that the first product is rounded to.
 
     """
 
     def times(rows: torch.Tensor, name: str, number: int) -> torch.Tensor:
-        values, scale = (tensor[number].double() for tensor in weights[name])
-        columns = values.shape[1] // scale.shape[1]
-        return on_grid(rows) @ (values * scale.repeat_interleave(columns, 1)).t()
+        return on_grid(rows) @ weights[name](number).t()
 
     ids = choices(len(x))
     total = torch.zeros(x.shape, dtype=torch.float64)
     for number in range(EXPERTS):
         tokens, _ = (ids == number).nonzero(as_tuple=True)
         if len(tokens):
-            gate, up = times(x[tokens], "w13", number).chunk(2, dim=1)
+            products = times(x[tokens], "w13", number).to(dtype).double()
+            gate, up = products.chunk(2, dim=1)
             hidden = torch.nn.functional.silu(gate) * up
             total.index_add_(0, tokens, times(hidden, "w2", number))
     return total / TOP_K
@@ -210,4 +272,6 @@ ROUTED: dict[str, Callable[[Sizes], Layer]] = {
     "w4a8-group experts": partial(_experts, 4, 256, True),
     "w4a8-channel experts": partial(_experts, 4, 0, True),
     "w8a8-dynamic experts": partial(_experts, 8, 0, True),
+    "mxfp8 experts": partial(_mx, 8),
+    "mxfp4 experts": partial(_mx, 4),
 }

@@ -2,16 +2,25 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """A layer of random weights, and what it should compute."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.precedents import Form
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 BITS_PER_WORD = 32
+# Values that share a scale in MX formats.
+BLOCK = 32
+# E2M1 by its code; the other codes are the same numbers with the sign.
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device="cpu")
+# Largest value, by width; and the bias of scales in E8M0.
+_MX_LARGEST = {8: 448, 4: 6}
+_BIAS = 127
 
 
 class NotServed(Exception):
@@ -77,3 +86,44 @@ def on_int8_grid(x: torch.Tensor) -> torch.Tensor:
     values = x.double()
     step = values.abs().amax(1, keepdim=True) / 127
     return (values / step).round() * step
+
+
+def random_mx(
+    bits: int, *shape: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random weights in MXFP8 (E4M3) or MXFP4 (E2M1).
+
+    Args:
+        bits: 8 or 4.
+        shape: `[..., K]`.
+
+    Returns:
+        The weights as a checkpoint has them, FP8 `[..., K]` or two values to a uint8
+        `[..., K / 2]`; their scales uint8 `[..., K / 32]`; and their values `[..., K]`
+        in float64.
+
+    """
+    exponents = torch.randint(-8, -4, (*shape[:-1], shape[-1] // BLOCK))
+    scale = torch.exp2(exponents.double()).repeat_interleave(BLOCK, -1)
+    scales = (exponents + _BIAS).to(torch.uint8)
+    if bits == 8:
+        weight = (torch.randn(shape) * 50).clamp(-448, 448).to(FP8)
+        return weight, scales, weight.double() * scale
+    codes = torch.randint(0, 16, shape)
+    signs = 1 - 2 * (codes >> 3)
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return (low | high << 4).to(torch.uint8), scales, _FP4[codes & 7] * signs * scale
+
+
+def on_mx_grid(bits: int, x: torch.Tensor) -> torch.Tensor:
+    """Round activations `[M, K]` to their dynamic MX grid, in float64."""
+    largest = _MX_LARGEST[bits]
+    blocks = x.double().unflatten(1, (-1, BLOCK))
+    amax = blocks.abs().amax(2, keepdim=True).clamp(min=2.0**-100)
+    scale = torch.exp2(amax.log2().floor() - math.floor(math.log2(largest)))
+    values = blocks / scale
+    # E4M3 has three mantissa bits and exponents from -6, E2M1 one and from 0.
+    mantissa, least = (3, 2**-6) if bits == 8 else (1, 1)
+    step = torch.exp2(values.abs().clamp(min=least).log2().floor() - mantissa)
+    rounded = ((values / step).round() * step).clamp(-largest, largest)
+    return (rounded * scale).flatten(1)

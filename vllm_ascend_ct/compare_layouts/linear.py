@@ -14,10 +14,13 @@ from vllm_ascend_ct.compare_layouts.layer import (
     NotServed,
     Sizes,
     on_int8_grid,
+    on_mx_grid,
     packed,
     random_integers,
+    random_mx,
 )
 from vllm_ascend_ct.ops.dtypes import FP8
+from vllm_ascend_ct.ops.limits import current_limits
 
 # Its reciprocal rounds to bfloat16 with an error of 0.1 %, like a typical random scale.
 INPUT_SCALE = 1 / 27.03
@@ -181,6 +184,46 @@ def _fp8(sizes: Sizes) -> Layer:
     return Layer(lambda x: kernel.apply_weights(layer, x), formula, kernel.announced)
 
 
+def _mx(bits: int, sizes: Sizes) -> Layer:
+    """A weight in MXFP8 or MXFP4, with activations in the same format."""
+    from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearLayerConfig
+    from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import (
+        Mxfp8LinearLayerConfig,
+    )
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    from vllm_ascend_ct.kernels.linear.mxfp4.ascend import AscendMxfp4LinearKernel
+    from vllm_ascend_ct.kernels.linear.mxfp8.ascend import AscendMxfp8LinearKernel
+    from vllm_ascend_ct.kernels.parameters import set_parameter
+
+    k, n = sizes.k, sizes.n
+    kernel_class: Any = AscendMxfp8LinearKernel
+    make: Any = Mxfp8LinearLayerConfig
+    if bits == 4:
+        kernel_class = AscendMxfp4LinearKernel
+        make = MxFp4LinearLayerConfig
+    given = {"weight_shape": (n, k), "activation_quant_key": quant_utils.kMxfp4Dynamic}
+    # Releases of vLLM before 0.27 say nothing of activations.
+    names = {field.name for field in fields(make)}
+    config = make(**{name: value for name, value in given.items() if name in names})
+    limits = current_limits().mx_matmul
+    _, reason = kernel_class.is_supported()
+    reason = reason or (limits and limits.refusal(sizes.dtype, k, n))
+    if reason:
+        raise NotServed(reason)
+    weight, scale, exact = random_mx(bits, n, k)
+    layer: Any = torch.nn.Module()
+    set_parameter(layer, "weight", weight.to(sizes.device))
+    set_parameter(layer, "weight_scale", scale.to(sizes.device))
+    kernel = kernel_class(config)
+    kernel.process_weights_after_loading(layer)
+    return Layer(
+        lambda x: kernel.apply_weights(layer, x),
+        lambda x: on_mx_grid(bits, x) @ exact.t(),
+        kernel.announced,
+    )
+
+
 LINEAR: dict[str, Callable[[Sizes], Layer]] = {
     "w4a16-group": partial(_mixed_precision, 4, 128, False),
     "w4a16-channel": partial(_mixed_precision, 4, PER_CHANNEL, False),
@@ -192,4 +235,6 @@ LINEAR: dict[str, Callable[[Sizes], Layer]] = {
     "w8a8-asymmetric": partial(_int8, False, False),
     "w8a8-static": partial(_int8, True, True),
     "fp8-dynamic": _fp8,
+    "mxfp8": partial(_mx, 8),
+    "mxfp4": partial(_mx, 4),
 }

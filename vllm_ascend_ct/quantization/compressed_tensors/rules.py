@@ -301,8 +301,9 @@ def _float_activations(
 def is_multiplied(scheme: dict[str, Any]) -> bool:
     """Whether the current chip multiplies floating-point weights as they are.
 
-    True only says that a linear layer with this scheme is multiplied, if its sizes fit:
-    embeddings, heads and experts are always resolved.
+    True only says that linear layers with this scheme are multiplied, if their sizes
+    fit: embeddings and heads are always resolved, and so are experts except in MX
+    formats.
 
     Args:
         scheme: A floating-point scheme; see `refusal`.
