@@ -9,7 +9,9 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 
+from tests.layers import quantized_experts
 from tests.layers.quantized_experts import factory_needed
+from tests.layers.quantized_layers import MULTIPLIED_MX
 from tools.bench.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.ascend_base import routed_experts
 from vllm_ascend_ct.errors import PlatformError
@@ -112,6 +114,24 @@ def test_rows_as_each_way_of_sending_brings_them(laid_out: AscendExperts) -> Non
     for way in ways:
         y = method.apply_gmm2(way, *method.apply_gmm1_act_quant(way))
         assert torch.equal(y[: COUNTS.sum()], expected)
+
+
+@factory_needed
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+def test_rows_of_mx_experts(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are sent in 16 bits, and quantized where they are multiplied."""
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
+    sizes = quantized_experts.Sizes(len(COUNTS), 256, 256, top_k=2)
+    runner, _ = quantized_experts.load(sizes, scheme, torch.bfloat16)
+    experts = runner.routed_experts.quant_method.experts
+    method, way = method_of(experts), call()
+    assert method.sent_as == "NONE"
+    y = method.apply_gmm2(way, *method.apply_gmm1_act_quant(way))
+    hidden, _ = experts.gate(way.hidden_states, None, COUNTS)
+    expected = experts.down(hidden, None, COUNTS)[: COUNTS.sum()]
+    assert expected.isfinite().all() and expected.count_nonzero()
+    assert torch.equal(y[: COUNTS.sum()], expected)
 
 
 @factory_needed
