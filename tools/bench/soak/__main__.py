@@ -46,12 +46,15 @@ def soak(
     plant: str | None = None,
     eager: bool = False,
     without: Sequence[str] = (),
+    plugins: str = "ascend_ct",
 ) -> Result:
     """Serve a checkpoint under load for some minutes."""
     options = ["--enforce-eager"] * eager
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as state,
-        serve(checkpoint, release, directory := Path(state), *options) as server,
+        serve(
+            checkpoint, release, directory := Path(state), *options, plugins=plugins
+        ) as server,
     ):
         server.left_out |= dict.fromkeys(without, "as asked")
         for name, reason in server.left_out.items():
@@ -151,6 +154,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without graphs")
     names = ("lora", "reload", "sleep")
     parser.add_argument("--without", action="append", choices=names, default=[])
+    parser.add_argument("--plugins", default="ascend_ct", help="VLLM_PLUGINS")
     parser.add_argument("--plant", choices=PLANTS, help="a fault, to be found")
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
     arguments = parser.parse_args()
@@ -164,6 +168,7 @@ def main() -> None:
                 arguments.plant,
                 arguments.eager,
                 arguments.without,
+                arguments.plugins,
             )
         )
         print(results[-1].text(), flush=True)

@@ -93,7 +93,7 @@ class Server:
         raise RuntimeError(f"left after {STOP_SECONDS} s: {[p.name for p in left]}")
 
 
-def left_out(checkpoint: Path, release: str | None) -> dict[str, str]:
+def left_out(checkpoint: Path, release: str | None, eager: bool) -> dict[str, str]:
     """What a server cannot do, with the reason."""
     found = {}
     if release is None:
@@ -110,22 +110,24 @@ def left_out(checkpoint: Path, release: str | None) -> dict[str, str]:
         )
     if release is not None and release.startswith("0.23."):
         found["reload"] = "vllm-ascend 0.23's worker does not reload weights"
+    if release is not None and not eager:
+        found["lora"] = (
+            "with graphs, vllm-ascend on software NPUs answers adapters otherwise in a "
+            "batch than alone, unquantized models too"
+        )
     config = json.loads((checkpoint / "config.json").read_text())
     if "kv_lora_rank" in config:
         found["lora"] = "the adapters made here are not for latent attention"
     return found
 
 
-def environment(
-    release: str | None, directory: Path, devices: int = 1
-) -> dict[str, str]:
+def environment(release: str | None, directory: Path, plugins: str) -> dict[str, str]:
     """A server's environment variables."""
     variables = dict(os.environ)
     if release is not None:
         from tools.soft_npu import environment as soft_npu
 
-        device = soft_npu.Device(release, devices=devices)
-        variables = soft_npu.variables(device, directory)
+        variables = soft_npu.variables(soft_npu.Device(release), directory)
     else:
         variables |= {
             "VLLM_ASCEND_CT_EMULATE": "1",
@@ -134,7 +136,7 @@ def environment(
             "PYTHONPATH": str(Path(__file__).parents[3]),
         }
     return variables | {
-        "VLLM_PLUGINS": "ascend_ct",
+        "VLLM_PLUGINS": plugins,
         "VLLM_CACHE_ROOT": str(directory / "cache"),
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -152,13 +154,17 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serve(
-    checkpoint: Path, release: str | None, directory: Path, *options: str
+    checkpoint: Path,
+    release: str | None,
+    directory: Path,
+    *options: str,
+    plugins: str = "ascend_ct",
 ) -> Iterator[Server]:
     """Start a server, wait until it answers, and end it."""
     port = free_port()
     log = LOGS / f"{checkpoint.name}-{release or 'emulated'}-{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    without = left_out(checkpoint, release)
+    without = left_out(checkpoint, release, "--enforce-eager" in options)
     adapters, slots = ADAPTERS_ON_NPU if release else ADAPTERS_ON_CPU
     if release is not None:
         options = ("--kv-cache-memory-bytes=33554432", *options)
@@ -167,9 +173,8 @@ def serve(
     vllm = str(Path(sys.executable).with_name("vllm"))
     command = [vllm, "serve", str(checkpoint), f"--port={port}", *OPTIONS, *options]
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env=environment(release, directory), stdout=out, stderr=out
-        )
+        variables = environment(release, directory, plugins)
+        process = subprocess.Popen(command, env=variables, stdout=out, stderr=out)
     server = Server(process, port, checkpoint, log, adapters, without)
     try:
         _wait(server)
