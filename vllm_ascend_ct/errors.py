@@ -53,6 +53,10 @@ class Remedy(StrEnum):
         "Serve it on more devices (tensor_parallel_size), or quantize the model again "
         "with an integer scheme, whose weights keep their size in the NPU's memory"
     )
+    FREE_MEMORY = (
+        "Stop other processes on the device, which `npu-smi info` lists, or serve the "
+        "model on more devices (tensor_parallel_size)"
+    )
     CALIBRATE_AGAIN = "Calibrate and quantize the model again"
     CHANGE_RANKS = (
         "Change tensor_parallel_size, or quantize the model again so that the sizes "

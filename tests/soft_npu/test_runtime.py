@@ -179,6 +179,35 @@ def test_streams_and_events() -> None:
     assert event.query() and start.elapsed_time(event) >= 0
 
 
+def test_threads_share_streams() -> None:
+    """What one thread has just given a stream, another may be doing."""
+    script = """
+import threading
+
+stop = threading.Event()
+
+def copy():
+    with torch.npu.stream(torch.npu.Stream()):
+        here, there = torch.ones(8).pin_memory(), torch.zeros(8, device="npu")
+        while not stop.is_set():
+            there.copy_(here, non_blocking=True)
+
+others = [threading.Thread(target=copy) for _ in range(2)]
+for other in others:
+    other.start()
+try:
+    x, one = torch.zeros(1 << 18, device="npu"), torch.ones(1 << 18).pin_memory()
+    for _ in range(10_000):
+        x.copy_(one, non_blocking=True)
+        x.add_(1)
+finally:
+    stop.set()
+assert (x == 2).all()
+"""
+    result = run(script)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_generators_repeat() -> None:
     torch.manual_seed(5)
     first, second = torch.rand(4, device="npu"), torch.rand(4, device="npu")

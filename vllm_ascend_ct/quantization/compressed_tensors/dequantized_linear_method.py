@@ -17,7 +17,10 @@ from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import (
+    enough_memory,
+    refused,
+)
 from vllm_ascend_ct.weights import int4, pack_quantized
 
 logger = init_logger("vllm.ascend_ct.quantization")
@@ -102,7 +105,8 @@ class AscendCTDequantizedLinearMethod(UnquantizedLinearMethod):
         logger.info_once(
             "Dequantizing %s to 16 bits, because attention reads its weight.", name
         )
-        weight = dequantized(layer, self._shape, self._bits)
+        with enough_memory(layer.prefix):
+            weight = dequantized(layer, self._shape, self._bits)
         for name in [name for name in layer._parameters if name != "bias"]:
             delattr(layer, name)
         set_parameter(layer, "weight", weight)

@@ -32,7 +32,10 @@ from vllm_ascend_ct.quantization.compressed_tensors import agreement, load_forma
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.loading import LoadRecord
-from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import (
+    enough_memory,
+    refused,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import (  # noqa: E501
     AscendCTWNA16,
 )
@@ -146,10 +149,11 @@ class AscendCTLinearMethod(CompressedTensorsLinearMethod):
         if isinstance(kernel, MPLinearKernel) and not hasattr(layer, kernel.w_q_name):
             # Kernels expect the name of the packed weight; int8 weights have another.
             layer.register_parameter(kernel.w_q_name, layer.weight)
+        prefix = getattr(layer, "prefix", None)
         try:
-            super().process_weights_after_loading(layer)
+            with enough_memory(prefix):
+                super().process_weights_after_loading(layer)
         except ValueError as error:
-            prefix = getattr(layer, "prefix", None)
             raise refused(str(error), prefix, Remedy.CALIBRATE_AGAIN) from error
 
     def _size_refusal(

@@ -2,7 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Errors that refuse a layer."""
 
-from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vllm_ascend_ct.errors import PlatformError, Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.ops.soc import current_soc
 
 
@@ -33,3 +38,25 @@ def tied_otherwise(layer_name: str) -> UnsupportedCheckpointError:
         "way, so its own weights would not be used",
         layer_name,
     )
+
+
+@contextmanager
+def enough_memory(layer_name: str | None) -> Iterator[None]:
+    """Name the layer if the device's memory is too small to lay out its weights.
+
+    Raises:
+        PlatformError: It is.
+
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # torch_npu goes on with settings of torch's allocator.
+        reason = str(error).partition(".If ")[0]
+        raise PlatformError(
+            f"No memory is left to lay out a layer's weights: {reason}",
+            where=f"layer {layer_name}",
+            supported="devices with memory for all weights, and once more for those of "
+            "one layer",
+            remedy=Remedy.FREE_MEMORY,
+        ) from error

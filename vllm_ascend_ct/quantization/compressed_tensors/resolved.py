@@ -29,7 +29,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.loading import (
     LoadRecord,
     parameter_name,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.refusals import tied_otherwise
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import (
+    enough_memory,
+    tied_otherwise,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     FLOAT_INPUT_KINDS,
     OPTIONAL,
@@ -154,14 +157,15 @@ class ResolvedMixin(WatchedMixin):
         stored, scale = (pieces[kind] for kind in self._kinds[:2])
         n = len(stored)
         k = stored.shape[1] * (8 // self.scheme["weights"].num_bits)
-        dense = dequantize(
-            stored,
-            scale,
-            self._shape(k).block or (n, k),
-            pieces.get("weight_global_scale"),
-            weight.dtype,
-            weight.device,
-        )
+        with enough_memory(self.layer_name):
+            dense = dequantize(
+                stored,
+                scale,
+                self._shape(k).block or (n, k),
+                pieces.get("weight_global_scale"),
+                weight.dtype,
+                weight.device,
+            )
         if not all(value.isfinite() for value in dense.aminmax()):
             dtypes = current_limits().weight_quant_batchmatmul.x_dtypes
             raise broken_checkpoint(

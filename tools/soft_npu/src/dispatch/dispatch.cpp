@@ -113,7 +113,7 @@ void compute(const OperatorHandle &op, DispatchKeySet, Stack *stack) {
   auto *graph = capturing(stream);
   if (graph) check_capturable(op, call->name(), call->given());
   else
-    TORCH_CHECK(idle(stream), call->name(),
+    TORCH_CHECK(settles(stream), call->name(),
                 " after a graph that waits for an event, on its stream: not emulated");
   if (waits(*call)) counters().synchronizations++;
   const auto results = call->compute();

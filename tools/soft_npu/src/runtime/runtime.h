@@ -93,6 +93,8 @@ aclError launch(aclrtStream stream, std::shared_ptr<Task> task);
 aclError launch(aclrtStream stream, std::function<void()> function);
 // Whether nothing waits in it.
 bool idle(aclrtStream stream);
+// The same, once other threads have done what they have begun.
+bool settles(aclrtStream stream);
 // A value or an event was written: goes on with what waited.
 void progress();
 

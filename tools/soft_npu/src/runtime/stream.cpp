@@ -8,6 +8,7 @@
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <thread>
 
 #include "runtime.h"
 
@@ -20,6 +21,8 @@ struct Event {
   Graph *captured_by = nullptr;
 };
 
+// Milliseconds in which another thread does what it has begun.
+constexpr double kPatience = 1000;
 std::mutex lock;
 std::condition_variable changed;
 uint64_t changes = 0;
@@ -167,6 +170,16 @@ aclError launch(aclrtStream stream, std::function<void()> function) {
 bool idle(aclrtStream handle) {
   std::lock_guard<std::mutex> guard(lock);
   return stream_of(handle).tasks.empty();
+}
+
+bool settles(aclrtStream handle) {
+  const double start = now();
+  while (!idle(handle)) {
+    if (now() - start > kPatience) return false;
+    progress();
+    std::this_thread::yield();
+  }
+  return true;
 }
 
 void progress() {

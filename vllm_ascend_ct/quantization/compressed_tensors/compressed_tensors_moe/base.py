@@ -18,7 +18,10 @@ from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.loadi
     expert_shapes,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
-from vllm_ascend_ct.quantization.compressed_tensors.refusals import refused
+from vllm_ascend_ct.quantization.compressed_tensors.refusals import (
+    enough_memory,
+    refused,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E501
@@ -113,7 +116,8 @@ class AscendCTMoEMixin(_Base):
         """
         self.check_loaded(layer)
         experts: AscendExperts = self.experts_cls(layer, self.moe, **options)
-        experts.lay_out()
+        with enough_memory(layer.layer_name):
+            experts.lay_out()
         return experts
 
     def check_loaded(self, layer: Any) -> None:

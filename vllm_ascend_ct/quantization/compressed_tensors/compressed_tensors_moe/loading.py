@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 
 from vllm_ascend_ct.compat import load_format
 from vllm_ascend_ct.errors import (
+    PlatformError,
     Remedy,
     UnsupportedCheckpointError,
     broken_checkpoint,
@@ -156,6 +157,9 @@ class ExpertsLoadRecord:
                     expert_id,
                     return_success=return_success,
                 )
+            except (PlatformError, torch.OutOfMemoryError):
+                # Runtime errors that say nothing about the tensor.
+                raise
             except (RuntimeError, ValueError, IndexError) as error:
                 reason = f"does not fit {list(param.shape)}: {error}"
                 fault = Fault(reason, Remedy.EXPORT_AGAIN)
