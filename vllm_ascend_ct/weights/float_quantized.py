@@ -12,8 +12,8 @@ import torch
 
 from vllm_ascend_ct.ops.dtypes import E2M1_VALUES
 
-# Values to dequantize at once; their indices, values and scales take 4 MB each.
-_VALUES_AT_ONCE = 1 << 20
+# Values to dequantize at once; their indices, values and scales take 1 MB each.
+_VALUES_AT_ONCE = 1 << 18
 # Without the sign bit.
 _E4M3_NAN = 0x7F
 _E8M0_BIAS, _E8M0_NAN = 127, 255
@@ -99,7 +99,7 @@ def dequantize(
     """
     packed = weight.dtype == torch.uint8
     table = (_e2m1_values() if packed else _e4m3_values()).to(device)
-    codes = weight.view(torch.uint8).to(device)
+    codes = weight.view(torch.uint8)
     n, k = len(codes), codes.shape[1] * (1 + packed)
     factors = decoded_scale(scale)
     if global_scale is not None:
@@ -109,7 +109,8 @@ def dequantize(
     dense = torch.empty((n, k), dtype=dtype, device=device)
     step = max(1, _VALUES_AT_ONCE // k)
     for start in range(0, n, step):
-        part = codes[start : start + step]
+        # The device never holds more of the stored weight than this part.
+        part = codes[start : start + step].to(device)
         blocks = torch.arange(start, start + len(part), device=device) // rows
         factor = factors.index_select(0, blocks)
         if factor.shape[1] > 1:
