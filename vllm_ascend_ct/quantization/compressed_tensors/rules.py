@@ -302,7 +302,7 @@ def is_multiplied(scheme: dict[str, Any]) -> bool:
     """Whether the current chip multiplies floating-point weights as they are.
 
     True only says that a linear layer with this scheme is multiplied, if its sizes fit:
-    embeddings, heads and experts are always resolved.
+    embeddings and heads are always resolved; see `resolving.py` for experts.
 
     Args:
         scheme: A floating-point scheme; see `refusal`.
