@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from tests.layers import (
     test_experts,
     test_float8,
+    test_float_experts,
     test_linear,
-    test_mx_experts,
     test_resolved,
 )
 from tests.real_stack import test_vllm_ascend_chips
@@ -65,7 +65,7 @@ _EXPERTS: tuple[tuple[Callable[..., None], Sequence[str] | None], ...] = (
     (test_experts.test_output_is_the_formula, _A2),
     (test_experts.test_chip_that_quantizes_in_the_product, ("310P",)),
     (test_experts.test_chip_without_fused_gate, ("A5",)),
-    (test_mx_experts.test_output_is_the_formula, ("A5",)),
+    (test_float_experts.test_output_is_the_formula, ("A5",)),
     # Over vllm-ascend's Python code.
     (test_vllm_ascend_chips.test_experts, (*_A2, *real_stack.OTHER_CHIPS)),
     (test_resolved.test_experts_are_the_formula, _A2),

@@ -49,7 +49,10 @@ FLOAT_RECIPES = {
     # These have latent attention and shared experts.
     "deepseek-v3": {"Linear": "nvfp4"},
 }
-MX_RECIPE = {experts(0): "mxfp8", experts(1): "mxfp4", ATTENTION: "mxfp8"}
+ON_A5 = {
+    "mx": {experts(0): "mxfp8", experts(1): "mxfp4", ATTENTION: "mxfp8"},
+    "fp8": {experts(0): "fp8-channel-dynamic", experts(1): "fp8-channel-dynamic"},
+}
 OPERATORS = {
     "qwen3-moe": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
     "mixtral": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
@@ -106,17 +109,22 @@ def test_resolved(make: MakeCheckpoint, name: str) -> None:
     assert mean_difference(served(path), reference(path)) < WEIGHT_ONLY_TOLERANCE
 
 
-def test_mx_experts_on_a5(
-    make: MakeCheckpoint, mocker: MockerFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ON_A5)
+def test_floats_on_a5(
+    make: MakeCheckpoint,
+    mocker: MockerFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
     """The reference does not quantize activations."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
     grouped = mocker.spy(torch.ops.npu, "npu_grouped_matmul")
-    path = make("qwen3-moe", MX_RECIPE)
-    difference = mean_difference(served(path), reference(path))
-    assert difference < MXFP4_TOLERANCE
+    path = make("qwen3-moe", ON_A5[kind])
+    limit = MXFP4_TOLERANCE if kind == "mx" else TOLERANCE
+    assert mean_difference(served(path), reference(path)) < limit
     weights = {call.args[1][0].dtype for call in grouped.call_args_list}
-    assert weights == {torch.float8_e4m3fn, torch.uint8}
+    packed = {torch.uint8} if kind == "mx" else set()
+    assert weights == {torch.float8_e4m3fn} | packed
 
 
 def test_unquantized_experts(make: MakeCheckpoint) -> None:

@@ -11,7 +11,7 @@ from pytest_mock import MockerFixture
 
 from tests.layers import quantized_experts
 from tests.layers.quantized_experts import factory_needed
-from tests.layers.quantized_layers import MULTIPLIED_MX
+from tests.layers.quantized_layers import MULTIPLIED_EXPERTS
 from tools.bench.bench_load_experts import SCHEMES, Sizes, loaded
 from vllm_ascend_ct.ascend_base import routed_experts
 from vllm_ascend_ct.errors import PlatformError
@@ -118,7 +118,7 @@ def test_rows_as_each_way_of_sending_brings_them(laid_out: AscendExperts) -> Non
 
 @factory_needed
 @pytest.mark.usefixtures("single_rank")
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_rows_of_mx_experts(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are sent in 16 bits, and quantized where they are multiplied."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")

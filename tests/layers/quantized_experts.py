@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.formula import FormulaLinear, formula_linear
-from tests.layers.quantized_layers import MULTIPLIED_MX
+from tests.layers.quantized_layers import MULTIPLIED_EXPERTS
 from tools.checkpoints.make_checkpoint import (
     ALL_SCHEMES,
     FLOAT_SCHEMES,
@@ -57,7 +57,7 @@ SERVED = [
 def is_weight_only(scheme: str) -> bool:
     """Whether activations stay in 16 bits."""
     args = ALL_SCHEMES[scheme]
-    if scheme in MULTIPLIED_MX and current_soc() is Soc.A5:
+    if scheme in MULTIPLIED_EXPERTS and current_soc() is Soc.A5:
         return False
     if args.input_activations is None or scheme in FLOAT_SCHEMES:
         return True

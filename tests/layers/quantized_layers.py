@@ -64,6 +64,8 @@ WEIGHT_ONLY = (
 MULTIPLIED_FP8 = ("fp8-channel-dynamic", "fp8-tensor-dynamic")
 MULTIPLIED_MX = ("mxfp8", "mxfp4")
 MULTIPLIED = MULTIPLIED_FP8 + MULTIPLIED_MX
+# Of experts.
+MULTIPLIED_EXPERTS = ("fp8-channel-dynamic", *MULTIPLIED_MX)
 
 
 def is_weight_only(scheme: str, k: int) -> bool:

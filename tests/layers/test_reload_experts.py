@@ -24,7 +24,7 @@ from tests.layers.quantized_experts import (
     run,
     tensors_of,
 )
-from tests.layers.quantized_layers import MULTIPLIED_MX, activations
+from tests.layers.quantized_layers import MULTIPLIED_EXPERTS, activations
 from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
 
 BF16 = torch.bfloat16
@@ -55,7 +55,7 @@ def reload(runner: Any, model: torch.nn.Module, tensors: torch.nn.ModuleDict) ->
     ("scheme", "soc"),
     [
         *((scheme, "A2") for scheme in SERVED),
-        *((scheme, "A5") for scheme in MULTIPLIED_MX),
+        *((scheme, "A5") for scheme in MULTIPLIED_EXPERTS),
     ],
 )
 def test_experts_are_those_of_the_new_weights(

@@ -15,7 +15,7 @@ from tests.layers.quantized_experts import ROUNDINGS, Sizes, routing, run
 from tests.layers.quantized_experts import load as load_experts
 from tests.layers.quantized_layers import (
     MULTIPLIED,
-    MULTIPLIED_MX,
+    MULTIPLIED_EXPERTS,
     activations,
     config_of,
     gate_up_case,
@@ -94,7 +94,11 @@ def test_other_chips(scheme: str, soc: str, monkeypatch: pytest.MonkeyPatch) -> 
     ("soc", "scheme"),
     [
         *(("310P", scheme) for scheme in FLOAT_SCHEMES),
-        *(("A5", scheme) for scheme in FLOAT_SCHEMES if scheme not in MULTIPLIED_MX),
+        *(
+            ("A5", scheme)
+            for scheme in FLOAT_SCHEMES
+            if scheme not in MULTIPLIED_EXPERTS
+        ),
     ],
 )
 def test_experts_on_other_chips(

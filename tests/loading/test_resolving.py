@@ -80,7 +80,7 @@ def test_what_a5_multiplies_is_not_counted(
     monkeypatch.setattr(soc, "_default", soc.Soc.A5)
     warning = mocker.patch.object(resolving.logger, "warning_once")
     counted = mocker.spy(resolving, "_bytes")
-    float8 = "fp8-channel-dynamic"
+    float8 = "fp8-tensor-dynamic"
     load_model(checkpoint(dict.fromkeys(FLOAT_RECIPE, float8)))
     assert not warning.called and not counted.called
     base = moe_model("qwen3-moe")

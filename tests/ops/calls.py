@@ -142,6 +142,24 @@ def quant_matmul_dequant_call() -> Call:
     )
 
 
+def fp8_grouped_call(out_dtype: torch.dtype = torch.bfloat16, spare: int = 1) -> Call:
+    """Like `grouped_call`."""
+    m = sum(GROUPED_ROWS) + spare
+    return Call(
+        "npu_grouped_matmul",
+        [[fp8(m, K)], [fp8(EXPERTS, K, N)]],
+        {
+            "scale": [scales(EXPERTS, N) * 1e-3],
+            "per_token_scale": [scales(m) * 1e-2],
+            "group_list": torch.tensor(GROUPED_ROWS),
+            "group_list_type": 1,
+            "group_type": 0,
+            "split_item": 2,
+            "output_dtype": out_dtype,
+        },
+    )
+
+
 def mx_grouped_call(bits: int, spare: int = 1, k: int = K) -> Call:
     """As layers make it, with transposed weights; see `grouped_call`."""
     m, pairs = sum(GROUPED_ROWS) + spare, -(-k // 64)
@@ -358,6 +376,7 @@ CALLS_A5: dict[str, Callable[[], Call]] = {
         "npu_dynamic_mx_quant", [x()], {"dst_type": FP8}
     ),
     "npu_dynamic_mx_quant, MXFP4": lambda: Call("npu_dynamic_mx_quant", [x()]),
+    "npu_grouped_matmul, FP8": fp8_grouped_call,
     "npu_grouped_matmul, MXFP8": lambda: mx_grouped_call(8),
     "npu_grouped_matmul, MXFP4": lambda: mx_grouped_call(4),
     "npu_quant_matmul, MXFP8": lambda: mx_matmul_call(8),

@@ -18,6 +18,7 @@ from tests.ops.calls import (
     N,
     changed,
     fp8,
+    fp8_grouped_call,
     fp8_matmul_call,
     int8,
     scales,
@@ -137,6 +138,37 @@ def test_matmul_some_columns_at_once(mocker: Any) -> None:
     torch.testing.assert_close(call.run(), whole, rtol=2**-7, atol=1e-6)
 
 
+@DTYPES
+def test_grouped_matmul(dtype: torch.dtype) -> None:
+    call = fp8_grouped_call(dtype, spare=2)
+    counts, (rows,), (weight,) = call.kwargs["group_list"], *call.args
+    (scale,), (of_rows,) = call.kwargs["scale"], call.kwargs["per_token_scale"]
+    (y,) = call.run()
+    assert y.dtype == dtype and y[-2:].isnan().all()
+    expected = torch.cat(
+        [
+            part @ decoded(weight[e].contiguous()) * scale[e].double()
+            for e, part in enumerate(decoded(rows)[:-2].split(counts.tolist()))
+        ]
+    )
+    expected *= of_rows[:-2].double().unsqueeze(1)
+    assert relative_error(y[:-2], expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_token_scale": None}, "per_token_scale is missing"),
+        ({"scale": None}, "scale is missing"),
+        ({"bias": [torch.zeros(4, N)]}, "bias is float32"),
+        ({"output_dtype": None}, "output dtype torch.float8_e4m3fn"),
+    ],
+)
+def test_grouped_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OperatorLimitError, match=message):
+        changed(fp8_grouped_call(), **changes).run()
+
+
 def quant(**options: Any) -> Call:
     return Call("npu_dynamic_quant", [x()], {"dst_type": FP8, **options})
 
@@ -208,6 +240,6 @@ def test_other_chips_refuse(
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", soc)
     if call.operator == "npu_dynamic_quant":
         call.args[0] = call.args[0].half()
-    reason = "dst_type=24|does not multiply|does not have"
+    reason = "dst_type=24|does not multiply|does not have|weight torch.float8_e4m3fn"
     with pytest.raises(OperatorLimitError, match=f"on {soc} .*({reason})"):
         call.run()

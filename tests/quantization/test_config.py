@@ -501,6 +501,8 @@ def test_which_experts_a5_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = enumerate_configs.count(AscendCTConfig, torch.bfloat16, build, floats)
     assert outcomes.pop("refused") and outcomes.pop(enumerate_configs.RESOLVED)
     assert outcomes == {
+        # In 2 formats.
+        "AscendCTFp8MoEMethod with AscendFp8Experts": 2,
         "AscendCTMxfp8MoEMethod with AscendMxExperts": 1,
         "AscendCTMxfp4MoEMethod with AscendMxExperts": 2,
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 
-from tests.layers.quantized_layers import MULTIPLIED, MULTIPLIED_MX
+from tests.layers.quantized_layers import MULTIPLIED, MULTIPLIED_EXPERTS
 from tools.checkpoints.make_checkpoint import SCHEMES
 from tools.numerics.call_forms import form_of
 from tools.numerics.record_npu_calls import layers, record
@@ -75,7 +75,7 @@ def test_each_call_has_a_row_and_each_row_a_call(
     made |= made_calls(["w8a8-channel-static"], soc, torch.float16)
     if soc is Soc.A5:
         made |= made_calls(MULTIPLIED, soc, kinds=["linear"])
-        made |= made_calls(MULTIPLIED_MX, soc, kinds=["experts"])
+        made |= made_calls(MULTIPLIED_EXPERTS, soc, kinds=["experts"])
     # The other layout, if there is a choice.
     others = (f"{k}={c.names[1]}" for k, c in CHOICES.items() if soc in c.chips)
     monkeypatch.setenv("VLLM_ASCEND_CT_LAYOUT", ",".join(others))
@@ -100,11 +100,11 @@ def test_calls_of_floats_have_proven_rows(
     set_chip(Soc.A5, True, monkeypatch, mocker)
     looked_up = mocker.spy(announce, "is_proven")
     made = made_calls(MULTIPLIED, Soc.A5, kinds=["linear"])
-    made |= made_calls(MULTIPLIED_MX, Soc.A5, kinds=["experts"])
+    made |= made_calls(MULTIPLIED_EXPERTS, Soc.A5, kinds=["experts"])
     made = {form for form in made if form.kind not in UNANNOUNCED}
     assert made == {call.args[0] for call in looked_up.call_args_list}
     rows = [precedent(form, Soc.A5) for form in made]
-    assert len(rows) == 8 and all(row and row.source for row in rows)
+    assert len(rows) == 9 and all(row and row.source for row in rows)
 
 
 def test_a_call_without_a_row_is_found(mocker: MockerFixture) -> None:

@@ -129,8 +129,8 @@ EXPERT_ROWS: Rows = {
     ("W2A8, W3A8 like W4A8", "pack-quantized", "5"): _row(3, _CHANNEL, _TOKEN),
     ("W5A8 to W8A8 per channel", "pack-quantized", "5"): _row(8, _CHANNEL, _TOKEN),
     **{
-        (name, fmt, f"as unquantized{'; A5 7' * name.startswith('MX')}"): row
-        for (name, fmt, _), row in FLOAT_ROWS.items()
+        (name, fmt, f"as unquantized{'; A5 7' * ('A5' in operators)}"): row
+        for (name, fmt, operators), row in FLOAT_ROWS.items()
     },
 }
 
@@ -230,13 +230,12 @@ def products(
     group = config["config_groups"]["group_0"]
     weights, inputs = group["weights"], group["input_activations"]
     bits, groups = operator_bits(weights["num_bits"]), weights["strategy"]
+    product = forms.GROUPED if experts else forms.QUANT_MATMUL
     if weights.get("type") == "float" and groups == "group":
-        kind, product = f"mxfp{bits}", forms.QUANT_MATMUL
-        if experts:
-            product = forms.GROUPED
+        kind = f"mxfp{bits}"
         return [(forms.DYNAMIC_MX_QUANT, kind), (product, kind)]
     if weights.get("type") == "float":
-        return [(forms.DYNAMIC_QUANT, "dynamic-fp8"), (forms.QUANT_MATMUL, "fp8")]
+        return [(forms.DYNAMIC_QUANT, "dynamic-fp8"), (product, "fp8")]
     static = [(forms.QUANTIZE, "static")] if inputs == _TENSOR else []
     if only_weights:
         operator = forms.GROUPED if experts else forms.WEIGHT_ONLY

@@ -99,6 +99,8 @@ def _grouped(named: dict[str, Any]) -> tuple[str, Any]:
     if named["scale_dtype"] is not None:
         return f"mxfp{4 if _tensor(weight).dtype == torch.uint8 else 8}", weight
     bits = 4 if _tensor(weight).dtype == torch.int32 else 8
+    if _tensor(weight).dtype == torch.float8_e4m3fn:
+        return "fp8", weight
     if _tensor(named["x"][0]).dtype != torch.int8:
         groups = "group" if named["antiquant_scale"][0].dim() == 3 else "channel"
         return f"w{bits}a16-{groups}", weight

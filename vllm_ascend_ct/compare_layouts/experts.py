@@ -15,9 +15,11 @@ from vllm_ascend_ct.compare_layouts.layer import (
     NotServed,
     Product,
     Sizes,
+    on_fp8_grid,
     on_int8_grid,
     on_mx_grid,
     packed,
+    random_fp8,
     random_integers,
     random_mx,
 )
@@ -130,9 +132,25 @@ def _experts(bits: int, group_size: int, quantizes: bool, sizes: Sizes) -> Layer
     return _made(_class(quantizes), scheme, make, on_grid, sizes, not quantizes)
 
 
+def _fp8(sizes: Sizes) -> Layer:
+    """Experts in FP8 with dynamic activations."""
+    from vllm_ascend_ct.fused_moe.experts.ascend_float_moe import AscendFp8Experts
+
+    def make(layer: Any, name: str, k: int, n: int) -> _Weight:
+        weight, scale = random_fp8(EXPERTS, n, k)
+        _set(layer, f"{name}_weight", weight)
+        _set(layer, f"{name}_weight_scale", scale)
+        return lambda number: weight[number].double() * scale[number].double()
+
+    def on_grid(x: torch.Tensor) -> torch.Tensor:
+        return on_fp8_grid(x.to(sizes.dtype))
+
+    return _made(AscendFp8Experts, (8, 0), make, on_grid, sizes, True)
+
+
 def _mx(bits: int, sizes: Sizes) -> Layer:
     """Experts in MXFP8 or MXFP4, with activations in the same format."""
-    from vllm_ascend_ct.fused_moe.experts.ascend_mx_moe import AscendMxExperts
+    from vllm_ascend_ct.fused_moe.experts.ascend_float_moe import AscendMxExperts
 
     def make(layer: Any, name: str, k: int, n: int) -> _Weight:
         weight, scale, exact = random_mx(bits, EXPERTS, n, k)
@@ -272,6 +290,7 @@ ROUTED: dict[str, Callable[[Sizes], Layer]] = {
     "w4a8-group experts": partial(_experts, 4, 256, True),
     "w4a8-channel experts": partial(_experts, 4, 0, True),
     "w8a8-dynamic experts": partial(_experts, 8, 0, True),
+    "fp8-dynamic experts": _fp8,
     "mxfp8 experts": partial(_mx, 8),
     "mxfp4 experts": partial(_mx, 4),
 }

@@ -88,6 +88,18 @@ def on_int8_grid(x: torch.Tensor) -> torch.Tensor:
     return (values / step).round() * step
 
 
+def random_fp8(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random weights in FP8 (E4M3) `[..., K]`, and fp32 scales `[..., 1]`."""
+    weight = (torch.randn(shape) * 50).clamp(-448, 448).to(FP8)
+    return weight, torch.rand(*shape[:-1], 1) / 1000 + 0.001
+
+
+def on_fp8_grid(x: torch.Tensor) -> torch.Tensor:
+    """Round activations `[M, K]` to their dynamic FP8 grid, in float64."""
+    step = x.double().abs().amax(1, keepdim=True) / 448
+    return (x.double() / step).float().to(FP8).double() * step
+
+
 def random_mx(
     bits: int, *shape: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

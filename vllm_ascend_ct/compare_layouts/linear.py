@@ -13,13 +13,14 @@ from vllm_ascend_ct.compare_layouts.layer import (
     Layer,
     NotServed,
     Sizes,
+    on_fp8_grid,
     on_int8_grid,
     on_mx_grid,
     packed,
+    random_fp8,
     random_integers,
     random_mx,
 )
-from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.limits import current_limits
 
 # Its reciprocal rounds to bfloat16 with an error of 0.1 %, like a typical random scale.
@@ -165,8 +166,7 @@ def _fp8(sizes: Sizes) -> Layer:
     ):
         if not serves:
             raise NotServed(reason)
-    weight = (torch.randn(sizes.n, sizes.k) * 50).clamp(-448, 448).to(FP8)
-    scale = torch.rand(sizes.n, 1) / 1000 + 0.001
+    weight, scale = random_fp8(sizes.n, sizes.k)
     tensors = {"weight": weight.t(), "weight_scale": scale, "input_scale": None}
     layer: Any = torch.nn.Module()
     for name, tensor in tensors.items():
@@ -176,12 +176,11 @@ def _fp8(sizes: Sizes) -> Layer:
     set_parameter(layer, "input_scale_ub", None)
     kernel.process_weights_after_loading(layer)
     exact = weight.t().double() * scale.t().double()
-
-    def formula(x: torch.Tensor) -> torch.Tensor:
-        step = x.double().abs().amax(1, keepdim=True) / 448
-        return (x.double() / step).float().to(FP8).double() * step @ exact
-
-    return Layer(lambda x: kernel.apply_weights(layer, x), formula, kernel.announced)
+    return Layer(
+        lambda x: kernel.apply_weights(layer, x),
+        lambda x: on_fp8_grid(x) @ exact,
+        kernel.announced,
+    )
 
 
 def _mx(bits: int, sizes: Sizes) -> Layer:

@@ -201,10 +201,10 @@ def int8_product(
     experts: Operands,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply int8 rows by int8 or int4 experts. One launch.
+    """Multiply int8 rows by int8 or int4 experts, or FP8 by FP8. One launch.
 
     Args:
-        rows: int8 `[M, K]`, sorted by expert.
+        rows: int8 or FP8 `[M, K]`, sorted by expert.
         row_scale: fp32 `[M]`.
         counts: int64 `[E]`, number of rows of each expert.
         experts: int8 weights have a scale `[E, N]`, bf16 for bf16 results and fp32 for
@@ -229,6 +229,24 @@ def int8_product(
         output_dtype=dtype,
     )
     return product
+
+
+def fp8_product(
+    rows: torch.Tensor, counts: torch.Tensor, experts: Operands
+) -> torch.Tensor:
+    """Quantize rows to FP8 (E4M3) per token, and multiply. Two launches. A5.
+
+    Args:
+        rows: `[M, K]` fp16 or bf16, sorted by expert.
+        counts: int64 `[E]`, number of rows of each expert.
+        experts: FP8 `[E, K, N]`, scale fp32 `[E, N]`.
+
+    Returns:
+        `[M, N]`, dtype of the rows.
+
+    """
+    q, row_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
+    return int8_product(q, row_scale, counts, experts, rows.dtype)
 
 
 def mx_product(

@@ -417,10 +417,21 @@ GROUPED: GroupedModes = {
     (torch.int8, torch.int8): _GROUPED_A8W8,
     (torch.int8, torch.int32): _GROUPED_A8W4,
 }
+_GROUPED_FP8 = GroupedMatmulMode(
+    dict.fromkeys(
+        FLOAT16_BFLOAT16,
+        GroupedMatmulOperands(scale=(torch.float32,), per_token_scale=(torch.float32,)),
+    )
+)
 GROUPED_A5: GroupedModes = {
-    (x, weight): replace(mode, groups=(32, 64, 128, 256) if mode.groups is None else ())
-    for (x, weight), mode in GROUPED.items()
-    if mode is not _GROUPED_A8W4
+    (FP8, FP8): _GROUPED_FP8,
+    **{
+        (x, weight): replace(
+            mode, groups=(32, 64, 128, 256) if mode.groups is None else ()
+        )
+        for (x, weight), mode in GROUPED.items()
+        if mode is not _GROUPED_A8W4
+    },
 }
 
 

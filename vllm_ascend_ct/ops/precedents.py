@@ -365,6 +365,14 @@ PRECEDENTS: tuple[Precedent, ...] = (
         None,
         f"in FRACTAL_NZ: {_VLLM_ASCEND}ops/fused_moe/moe_mlp.py",
     ),
+    _row(
+        GROUPED,
+        "fp8",
+        CONTIGUOUS,
+        _A5,
+        f"{_METHODS}w8a8fp8_dynamic.py; {_VLLM_ASCEND}device/device_op.py",
+        "serving; before it, one operator multiplies, activates and quantizes",
+    ),
     *(
         _row(
             GROUPED,

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.emulated.derived import derived
 from vllm_ascend_ct.ops.emulated.grouped_matmul_mx import mx_expert, mx_grouped_fake
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4_product
+from vllm_ascend_ct.ops.emulated.quant_matmul_fp8 import fp8_matmul
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
     describe,
@@ -207,9 +209,10 @@ def npu_grouped_matmul(
 ) -> list[torch.Tensor]:
     """Multiply each expert's rows by its weight.
 
-    int8 rows and MX formats: as `npu_quant_matmul`. (With int4 weights, the NPU
-    overwrites x; this is not emulated.) 16-bit rows: as `npu_weight_quant_batchmatmul`,
-    or by 16-bit weights. Rows that belong to no expert are not written.
+    int8 and FP8 rows, and MX formats: as `npu_quant_matmul`. (With int4 weights, the
+    NPU overwrites x; this is not emulated.) 16-bit rows: as
+    `npu_weight_quant_batchmatmul`, or by 16-bit weights. Rows that belong to no expert
+    are not written.
 
     Source: op-plugin `torch_npu-npu_grouped_matmul.md`, `test_npu_grouped_matmul.py`;
     ops-transformer `gmm/grouped_matmul`.
@@ -261,6 +264,14 @@ def npu_grouped_matmul(
         for expert, rows in parts(group_list, group_list_type):
             operands = x[0], weight[0], scales, per_token
             result[rows].copy_(mx_expert(*operands, expert, rows))
+        return [result]
+    if x[0].dtype == FP8:
+        assert scales is not None and per_token is not None
+        for expert, rows in parts(group_list, group_list_type):
+            values = fp8_matmul(
+                x[0][rows], weight[0][expert], scales[expert], per_token[rows]
+            )
+            result[rows].copy_(values)
         return [result]
     if scales is not None:
         values = int8_products(

@@ -54,16 +54,16 @@ def is_resolved(scheme: dict[str, Any], prefix: str, layer: Any = None) -> bool:
 def are_experts_multiplied(scheme: dict[str, Any]) -> bool:
     """Whether experts with a floating-point scheme are multiplied as they are.
 
-    Those in an MX format are, if this package multiplies them; their sizes may still be
-    outside the operators' limits.
+    Those in an MX format and in FP8 per channel are, if this package multiplies them;
+    their sizes may still be outside the operators' limits.
 
     Args:
         scheme: A floating-point scheme from upstream's `get_scheme_dict`.
 
     """
-    is_mx = text(scheme["weights"].strategy) == "group"
+    by_scale = text(scheme["weights"].strategy) in ("group", "channel")
     ours = not runs_on_vllm_ascend() or routed_experts.asks_for_products()
-    return is_mx and ours and is_multiplied(scheme)
+    return by_scale and ours and is_multiplied(scheme)
 
 
 def _size_refusal(scheme: dict[str, Any], layer: Any) -> str | None:

@@ -302,8 +302,7 @@ def is_multiplied(scheme: dict[str, Any]) -> bool:
     """Whether the current chip multiplies floating-point weights as they are.
 
     True only says that linear layers with this scheme are multiplied, if their sizes
-    fit: embeddings and heads are always resolved, and so are experts except in MX
-    formats.
+    fit: embeddings and heads are always resolved; see `resolving.py` for experts.
 
     Args:
         scheme: A floating-point scheme; see `refusal`.

@@ -15,8 +15,11 @@ from vllm.model_executor.layers.fused_moe import (
 from vllm_ascend_ct.ascend_base import fused_moe
 from vllm_ascend_ct.errors import Remedy
 from vllm_ascend_ct.fused_moe import lora
+from vllm_ascend_ct.fused_moe.experts.ascend_float_moe import (
+    AscendFp8Experts,
+    AscendMxExperts,
+)
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts
-from vllm_ascend_ct.fused_moe.experts.ascend_mx_moe import AscendMxExperts
 from vllm_ascend_ct.fused_moe.experts.ascend_wna8_dequant_moe import (
     AscendWNA8DequantExperts,
 )
@@ -29,7 +32,8 @@ from vllm_ascend_ct.fused_moe.fused_moe_ascend_method import (
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors import load_formats
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
-from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_mx import (  # noqa: E501
+from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_float import (  # noqa: E501
+    AscendCTFp8MoEMethod,
     AscendCTMxfp4MoEMethod,
     AscendCTMxfp8MoEMethod,
 )
@@ -56,7 +60,11 @@ from vllm_ascend_ct.quantization.compressed_tensors.unquantized import (
     WatchedMixin,
     watched,
 )
-from vllm_ascend_ct.quantization.compressed_tensors.utils import is_float, is_packed
+from vllm_ascend_ct.quantization.compressed_tensors.utils import (
+    is_float,
+    is_packed,
+    text,
+)
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
@@ -115,13 +123,24 @@ def _is_resolved(scheme: dict[str, Any], layer: Any, layer_name: str) -> bool:
     weights = scheme["weights"]
     if not are_experts_multiplied(scheme) or lora.may_target(layer_name):
         return True
-    reason = AscendMxExperts.refusal(
-        layer.moe_config, weights.num_bits, weights.group_size, weights.symmetric
+    _, experts_cls = _float_classes(weights)
+    group_size = max(weights.group_size or 0, 0)
+    reason = experts_cls.refusal(
+        layer.moe_config, weights.num_bits, group_size, weights.symmetric
     )
     if reason is None:
         return False
-    logger.info_once("Experts are not multiplied in an MX format: %s.", reason)
+    logger.info_once("Experts are not multiplied as they are: %s.", reason)
     return True
+
+
+def _float_classes(weights: QuantizationArgs) -> tuple[Any, type[AscendExperts]]:
+    """The method that creates floating-point experts, and the class that multiplies."""
+    if text(weights.strategy) != "group":
+        return AscendCTFp8MoEMethod, AscendFp8Experts
+    if weights.num_bits == 4:
+        return AscendCTMxfp4MoEMethod, AscendMxExperts
+    return AscendCTMxfp8MoEMethod, AscendMxExperts
 
 
 def _quantized_method(
@@ -138,15 +157,13 @@ def _quantized_method(
     lora.check_experts(layer_name)
     weights = scheme["weights"]
     method_cls: Any = AscendCTWNA16MoEMethod
-    if is_float(scheme):
-        is_fp4 = weights.num_bits == 4
-        method_cls = AscendCTMxfp4MoEMethod if is_fp4 else AscendCTMxfp8MoEMethod
-    elif not is_packed(scheme):
+    if not is_packed(scheme):
         is_int4 = weights.num_bits == 4
         method_cls = AscendCTW4A8Int8MoEMethod if is_int4 else AscendCTW8A8Int8MoEMethod
     moe, inputs = layer.moe_config, scheme["input_activations"]
-    experts_cls: type[AscendExperts] = AscendMxExperts
-    if not is_float(scheme):
+    if is_float(scheme):
+        method_cls, experts_cls = _float_classes(weights)
+    else:
         experts_cls = choose_experts(weights, inputs, moe, layer_name)
     method = method_cls(weights, inputs, moe, experts_cls, checkpoint, files)
     return ascend_method(method, layer, tid2eid)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Experts that A5 multiplies in an MX format, compared with float64."""
+"""Floating-point experts that A5 multiplies as they are, compared with float64."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from pytest_mock import MockerFixture
 
 from tests.formula import relative_error
 from tests.layers.quantized_experts import (
+    INT8_TOLERANCE,
     PREFIX,
     WEIGHT_ONLY_TOLERANCE,
     Sizes,
@@ -21,12 +22,19 @@ from tests.layers.quantized_experts import (
     run,
     tensors_of,
 )
-from tests.layers.quantized_layers import MULTIPLIED_MX, activations
+from tests.layers.quantized_layers import (
+    MULTIPLIED_EXPERTS,
+    MULTIPLIED_MX,
+    activations,
+)
 from tests.layers.test_experts import BACK, COPY, GATES, PRODUCT, SORT
 from tools.bench.launches import Launches
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.fused_moe import lora
-from vllm_ascend_ct.fused_moe.experts.ascend_mx_moe import AscendMxExperts
+from vllm_ascend_ct.fused_moe.experts.ascend_float_moe import (
+    AscendFp8Experts,
+    AscendMxExperts,
+)
 from vllm_ascend_ct.fused_moe.modular_kernel import ModularAscendMethod
 from vllm_ascend_ct.quantization.compressed_tensors import resolving
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -52,30 +60,36 @@ def on_a5(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_output_is_the_formula(scheme: str, size: str, dtype: torch.dtype) -> None:
     """The formula rounds products to 16 bits, so that they are quantized alike."""
     sizes = SIZES[size]
     runner, formula = load(sizes, scheme, dtype)
     method = runner.routed_experts.quant_method
     assert type(method) is ModularAscendMethod
-    assert type(method.experts) is AscendMxExperts
+    is_fp8 = scheme.startswith("fp8")
+    assert type(method.experts) is (AscendFp8Experts if is_fp8 else AscendMxExperts)
     for batch in (1, 7, 256):
-        x = activations(batch, sizes.hidden, dtype)
+        x = formula.without_ties(activations(batch, sizes.hidden, dtype))
         routed = routing(sizes, batch, seed=batch)
         y = run(runner, x, routed)
         assert y.dtype == dtype and y.shape == x.shape
         expected = formula.rounded(dtype)(x, *routed)
-        assert relative_error(y, expected) < WEIGHT_ONLY_TOLERANCE
+        assert relative_error(y, expected) < tolerance(scheme)
 
 
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+def tolerance(scheme: str) -> float:
+    """FP8 divides by scales that are no powers of two: ties may round either way."""
+    return INT8_TOLERANCE if scheme.startswith("fp8") else WEIGHT_ONLY_TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_activations_are_quantized(scheme: str) -> None:
     sizes = SIZES["8 experts"]
     runner, formula = load(sizes, scheme, BF16, weight_only=True)
     x, routed = activations(64, sizes.hidden, BF16), routing(sizes, 64)
     error = relative_error(run(runner, x, routed), formula.rounded(BF16)(x, *routed))
-    assert error > 5 * WEIGHT_ONLY_TOLERANCE
+    assert error > 2 * tolerance(scheme)
 
 
 def test_launches() -> None:
@@ -103,14 +117,14 @@ def method_of(sizes: Sizes, scheme: str, **options: Any) -> Any:
     return build(sizes, config, BF16, **options).routed_experts.quant_method
 
 
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_biases_are_resolved(scheme: str, mocker: MockerFixture) -> None:
     warning = mocker.patch.object(resolving.logger, "warning_once")
     assert isinstance(method_of(FEW, scheme, has_bias=True), ResolvedMixin)
     assert warning.called
 
 
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_what_adapters_may_target_is_resolved(
     scheme: str, mocker: MockerFixture
 ) -> None:
@@ -119,7 +133,7 @@ def test_what_adapters_may_target_is_resolved(
     assert isinstance(method_of(FEW, scheme), ResolvedMixin)
 
 
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_what_vllm_ascend_multiplies_is_resolved(
     scheme: str, mocker: MockerFixture
 ) -> None:
@@ -127,7 +141,7 @@ def test_what_vllm_ascend_multiplies_is_resolved(
     assert isinstance(method_of(FEW, scheme), ResolvedMixin)
 
 
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_nothing_is_warned_of(scheme: str, mocker: MockerFixture) -> None:
     warning = mocker.patch.object(resolving.logger, "warning_once")
     assert not isinstance(method_of(FEW, scheme), ResolvedMixin)
@@ -157,7 +171,8 @@ def broken(scheme: str, change: Any) -> None:
     layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_nan_is_refused() -> None:
+@pytest.mark.parametrize("scheme", ["fp8-channel-dynamic", "mxfp8"])
+def test_nan_is_refused(scheme: str) -> None:
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name == "2.up_proj.weight":
             tensor.view(torch.uint8)[5, 7] = 0x7F
@@ -166,22 +181,23 @@ def test_nan_is_refused() -> None:
     with pytest.raises(
         UnsupportedCheckpointError, match=f"NaN .layer {PREFIX}, tensor w13_weight"
     ):
-        broken("mxfp8", change)
+        broken(scheme, change)
 
 
-@pytest.mark.parametrize("scheme", MULTIPLIED_MX)
-@pytest.mark.parametrize("kind", ["nan", "missing", "wide", "float"])
+@pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
+@pytest.mark.parametrize("kind", ["nan", "missing", "wide", "integer"])
 def test_broken_scales_are_refused(scheme: str, kind: str) -> None:
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name != "2.down_proj.weight_scale":
             return tensor
         if kind == "nan":
-            tensor[3, 1] = 255
+            is_exponent = tensor.dtype == torch.uint8
+            tensor[3, -1] = 255 if is_exponent else torch.nan
         if kind == "missing":
             return tensor[:0]
         if kind == "wide":
             return tensor.repeat(1, 2)
-        return tensor.bfloat16() if kind == "float" else tensor
+        return tensor.to(torch.int32) if kind == "integer" else tensor
 
     with pytest.raises(UnsupportedCheckpointError, match=r"2\.down_proj\.weight_scale"):
         broken(scheme, change)
