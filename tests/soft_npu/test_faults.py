@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Engines whose device has no memory left."""
+"""Engines with faults: no memory, and operators that fail."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tools.bench.soak import canary
+from tools.bench.soak.requests import Client, Tally
+from tools.bench.soak.server import Server, serve
 from tools.soft_npu import suite
 from vllm_ascend_ct.errors import Remedy
 
@@ -104,3 +109,68 @@ def test_no_memory_while_loading(
     ]
     assert "PlatformError: " in error and Remedy.FREE_MEMORY in error, error
     assert f"(layer {layer}" in error
+
+
+EAGER = "--enforce-eager"
+RELEASE = os.environ.get("SOFT_NPU_RELEASE", "")
+PROMPT = list(range(1, 17))
+# Until an engine that cannot go on has ended.
+END_SECONDS = 60
+
+
+def start(tmp_path: Path) -> Any:
+    """Start a server."""
+    suite.prepare(["dense-w4a16"])
+    path = suite.checkpoint("dense-w4a16").resolve()
+    return serve(path, RELEASE, tmp_path, EAGER)
+
+
+def client(server: Server) -> Client:
+    return Client(server.port, Tally())
+
+
+def call(server: Server, method: str, *arguments: str) -> None:
+    """Let the server's workers do something."""
+    body = {"method": method, "args": list(arguments)}
+    assert client(server).expect("fault", "/collective_rpc", body) is not None
+
+
+def reads(server: Server) -> canary.Reading | None:
+    return canary.read(client(server), str(server.checkpoint), PROMPT)
+
+
+def check_ends(server: Server) -> None:
+    """Check that the server ends by itself, and that nothing of it is left.
+
+    Its exit status is 0: vLLM takes that for an orderly shutdown.
+    """
+    deadline = time.monotonic() + END_SECONDS
+    while server.process.poll() is None or server.left_behind():
+        assert time.monotonic() < deadline, server.left_behind()
+        time.sleep(0.5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("method", "arguments", "error"),
+    [
+        (
+            "soak_fault",
+            ["operator:npu::npu_weight_quant_batchmatmul@1"],
+            "npu_weight_quant_batchmatmul: the kernel failed",
+        ),
+        ("soak_exhaust", [], "NPU out of memory"),
+    ],
+    ids=["operator", "memory"],
+)
+def test_fault_while_serving(
+    tmp_path: Path, method: str, arguments: list[str], error: str
+) -> None:
+    """The engine ends: its requests get an answer, and the log has the error."""
+    with start(tmp_path) as server:
+        assert reads(server)
+        server.processes()
+        call(server, method, *arguments)
+        assert reads(server) is None
+        check_ends(server)
+    assert error in server.log.read_text()

@@ -18,7 +18,7 @@ from tools.checkpoints import adapter
 PAUSE_SECONDS, SLEEP_SECONDS = 8, 1
 RPC = "/collective_rpc"
 # KiB a second.
-LEAK = 64
+LEAK = 128
 
 
 class Operations:

@@ -121,13 +121,16 @@ def left_out(checkpoint: Path, release: str | None, eager: bool) -> dict[str, st
     return found
 
 
-def environment(release: str | None, directory: Path, plugins: str) -> dict[str, str]:
+def environment(
+    release: str | None, directory: Path, plugins: str, devices: int
+) -> dict[str, str]:
     """A server's environment variables."""
     variables = dict(os.environ)
     if release is not None:
         from tools.soft_npu import environment as soft_npu
 
-        variables = soft_npu.variables(soft_npu.Device(release), directory)
+        device = soft_npu.Device(release, devices=devices)
+        variables = soft_npu.variables(device, directory)
     else:
         variables |= {
             "VLLM_ASCEND_CT_EMULATE": "1",
@@ -159,6 +162,7 @@ def serve(
     directory: Path,
     *options: str,
     plugins: str = "ascend_ct",
+    devices: int = 1,
 ) -> Iterator[Server]:
     """Start a server, wait until it answers, and end it."""
     port = free_port()
@@ -173,7 +177,7 @@ def serve(
     vllm = str(Path(sys.executable).with_name("vllm"))
     command = [vllm, "serve", str(checkpoint), f"--port={port}", *OPTIONS, *options]
     with log.open("wb") as out:
-        variables = environment(release, directory, plugins)
+        variables = environment(release, directory, plugins, devices)
         process = subprocess.Popen(command, env=variables, stdout=out, stderr=out)
     server = Server(process, port, checkpoint, log, adapters, without)
     try:
