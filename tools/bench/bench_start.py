@@ -17,7 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHECKPOINT = Path("build/soft-npu/checkpoints/dense-w4a16")
+from tools.soft_npu import suite
+
+CHECKPOINT = "dense-w4a16"
 IMPORT_BOUND, RATIO_BOUND = 0.05, 1.02
 IMPORT = "import vllm_ascend_ct; vllm_ascend_ct.platform_plugin()"
 START = """
@@ -70,13 +72,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", type=Path, default=CHECKPOINT)
+    parser.add_argument("checkpoint", nargs="?", type=Path, help=f"{CHECKPOINT}, made")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
+    checkpoint = arguments.checkpoint
+    if checkpoint is None:
+        suite.prepare([CHECKPOINT])
+        checkpoint = suite.checkpoint(CHECKPOINT)
     plugin = min(import_seconds() for _ in range(arguments.runs))
     print(f"import of the plugin: {1000 * plugin:.1f} ms", flush=True)
     pairs = [
-        [start_seconds(name, arguments.checkpoint) for name in ("none", "ascend_ct")]
+        [start_seconds(name, checkpoint) for name in ("none", "ascend_ct")]
         for _ in range(arguments.runs)
     ]
     print("runs, without and with:", pairs)

@@ -29,9 +29,10 @@ from tools.bench.soak.report import Result, Sample, with_rows
 from tools.bench.soak.requests import Client, Tally
 from tools.bench.soak.server import Server, serve
 from tools.checkpoints.tiny_model import held_out_text
+from tools.soft_npu import suite
 
 CLIENTS = 8
-DEFAULT = Path("build/soft-npu/checkpoints/dense-w4a16")
+DEFAULT = "dense-w4a16"
 PAGE = Path(__file__).parents[3] / "docs" / "performance.md"
 SAMPLE_SECONDS, IDLE_SECONDS = 2, 60
 # Of /metrics, when nobody asks.
@@ -148,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="*", type=Path, default=[DEFAULT])
+    parser.add_argument("checkpoints", nargs="*", type=Path, help=f"{DEFAULT}, made")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--soft-npu", metavar="RELEASE", help="of vllm-ascend")
     parser.add_argument("--eager", action="store_true", help="without graphs")
@@ -159,7 +160,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
     arguments = parser.parse_args()
     results = []
-    for checkpoint in arguments.checkpoints:
+    if not arguments.checkpoints:
+        suite.prepare([DEFAULT])
+    for checkpoint in arguments.checkpoints or [suite.checkpoint(DEFAULT)]:
         results.append(
             soak(
                 checkpoint.resolve(),
