@@ -8,7 +8,9 @@ any of them moves the mean difference far above the tolerance.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from pytest_mock import MockerFixture
 from tests.engine.selection import mostly_long
 from tools.checkpoints.make_checkpoint import SCHEMES
 from tools.numerics.logprobs import mean_difference, reference, served
+from vllm_ascend_ct.compare_layouts.layer import on_fp8_grid, on_mx_grid
 
 MODULES = ("[qkv]_proj", "o_proj", "(gate|up)_proj", "down_proj")
 TARGETS = [f"re:.*layers.{layer}.*{module}" for layer in (0, 1) for module in MODULES]
@@ -122,12 +125,32 @@ def test_float16(checkpoint: MakeCheckpoint, scheme: str) -> None:
     assert difference < TOLERANCES[family] / 2
 
 
-# The operator that quantizes activations, the dtype of weights, and the tolerance: the
-# reference does not quantize activations, here to 3, 3 and 1 mantissa bits.
+class OnA5(NamedTuple):
+    """A scheme that A5 multiplies as it is.
+
+    Attributes:
+        operator: The operator that quantizes activations.
+        dtype: Dtype of the weights.
+        on_grid: How the reference rounds activations.
+        tolerance: Mean difference of log-probabilities. Activations of 4 bits amplify
+            what 16 bits round before.
+
+    """
+
+    operator: str
+    dtype: torch.dtype
+    on_grid: Callable[[torch.Tensor], torch.Tensor]
+    tolerance: float
+
+
 ON_A5 = {
-    "fp8-channel-dynamic": ("npu_dynamic_quant", torch.float8_e4m3fn, 0.04),
-    "mxfp8": ("npu_dynamic_mx_quant", torch.float8_e4m3fn, 0.05),
-    "mxfp4": ("npu_dynamic_mx_quant", torch.uint8, 0.2),
+    "fp8-channel-dynamic": OnA5(
+        "npu_dynamic_quant", torch.float8_e4m3fn, on_fp8_grid, 0.035
+    ),
+    "mxfp8": OnA5(
+        "npu_dynamic_mx_quant", torch.float8_e4m3fn, partial(on_mx_grid, 8), 0.04
+    ),
+    "mxfp4": OnA5("npu_dynamic_mx_quant", torch.uint8, partial(on_mx_grid, 4), 0.12),
 }
 
 
@@ -141,14 +164,15 @@ def test_floats_on_a5(
     """The output head is resolved; all other layers are multiplied as they are."""
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
     path = checkpoint({"Linear": scheme}, ignore=())
-    operator, dtype, tolerance = ON_A5[scheme]
-    quantized = mocker.spy(torch.ops.npu, operator)
+    expected = ON_A5[scheme]
+    quantized = mocker.spy(torch.ops.npu, expected.operator)
     multiplied = mocker.spy(torch.ops.npu, "npu_quant_matmul")
-    difference = mean_difference(served(path, eager=True), reference(path))
-    assert difference < tolerance
+    logprobs = served(path, eager=True)
+    difference = mean_difference(logprobs, reference(path, expected.on_grid))
+    assert difference < expected.tolerance
     assert quantized.call_count == multiplied.call_count > 0
     dtypes = {call.args[1].dtype for call in multiplied.call_args_list}
-    assert dtypes == {dtype}
+    assert dtypes == {expected.dtype}
 
 
 @pytest.mark.long
@@ -158,9 +182,10 @@ def test_floats_on_a5_compiled(
 ) -> None:
     monkeypatch.setenv("VLLM_ASCEND_CT_SOC", "A5")
     path = checkpoint({"Linear": scheme}, ignore=())
-    *_, tolerance = ON_A5[scheme]
-    difference = mean_difference(served(path, eager=False), reference(path))
-    assert difference < tolerance
+    expected = ON_A5[scheme]
+    logprobs = served(path, eager=False)
+    difference = mean_difference(logprobs, reference(path, expected.on_grid))
+    assert difference < expected.tolerance
 
 
 @pytest.mark.parametrize(

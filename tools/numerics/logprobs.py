@@ -9,8 +9,12 @@ import argparse
 import gc
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LENGTH = 500
 
@@ -26,11 +30,17 @@ def held_out_tokens(checkpoint: Path) -> list[int]:
     return tokens
 
 
-def reference(checkpoint: Path) -> list[float]:
+def reference(
+    checkpoint: Path, on_grid: Callable[["Tensor"], "Tensor"] | None = None
+) -> list[float]:
     """Log-probabilities by Hugging Face's model in float32, with dequantized weights.
 
     Activations are rounded to the config's integer grid, even if they are served in 16
-    bits. They are not rounded to a floating-point grid.
+    bits. They are not rounded to a floating-point grid, except by `on_grid`.
+
+    Args:
+        checkpoint: Its directory.
+        on_grid: Rounds the inputs `[M, K]` of linear layers except the output head.
 
     Returns:
         Log-probability of each token except the first, given the tokens before it.
@@ -71,11 +81,25 @@ def reference(checkpoint: Path) -> list[float]:
     assert not unexpected, unexpected
     assert all(name == "lm_head.weight" or "zero_point" in name for name in missing)
     model.tie_weights()
+    if on_grid is not None:
+        _round_inputs(model, on_grid)
     tokens = torch.tensor(held_out_tokens(checkpoint))
     with torch.no_grad():
         logprobs = model(tokens.unsqueeze(0)).logits[0].log_softmax(dim=-1)
     of_next: list[float] = logprobs[:-1].gather(1, tokens[1:, None])[:, 0].tolist()
     return of_next
+
+
+def _round_inputs(model: Any, on_grid: Callable[["Tensor"], "Tensor"]) -> None:
+    import torch
+
+    def hook(_: Any, inputs: tuple["Tensor"]) -> "Tensor":
+        (x,) = inputs
+        return on_grid(x.flatten(0, -2)).view(x.shape).to(x.dtype)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(hook)
 
 
 def served(
