@@ -207,6 +207,6 @@ def test_not_asked_for(npu_host: Path) -> None:
     out = run_ok(SCRIPT, path=npu_host, VLLM_PLUGINS="ascend,ascend_model")
     assert out.splitlines() == [
         "NPUPlatform True",
-        "['Theirs', [], [], []]",
+        "['Theirs', [], [], [], [], []]",
         "['model']",
     ]
