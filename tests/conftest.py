@@ -56,6 +56,13 @@ def platform() -> None:
         from vllm_ascend.ascend_config import init_ascend_config
 
         init_ascend_config(VllmConfig())
+    if os.environ.get("REAL_STACK_EMULATE") == "0":
+        from vllm_ascend.ops import register_custom_ops
+
+        from tests.real_stack.custom_ops import VLLM
+
+        # vllm-ascend registers it for devices only.
+        VLLM.impl("quantize", register_custom_ops._quantize_impl, "CPU")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import torch
 
 from tests.layers.quantized_layers import activations, load, row_case
 from tools.bench.launches import Launches
+from vllm_ascend_ct import ascend_base
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -50,7 +51,12 @@ def test_launches(scheme: str, dtype: torch.dtype) -> None:
     x = activations(3, 512, dtype)
     with Launches() as launches:
         layer(x)
-    assert launches.names == EXPECTED[scheme]
+    expected = EXPECTED[scheme]
+    if scheme.startswith("w8a8") and ascend_base.fuses_norms(dtype):
+        # The operator of vllm-ascend that its graph passes match.
+        own = {"npu.npu_quantize": "vllm.quantize"}
+        expected = [own.get(name, name) for name in expected]
+    assert launches.names == expected
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])

@@ -20,12 +20,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.network_utils import get_open_port
 from vllm_ascend import utils
 from vllm_ascend.ascend_config import get_ascend_config
-from vllm_ascend.ops import register_custom_ops
 from vllm_ascend.quantization.methods import registry
 
 from tests.formula import relative_error
 from tests.layers.quantized_layers import activations
-from tests.real_stack.custom_ops import VLLM
 from tools.stacks.ranks import tensor_parallel
 from vllm_ascend_ct.kernels.linear.functional import (
     dynamic_quant_int4_matmul,
@@ -65,8 +63,6 @@ def vllm_config(model: Path) -> Iterator[Any]:
     """An engine's config, current, and what a worker prepares for methods."""
     arguments = EngineArgs(str(model), skip_tokenizer_init=True, max_model_len=512)
     config = arguments.create_engine_config()
-    # vllm-ascend registers it for devices only.
-    VLLM.impl("quantize", register_custom_ops._quantize_impl, "CPU")
     with (
         patch("torch.npu.current_device", return_value=torch.device("cpu")),
         patch.object(torch.Tensor, "npu", torch.Tensor.clone),
