@@ -57,12 +57,10 @@ def platform() -> None:
 
         init_ascend_config(VllmConfig())
     if os.environ.get("REAL_STACK_EMULATE") == "0":
-        from vllm_ascend.ops import register_custom_ops
-
-        from tests.real_stack.custom_ops import VLLM
+        from tests.real_stack import custom_ops
 
         # vllm-ascend registers it for devices only.
-        VLLM.impl("quantize", register_custom_ops._quantize_impl, "CPU")
+        custom_ops.install_quantize()
 
 
 @pytest.fixture(scope="session")

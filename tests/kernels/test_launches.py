@@ -52,7 +52,7 @@ def test_launches(scheme: str, dtype: torch.dtype) -> None:
     with Launches() as launches:
         layer(x)
     expected = EXPECTED[scheme]
-    if scheme.startswith("w8a8") and ascend_base.fuses_norms(dtype):
+    if scheme.startswith("w8a8-") and ascend_base.fuses_norms(dtype):
         # The operator of vllm-ascend that its graph passes match.
         own = {"npu.npu_quantize": "vllm.quantize"}
         expected = [own.get(name, name) for name in expected]

@@ -55,12 +55,21 @@ def install_own() -> None:
 
 
 @cache
+def install_quantize() -> None:
+    """Implement vllm-ascend's operator for static activations."""
+    from vllm_ascend.ops import register_custom_ops
+
+    VLLM.impl("quantize", register_custom_ops._quantize_impl, "CPU")
+
+
+@cache
 def install() -> None:
     """Implement the operators that vllm-ascend's layers call."""
     from vllm.distributed import parallel_state
     from vllm_ascend.ops import linear, register_custom_ops
 
     install_own()
+    install_quantize()
     for name in ("all_reduce", "all_gather", "reduce_scatter"):
         VLLM.impl(name, getattr(parallel_state, name), "CPU")
     VLLM.impl("unquantized_gemm", linear.unquantized_gemm, "CPU")
