@@ -54,8 +54,6 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        from vllm.config import CompilationMode
-
         super().check_and_update_config(vllm_config)
         # vLLM's CPU operator rotates `[T, heads, size]` incorrectly if pairs are
         # interleaved (DeepSeek). Use the torch implementation, as compiled models do.
@@ -67,12 +65,6 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
         # torch 2.13 may move a reader of a mutated argument ahead of the operator that
         # mutates it: with two ranks, DeepSeek's router ahead of its gate.
         compilation.inductor_compile_config.setdefault("reorder_for_peak_memory", False)
-        if compilation.mode != CompilationMode.NONE:
-            from vllm_ascend_ct.ops.emulated.graph_pass import InlineDynamicQuant
-
-            compilation.inductor_compile_config.setdefault(
-                "post_grad_custom_pre_pass", InlineDynamicQuant()
-            )
 
     @classmethod
     def prepare_ascend_ct(cls) -> None:

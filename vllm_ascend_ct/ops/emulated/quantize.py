@@ -16,7 +16,7 @@ _DYNAMIC_ARGUMENTS = (
     "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.)"
 )
 # A Python number as dividend would be converted to a tensor in each call.
-INT8_MAX = torch.tensor(127.0, dtype=torch.float32, device="cpu")
+_INT8_MAX = torch.tensor(127.0, dtype=torch.float32, device="cpu")
 
 
 def int8_values(values: torch.Tensor) -> torch.Tensor:
@@ -105,40 +105,26 @@ def npu_dynamic_quant(
     limits = LIMITS[soc].dynamic_quant
     dtype = _check_dynamic("npu_dynamic_quant", limits, input, smooth_scales, **options)
     values = _smoothed(input, smooth_scales)
-    if soc in (Soc.A2, Soc.A3):
-        return int8_rows(values, INT8_MAX)
     amax = values.abs().amax(dim=-1, keepdim=True)
     largest = FP8_MAX if dtype == FP8 else 127
     scale = amax * (1 / largest)
     if soc is Soc.A5:
         rows = torch.where(amax > 0, values / scale, 0).clamp_(-largest, largest)
-    else:
+    elif soc is Soc.ASCEND_310P:
         rows = (values.half() * torch.where(amax > 1e-12, 127 / amax, 0).half()).float()
         rows = rows.abs().add_(0.5).floor_().copysign_(rows).clamp_(-128, 127)
+    else:
+        # In place: the input is never fp32, so `values` is a copy. No product exceeds
+        # 127.5, whatever the factor's rounding.
+        rows = values.mul_(_reciprocal(amax))
     if dtype == torch.int8:
         rows.round_()
     return rows.to(dtype), scale.squeeze(-1)
 
 
-def int8_rows(
-    values: torch.Tensor, largest: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each row to int8 like A2 and A3.
-
-    Args:
-        values: fp32 `[..., K]`.
-        largest: fp32 scalar, 127.
-
-    Returns:
-        int8 `[..., K]` and fp32 scales `[...]`.
-
-    """
-    amax = values.abs().amax(dim=-1, keepdim=True)
-    # 0 where the division overflows, as for a row of zeros.
-    factor = (largest / amax).nan_to_num(float("nan"), posinf=0.0)
-    # No product exceeds 127.5, whatever the factor's rounding.
-    rows = (values * factor).round().to(torch.int8)
-    return rows, (amax * (1 / 127)).squeeze(-1)
+def _reciprocal(amax: torch.Tensor) -> torch.Tensor:
+    """`127 / amax`; 0 where that overflows, as for a row of zeros."""
+    return (_INT8_MAX / amax).nan_to_num_(float("nan"), posinf=0.0)
 
 
 def _dynamic_quant_asymmetric_fake(
