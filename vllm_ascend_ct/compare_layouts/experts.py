@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct.compare_layouts.layer import (
-    BLOCK,
     Layer,
     NotServed,
     Product,
@@ -23,6 +22,8 @@ from vllm_ascend_ct.compare_layouts.layer import (
     random_integers,
     random_mx,
 )
+from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops.dtypes import MX_BLOCK
 from vllm_ascend_ct.ops.limits import current_limits
 
 EXPERTS, TOP_K = 8, 2
@@ -112,11 +113,11 @@ def _experts(bits: int, group_size: int, quantizes: bool, sizes: Sizes) -> Layer
         values = random_integers(bits, EXPERTS, n, k)
         scale = (torch.rand(EXPERTS, n, groups) / 100 + 0.01).to(sizes.dtype)
         if quantizes and bits == 8:
-            _set(layer, f"{name}_weight", values.to(torch.int8, copy=True))
+            set_parameter(layer, f"{name}_weight", values.to(torch.int8, copy=True))
         else:
-            _set(layer, f"{name}_weight_packed", packed(values, bits))
+            set_parameter(layer, f"{name}_weight_packed", packed(values, bits))
         # Laying out changes the scale in place.
-        _set(layer, f"{name}_weight_scale", scale.clone())
+        set_parameter(layer, f"{name}_weight_scale", scale.clone())
         integers = values.to(torch.int8)
         columns = k // groups
 
@@ -138,8 +139,8 @@ def _fp8(sizes: Sizes) -> Layer:
 
     def make(layer: Any, name: str, k: int, n: int) -> _Weight:
         weight, scale = random_fp8(EXPERTS, n, k)
-        _set(layer, f"{name}_weight", weight)
-        _set(layer, f"{name}_weight_scale", scale)
+        set_parameter(layer, f"{name}_weight", weight)
+        set_parameter(layer, f"{name}_weight_scale", scale)
         return lambda number: weight[number].double() * scale[number].double()
 
     def on_grid(x: torch.Tensor) -> torch.Tensor:
@@ -154,21 +155,15 @@ def _mx(bits: int, sizes: Sizes) -> Layer:
 
     def make(layer: Any, name: str, k: int, n: int) -> _Weight:
         weight, scale, exact = random_mx(bits, EXPERTS, n, k)
-        _set(layer, f"{name}_weight{'' if bits == 8 else '_packed'}", weight)
-        _set(layer, f"{name}_weight_scale", scale)
+        set_parameter(layer, f"{name}_weight{'' if bits == 8 else '_packed'}", weight)
+        set_parameter(layer, f"{name}_weight_scale", scale)
         return exact.__getitem__
 
     def on_grid(x: torch.Tensor) -> torch.Tensor:
         # Steps of the grid are wide, so that what rounds before it counts.
         return on_mx_grid(bits, x.to(sizes.dtype))
 
-    return _made(AscendMxExperts, (bits, BLOCK), make, on_grid, sizes, True)
-
-
-def _set(layer: Any, name: str, tensor: torch.Tensor) -> None:
-    from vllm_ascend_ct.kernels.parameters import set_parameter
-
-    set_parameter(layer, name, tensor)
+    return _made(AscendMxExperts, (bits, MX_BLOCK), make, on_grid, sizes, True)
 
 
 def _made(

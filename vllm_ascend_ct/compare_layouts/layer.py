@@ -5,21 +5,20 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from vllm_ascend_ct.ops.dtypes import FP8
+from vllm_ascend_ct.kernels.parameters import set_parameter
+from vllm_ascend_ct.ops.dtypes import E2M1_VALUES, FP8, FP8_MAX, MX_BLOCK
 from vllm_ascend_ct.ops.precedents import Form
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 BITS_PER_WORD = 32
-# Values that share a scale in MX formats.
-BLOCK = 32
-# E2M1 by its code; the other codes are the same numbers with the sign.
-_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device="cpu")
+# By its code; the other codes are the same numbers with the sign.
+_FP4 = torch.tensor(E2M1_VALUES, dtype=torch.float64, device="cpu")
 # Largest value, by width; and the bias of scales in E8M0.
-_MX_LARGEST = {8: 448, 4: 6}
+_MX_LARGEST = {8: FP8_MAX, 4: E2M1_VALUES[-1]}
 _BIAS = 127
 
 
@@ -60,6 +59,14 @@ class Layer(NamedTuple):
     forms: tuple[Form, ...]
 
 
+def with_parameters(device: str, **tensors: torch.Tensor | None) -> Any:
+    """A module with these parameters on a device."""
+    layer = torch.nn.Module()
+    for name, tensor in tensors.items():
+        set_parameter(layer, name, None if tensor is None else tensor.to(device))
+    return layer
+
+
 def random_integers(bits: int, *shape: int) -> torch.Tensor:
     """Random signed integers of a width, int64."""
     return torch.randint(-(1 << bits - 1), 1 << bits - 1, shape)
@@ -90,13 +97,13 @@ def on_int8_grid(x: torch.Tensor) -> torch.Tensor:
 
 def random_fp8(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random weights in FP8 (E4M3) `[..., K]`, and fp32 scales `[..., 1]`."""
-    weight = (torch.randn(shape) * 50).clamp(-448, 448).to(FP8)
+    weight = (torch.randn(shape) * 50).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     return weight, torch.rand(*shape[:-1], 1) / 1000 + 0.001
 
 
 def on_fp8_grid(x: torch.Tensor) -> torch.Tensor:
     """Round activations `[M, K]` to their dynamic FP8 grid, in float64."""
-    step = x.double().abs().amax(1, keepdim=True) / 448
+    step = x.double().abs().amax(1, keepdim=True) / FP8_MAX
     return (x.double() / step).float().to(FP8).double() * step
 
 
@@ -115,11 +122,11 @@ def random_mx(
         in float64.
 
     """
-    exponents = torch.randint(-8, -4, (*shape[:-1], shape[-1] // BLOCK))
-    scale = torch.exp2(exponents.double()).repeat_interleave(BLOCK, -1)
+    exponents = torch.randint(-8, -4, (*shape[:-1], shape[-1] // MX_BLOCK))
+    scale = torch.exp2(exponents.double()).repeat_interleave(MX_BLOCK, -1)
     scales = (exponents + _BIAS).to(torch.uint8)
     if bits == 8:
-        weight = (torch.randn(shape) * 50).clamp(-448, 448).to(FP8)
+        weight, _ = random_fp8(*shape)
         return weight, scales, weight.double() * scale
     codes = torch.randint(0, 16, shape)
     signs = 1 - 2 * (codes >> 3)
@@ -130,7 +137,7 @@ def random_mx(
 def on_mx_grid(bits: int, x: torch.Tensor) -> torch.Tensor:
     """Round activations `[M, K]` to their dynamic MX grid, in float64."""
     largest = _MX_LARGEST[bits]
-    blocks = x.double().unflatten(1, (-1, BLOCK))
+    blocks = x.double().unflatten(1, (-1, MX_BLOCK))
     amax = blocks.abs().amax(2, keepdim=True).clamp(min=2.0**-100)
     scale = torch.exp2(amax.log2().floor() - math.floor(math.log2(largest)))
     values = blocks / scale

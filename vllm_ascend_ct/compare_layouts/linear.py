@@ -20,6 +20,7 @@ from vllm_ascend_ct.compare_layouts.layer import (
     random_fp8,
     random_integers,
     random_mx,
+    with_parameters,
 )
 from vllm_ascend_ct.ops.limits import current_limits
 
@@ -45,7 +46,6 @@ def _mixed_precision(
     )
 
     from vllm_ascend_ct.kernels.linear.mixed_precision import ascend, ascend_wna8
-    from vllm_ascend_ct.kernels.parameters import set_parameter
 
     kernel_class: Any = ascend.AscendWNA16LinearKernel
     if quantizes:
@@ -69,9 +69,8 @@ def _mixed_precision(
     groups = 1 if group_size == PER_CHANNEL else k // group_size
     values = random_integers(bits, n, k)
     scale = (torch.rand(n, groups) / 100 + 0.01).to(sizes.dtype)
-    layer: Any = torch.nn.Module()
-    set_parameter(layer, "weight_packed", packed(values, bits).to(sizes.device))
-    set_parameter(layer, "weight_scale", scale.to(sizes.device))
+    words = packed(values, bits)
+    layer = with_parameters(sizes.device, weight_packed=words, weight_scale=scale)
     kernel = kernel_class(config, "weight_packed", "weight_scale")
     kernel.process_weights_after_loading(layer)
     weight = (values * scale.double().repeat_interleave(k // groups, 1)).t()
@@ -91,7 +90,6 @@ def _int8(is_static: bool, is_symmetric: bool, sizes: Sizes) -> Layer:
     from vllm_ascend_ct.kernels.linear.scaled_mm.ascend import (
         AscendInt8ScaledMMLinearKernel,
     )
-    from vllm_ascend_ct.kernels.parameters import set_parameter
 
     config = Int8ScaledMMLinearLayerConfig(
         is_channelwise=True,
@@ -110,11 +108,8 @@ def _int8(is_static: bool, is_symmetric: bool, sizes: Sizes) -> Layer:
         "input_zero_point": None,
         "azp_adj": None,
     }
-    layer: Any = torch.nn.Module()
+    layer = with_parameters(sizes.device, **tensors)
     layer.params_dtype = sizes.dtype
-    for name, tensor in tensors.items():
-        on_device = None if tensor is None else tensor.to(sizes.device)
-        set_parameter(layer, name, on_device)
     kernel: Any = AscendInt8ScaledMMLinearKernel(config, list(tensors))
     kernel.process_weights_after_loading(layer)
     exact = weight.t().double() * scale.t().double()
@@ -151,7 +146,6 @@ def _fp8(sizes: Sizes) -> Layer:
     from vllm_ascend_ct.kernels.linear.scaled_mm.ascend_fp8 import (
         AscendFP8ScaledMMLinearKernel,
     )
-    from vllm_ascend_ct.kernels.parameters import set_parameter
 
     config = FP8ScaledMMLinearLayerConfig(
         weight_quant_key=quant_utils.kFp8StaticChannelSym,
@@ -167,13 +161,14 @@ def _fp8(sizes: Sizes) -> Layer:
         if not serves:
             raise NotServed(reason)
     weight, scale = random_fp8(sizes.n, sizes.k)
-    tensors = {"weight": weight.t(), "weight_scale": scale, "input_scale": None}
-    layer: Any = torch.nn.Module()
-    for name, tensor in tensors.items():
-        on_device = None if tensor is None else tensor.to(sizes.device)
-        set_parameter(layer, name, on_device)
-    kernel: Any = AscendFP8ScaledMMLinearKernel(config, [*tensors, "input_scale_ub"])
-    set_parameter(layer, "input_scale_ub", None)
+    tensors = {
+        "weight": weight.t(),
+        "weight_scale": scale,
+        "input_scale": None,
+        "input_scale_ub": None,
+    }
+    layer = with_parameters(sizes.device, **tensors)
+    kernel: Any = AscendFP8ScaledMMLinearKernel(config, list(tensors))
     kernel.process_weights_after_loading(layer)
     exact = weight.t().double() * scale.t().double()
     return Layer(
@@ -193,7 +188,6 @@ def _mx(bits: int, sizes: Sizes) -> Layer:
 
     from vllm_ascend_ct.kernels.linear.mxfp4.ascend import AscendMxfp4LinearKernel
     from vllm_ascend_ct.kernels.linear.mxfp8.ascend import AscendMxfp8LinearKernel
-    from vllm_ascend_ct.kernels.parameters import set_parameter
 
     k, n = sizes.k, sizes.n
     kernel_class: Any = AscendMxfp8LinearKernel
@@ -211,9 +205,7 @@ def _mx(bits: int, sizes: Sizes) -> Layer:
     if reason:
         raise NotServed(reason)
     weight, scale, exact = random_mx(bits, n, k)
-    layer: Any = torch.nn.Module()
-    set_parameter(layer, "weight", weight.to(sizes.device))
-    set_parameter(layer, "weight_scale", scale.to(sizes.device))
+    layer = with_parameters(sizes.device, weight=weight, weight_scale=scale)
     kernel = kernel_class(config)
     kernel.process_weights_after_loading(layer)
     return Layer(

@@ -2,9 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Refusal of LoRA adapters for quantized experts, which no kernel supports."""
 
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import LoRAConfig, get_current_vllm_config_or_none
 
 from vllm_ascend_ct.errors import PlatformError, Remedy
+
+
+def _config() -> LoRAConfig | None:
+    vllm_config = get_current_vllm_config_or_none()
+    return None if vllm_config is None else vllm_config.lora_config
 
 
 def may_target(layer_name: str) -> bool:
@@ -16,8 +21,7 @@ def may_target(layer_name: str) -> bool:
         layer_name: vLLM's name of the experts, `<block>.experts`.
 
     """
-    vllm_config = get_current_vllm_config_or_none()
-    lora = None if vllm_config is None else vllm_config.lora_config
+    lora = _config()
     if lora is None:
         return False
     from vllm.lora.utils import is_in_target_modules
@@ -39,10 +43,9 @@ def check_experts(layer_name: str) -> None:
         PlatformError: LoRA is enabled and may target these experts.
 
     """
-    if may_target(layer_name):
-        vllm_config = get_current_vllm_config_or_none()
-        assert vllm_config is not None and vllm_config.lora_config is not None
-        targets = vllm_config.lora_config.target_modules
+    lora = _config()
+    if lora is not None and may_target(layer_name):
+        targets = lora.target_modules
         given = "unset" if targets is None else " ".join(sorted(targets))
         raise refused(f"layer {layer_name}, --lora-target-modules {given}")
 
