@@ -3,6 +3,7 @@
 """Memory of processes, and whether it grows."""
 
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +56,4 @@ def tree(root: int) -> list[Process]:
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Slope of the line through points (x, y), by least squares."""
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
-    return covariance / sum((x - mean_x) ** 2 for x, _ in points)
+    return statistics.linear_regression(*zip(*points)).slope
