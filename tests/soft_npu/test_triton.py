@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Triton kernels on the software NPU's memory."""
 
+import os
+
 import pytest
 import torch
 
@@ -66,6 +68,54 @@ def test_rounds_as_a_chip() -> None:
     kernel[(1,)](x.npu(), y, SIZE=64)
     expected = (x * 1.5).bfloat16()
     assert torch.equal(y.cpu().nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_computes_with_bfloat16() -> None:
+    """Triton's own interpreter computes with its bits."""
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, y, z, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a, b = tl.load(x + offsets), tl.load(y + offsets)
+        tl.store(z + offsets, a * b)
+        tl.store(z + SIZE + offsets, a - b)
+        tl.store(z + 2 * SIZE + offsets, tl.where(a > b, a, b))
+        tl.store(z + 3 * SIZE + offsets, offsets.to(tl.bfloat16))
+        tl.store(z + 4 * SIZE + offsets, tl.abs(a) + 0.5)
+
+    x, y = torch.randn(2, 64).bfloat16()
+    z = torch.empty(5, 64, dtype=torch.bfloat16, device="npu")
+    kernel[(1,)](x.npu(), y.npu(), z, SIZE=64)
+    numbers = torch.arange(64).bfloat16()
+    expected = torch.stack((x * y, x - y, x.maximum(y), numbers, x.abs() + 0.5))
+    assert torch.equal(z.cpu(), expected)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("SOFT_NPU_RELEASE", "").startswith("0.23."),
+    reason="vllm-ascend 0.30 replaced this kernel",
+)
+def test_normalizes_and_rotates() -> None:
+    """The kernel of models whose heads have 128 channels, like Qwen3."""
+    heads, kv_heads, size, tokens = 4, 2, 128, 5
+    table = torch.randn(50, size).bfloat16()
+    positions = torch.tensor([3, 1, 49, 1, 0])
+    weights = torch.rand(2, size).bfloat16() + 0.5
+    x = torch.randn(tokens, (heads + 2 * kv_heads) * size).bfloat16()
+    q, k, v = x.split([heads * size, kv_heads * size, kv_heads * size], -1)
+    found = torch.ops.vllm.qkv_rmsnorm_rope(
+        *(t.npu() for t in (x, table, positions, *weights)),
+        *(heads * size, kv_heads * size, size, 1e-6),
+    )
+    cos, sin = table[positions].double().unsqueeze(1).chunk(2, -1)
+    for rows, weight, result in ((q, weights[0], found[0]), (k, weights[1], found[1])):
+        rows = rows.double().view(tokens, -1, size)
+        rows = rows * (rows.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        a, b = (rows * weight.double()).chunk(2, -1)
+        expected = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).flatten(1)
+        assert (result.cpu().double() - expected).abs().max() < 0.05
+    assert torch.equal(found[2].cpu(), v)
 
 
 def test_kernel_in_a_graph() -> None:

@@ -50,6 +50,9 @@ def install() -> None:
     builder = interpreter.InterpreterBuilder
     builder.create_gather = _gather
     builder.cast_impl = _with_bfloat16(builder.cast_impl)
+    builder.get_bf16 = _get_bf16
+    for name in _ARITHMETIC:
+        setattr(builder, name, _in_float32(getattr(builder, name)))
     # The smallest sizes of a product, which are the same for all targets.
     functions = interpreter.interpreter_builder.codegen_fns
     functions["min_dot_size"] = names["min_dot_size"](None)
@@ -64,7 +67,10 @@ def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
 
 
 def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
-    """Round to nearest even in casts to bfloat16; triton's interpreter truncates."""
+    """Round to nearest even in casts to bfloat16; triton's interpreter truncates.
+
+    It casts the bits of bfloat16 instead of the values, except to and from float32.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
@@ -77,11 +83,47 @@ def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
             bits = np.ascontiguousarray(src.data).view(np.uint32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             data = np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16)
-        else:
+        elif pair[0] == pair[1] or tl.bfloat16 not in pair:
             return cast(builder, src, dst_type)
+        else:
+            return cast_impl(builder, cast_impl(builder, src, tl.float32), dst_type)
         return TensorHandle(data, dst_type.scalar)
 
     return cast_impl
+
+
+def _get_bf16(builder: Any, value: float) -> Any:
+    """A constant, which triton-ascend's interpreter lacks for bfloat16."""
+    import triton.language as tl
+
+    return builder.cast_impl(builder.get_fp32(value), tl.bfloat16)
+
+
+# Methods of the interpreter that compute with the bits of bfloat16.
+_ARITHMETIC = (
+    *("unary_op", "binary_op", "ternary_op"),
+    *("create_fma", "create_idiv", "create_dot"),
+)
+
+
+def _in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Compute with bfloat16 in float32, and round the result."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def is_bfloat16(x: Any) -> bool:
+        return isinstance(x, TensorHandle) and x.dtype.scalar == tl.bfloat16
+
+    def compute(builder: Any, *args: Any) -> Any:
+        wide = [builder.cast_impl(x, tl.float32) if is_bfloat16(x) else x for x in args]
+        result = method(builder, *wide)
+        # The last tensor has the result's type. Comparisons give bool.
+        *_, last = (x for x in args if isinstance(x, TensorHandle))
+        if is_bfloat16(last) and result.data.dtype == "float32":
+            return builder.cast_impl(result, tl.bfloat16)
+        return result
+
+    return compute
 
 
 def launch(tensors: list[torch.Tensor], number: int) -> None:
