@@ -114,7 +114,8 @@ def _paged(
     """Gather the rows `[length, heads, D]` of a sequence from a paged cache.
 
     Args:
-        cache: `[blocks, block_size, heads * D]` or `[blocks, heads, block_size, D]`.
+        cache: `[blocks, block_size, heads * D]`, `[blocks, heads, block_size, D]`, or
+            `[blocks, heads, D / nz, block_size, nz]`.
         heads: Number of KV heads.
         block_size: Rows per block.
         blocks: Blocks of the sequence.
@@ -123,7 +124,9 @@ def _paged(
     """
     count = -(-length // block_size)
     rows = cache[blocks[:count].long()]
-    if cache.dim() == 3 and cache.shape[1] == block_size:
+    if cache.dim() == 5 and cache.shape[1] == heads and cache.shape[3] == block_size:
+        rows = rows.permute(0, 3, 1, 2, 4).flatten(3)
+    elif cache.dim() == 3 and cache.shape[1] == block_size:
         rows = rows.unflatten(-1, (heads, -1))
     elif cache.dim() == 4 and cache.shape[1:3] == (heads, block_size):
         rows = rows.transpose(1, 2)
@@ -132,9 +135,32 @@ def _paged(
             _FIA,
             f"a cache is {describe(cache)} with block_size={block_size}, {heads} "
             "heads; supported: [blocks, block_size, heads * D], [blocks, heads, "
-            "block_size, D]",
+            "block_size, D], [blocks, heads, D / nz, block_size, nz]",
         )
     return rows.flatten(0, 1)[:length]
+
+
+def _check_int8(query: torch.Tensor, key: torch.Tensor, o: dict[str, Any]) -> None:
+    """Check a call with int8 keys and values in FRACTAL_NZ, and a scale per channel."""
+    size, width = o["block_size"], key.shape[2] * key.shape[4] if key.dim() == 5 else 0
+    if query.dtype != torch.bfloat16 or width != 128 or size not in (128, 512):
+        refuse(
+            _FIA,
+            f"query is {describe(query)}, key {describe(key)}, block_size={size}; "
+            "supported for int8: bfloat16, [blocks, heads, 4, block_size, 32], and "
+            "block_size of 128 or 512",
+        )
+    if o["sparse_mode"] != _DEFAULT or o["atten_mask"] is not None:
+        refuse(_FIA, "int8 keys with a mask are not emulated")
+    if o["input_layout"] != "BNSD" or query.shape[2] != 1 or o["block_table"] is None:
+        refuse(_FIA, "int8 keys are emulated for BNSD, one query and paged caches")
+    for name in ("key_antiquant_scale", "value_antiquant_scale"):
+        scale = o[name]
+        if scale is None or scale.dtype != query.dtype:
+            given = "None" if scale is None else describe(scale)
+            refuse(_FIA, f"{name} is {given}; supported for int8: {query.dtype}")
+        if scale.numel() != key.shape[1] * width:
+            refuse(_FIA, f"{name} is {describe(scale)}; supported: [1, heads, 1, D]")
 
 
 def _keys(
@@ -207,6 +233,8 @@ _OPTIONS: dict[str, Any] = {
     "sparse_mode": 0,
     "block_size": 0,
     "softmax_lse_flag": False,
+    "key_antiquant_scale": None,
+    "value_antiquant_scale": None,
 }
 
 
@@ -217,7 +245,8 @@ def npu_fused_infer_attention_score(
     """Attention within each sequence.
 
     Source: op-plugin `torch_npu-npu_fused_infer_attention_score.md`. Not emulated:
-    quantization, shared prefixes, padding on the left, shifts of scores.
+    quantization other than of keys and values to int8 with a scale per channel, shared
+    prefixes, padding on the left, shifts of scores.
 
     Args:
         query: fp16 or bf16, in `input_layout`.
@@ -237,6 +266,8 @@ def npu_fused_infer_attention_score(
     rest = {k: x for k, x in options.items() if k not in _OPTIONS}
     only_defaults(_FIA, rest, inner_precise=1)
     _check(query, o)
+    if key.dtype == torch.int8:
+        _check_int8(query, key, o)
     layout, result_layout = _LAYOUTS[o["input_layout"]]
     heads = o["num_heads"]
     kv_heads = o["num_key_value_heads"] or heads
@@ -250,6 +281,11 @@ def npu_fused_infer_attention_score(
     outputs, sums = [], []
     for q, k, rope, v in zip(queries, keys, ropes, values, strict=True):
         assert k is not None and v is not None
+        if key.dtype == torch.int8:
+            k, v = (
+                x.float() * o[f"{name}_antiquant_scale"].float().view(kv_heads, -1)
+                for x, name in ((k, "key"), (v, "value"))
+            )
         k = k if rope is None else torch.cat((k, rope), -1)
         window = o["pre_tokens"], o["next_tokens"]
         tokens = len(q), len(k)

@@ -9,6 +9,8 @@ from tools.soft_npu.ops.registry import implements
 from tools.soft_npu.ops.rotary import interleaved_to_halves
 from vllm_ascend_ct.ops.emulated.registry import describe, refuse
 
+_NZ_BYTES = 32
+
 
 def _scatter(
     name: str, cache: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor
@@ -71,27 +73,39 @@ def npu_scatter_pa_kv_cache(
 ) -> None:
     """Write keys and values `[T, heads, D]` to caches.
 
-    Source: op-plugin `torch_npu-npu_scatter_pa_kv_cache.md`, first case.
+    Source: op-plugin `torch_npu-npu_scatter_pa_kv_cache.md`, first case, and its test.
 
     Args:
         key: Keys of the tokens.
         value: As `key`.
-        key_cache: `[blocks, block_size, heads, D]`.
+        key_cache: `[blocks, block_size, heads, D]`; in mode "PA_NZ"
+            `[blocks, heads * D / nz, block_size, nz]`, where nz is 32 bytes; the second
+            axis may be split into two. Blocks are contiguous; the document demands all
+            of it, but vllm-ascend 0.30 puts those of keys and values in turn.
         value_cache: As `key_cache`.
         slot_mapping: int32 or int64 `[T]`.
         compress_lens: Not emulated.
         compress_seq_offsets: Not emulated.
         seq_lens: Not emulated.
-        cache_mode: "Norm" or None.
+        cache_mode: "PA_NZ", or "Norm" or None.
 
     """
     name = "npu_scatter_pa_kv_cache"
     if any(x is not None for x in (compress_lens, compress_seq_offsets, seq_lens)):
         refuse(name, "compressed sequences are not emulated")
-    if cache_mode not in (None, "Norm"):
-        refuse(name, f"cache_mode={cache_mode}; emulated: Norm")
-    _scatter(name, key_cache, key, slot_mapping)
-    _scatter(name, value_cache, value, slot_mapping)
+    for cache, rows in ((key_cache, key), (value_cache, value)):
+        if rows.dtype != cache.dtype:
+            refuse(name, f"{describe(rows)} into {describe(cache)}")
+        if cache_mode == "PA_NZ":
+            width = _NZ_BYTES // cache.element_size()
+            if not cache[0].is_contiguous() or cache.shape[-1] != width:
+                refuse(
+                    name, f"a cache is {describe(cache)}; [..., block_size, {width}]"
+                )
+            cache = cache.flatten(1, -3).transpose(1, 2)
+        elif cache_mode not in (None, "Norm"):
+            refuse(name, f"cache_mode={cache_mode}; emulated: PA_NZ, Norm")
+        _scatter(name, cache, rows, slot_mapping)
 
 
 @implements("npu::npu_scatter_nd_update_", "npu::npu_scatter_nd_update")
