@@ -57,6 +57,10 @@ class Remedy(StrEnum):
         "Stop other processes on the device, which `npu-smi info` lists, or serve the "
         "model on more devices (tensor_parallel_size)"
     )
+    KV_CACHE = (
+        "Calibrate the scales of the KV cache again, or serve the model with "
+        "--kv-cache-dtype bfloat16, which does not use them"
+    )
     CALIBRATE_AGAIN = "Calibrate and quantize the model again"
     CHANGE_RANKS = (
         "Change tensor_parallel_size, or quantize the model again so that the sizes "

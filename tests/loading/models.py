@@ -56,8 +56,8 @@ _TOWER: dict[str, Any] = {
 Tensors = dict[str, torch.Tensor]
 
 
-def _qwen3() -> Any:
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_TEXT))
+def _qwen3(**changes: Any) -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_TEXT | changes))
 
 
 def _paligemma() -> Any:
@@ -125,6 +125,8 @@ def _gpt_oss() -> Any:
 
 _MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": _qwen3,
+    # An int8 KV cache needs heads of this size.
+    "qwen3-128": lambda: _qwen3(head_dim=128),
     "gpt_oss": _gpt_oss,
     "paligemma": _paligemma,
     "modernbert": _modernbert,

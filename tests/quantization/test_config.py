@@ -610,6 +610,7 @@ def test_kv_cache_scheme_is_dropped_with_a_warning(
         made = config(W4, kv_cache_scheme=scheme)
     assert made.kv_cache_scheme is None
     assert "kv_cache_scheme is ignored" in caplog.text
+    assert "only static symmetric int8 can be used" in caplog.text
 
 
 def test_zero_points_that_this_vllm_would_leave_out(mocker: MockerFixture) -> None:

@@ -113,7 +113,7 @@ def is_float(name: str) -> bool:
 def is_moe(name: str) -> bool:
     """Whether a checkpoint has experts."""
     model = suite.contents(name).partition("/")[0]
-    return model not in ("dense", "llama", "qwen3")
+    return model not in ("dense", "llama", "qwen3", "qwen3-128")
 
 
 def tolerance(name: str) -> float:

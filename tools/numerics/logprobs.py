@@ -46,6 +46,25 @@ def reference(
         Log-probability of each token except the first, given the tokens before it.
 
     """
+    model = reference_model(checkpoint)
+    if on_grid is not None:
+        _round_inputs(model, on_grid)
+    return of_next(model, held_out_tokens(checkpoint))
+
+
+def of_next(model: Any, tokens: list[int]) -> list[float]:
+    """Log-probability of each token except the first, by a model of Hugging Face."""
+    import torch
+
+    given = torch.tensor(tokens)
+    with torch.no_grad():
+        logprobs = model(given.unsqueeze(0)).logits[0].log_softmax(dim=-1)
+    found: list[float] = logprobs[:-1].gather(1, given[1:, None])[:, 0].tolist()
+    return found
+
+
+def reference_model(checkpoint: Path) -> Any:
+    """Hugging Face's model in float32, as described for `reference`."""
     import torch
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -81,13 +100,7 @@ def reference(
     assert not unexpected, unexpected
     assert all(name == "lm_head.weight" or "zero_point" in name for name in missing)
     model.tie_weights()
-    if on_grid is not None:
-        _round_inputs(model, on_grid)
-    tokens = torch.tensor(held_out_tokens(checkpoint))
-    with torch.no_grad():
-        logprobs = model(tokens.unsqueeze(0)).logits[0].log_softmax(dim=-1)
-    of_next: list[float] = logprobs[:-1].gather(1, tokens[1:, None])[:, 0].tolist()
-    return of_next
+    return model
 
 
 def _round_inputs(model: Any, on_grid: Callable[["Tensor"], "Tensor"]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from tools.checkpoints import make_checkpoint, tiny_model, tiny_moe
+from tools.checkpoints import kv_scales, make_checkpoint, tiny_model, tiny_moe
 from tools.numerics.logprobs import reference
 from tools.soft_npu import build, suite
 from tools.stacks import stacks
@@ -28,6 +28,8 @@ def more_configs() -> dict[str, PretrainedConfig]:
     return {
         "llama": LlamaConfig(**sizes),
         "qwen3": Qwen3Config(**sizes),
+        # The size of heads that an int8 KV cache needs.
+        "qwen3-128": Qwen3Config(**sizes | {"head_dim": 128}),
         "deepseek-v2-latent-query": DeepseekV2Config(**latent | {"q_lora_rank": 256}),
     }
 
@@ -43,9 +45,12 @@ def make(name: str) -> None:
         if not recipe:
             shutil.copytree(_base(model), directory, dirs_exist_ok=True)
             return
-        schemes = recipe.split("+")
+        schemes = [part for part in recipe.split("+") if part not in kv_scales.SCHEMES]
         pairs = dict(zip(_LAYERS, (schemes[0], schemes[-1])))
         make_checkpoint.make(directory, pairs, _base(model), tiny_moe.IGNORE)
+        for part in recipe.split("+"):
+            if part in kv_scales.SCHEMES:
+                kv_scales.add(directory, part)
         (directory / "reference.json").write_text(json.dumps(reference(directory)))
 
     stacks.once(suite.checkpoint(name), suite.contents(name), make_one)

@@ -30,7 +30,11 @@ def describe(model: Any) -> dict[str, Any]:
     from vllm_ascend_ct.quantization.compressed_tensors.resolved import ResolvedMixin
 
     methods, kernels, resolved = set(), set(), 0
+    kv_caches: set[str] = set()
     for module in model.modules():
+        # vLLM's layers hold one tensor, vllm-ascend's one for keys and one for values.
+        for cache in getattr(module, "kv_cache", None) or ():
+            kv_caches.add(str(cache.dtype))
         method = getattr(module, "quant_method", None)
         scheme = getattr(module, "scheme", None)
         resolved += isinstance(method, ResolvedMixin)
@@ -40,6 +44,7 @@ def describe(model: Any) -> dict[str, Any]:
     return {
         "platform": type(current_platform).__name__,
         "devices": sorted({p.device.type for p in model.parameters()}),
+        "kv_caches": sorted(kv_caches),
         "methods": sorted(methods - {"NoneType"}),
         "kernels": sorted(kernels - {"NoneType"}),
         "resolved": resolved,
@@ -67,7 +72,7 @@ def serve(checkpoint: str, reload: bool = False, **options: Any) -> dict[str, An
     Returns:
         The config's class; the result of `describe` and the number of calls of each
         operator, by rank; log-probabilities of a held-out text; and greedy tokens for
-        `PROMPTS`.
+        `PROMPTS` with their log-probabilities.
 
     """
     from vllm import LLM, SamplingParams
@@ -85,7 +90,9 @@ def serve(checkpoint: str, reload: bool = False, **options: Any) -> dict[str, An
     if reload:
         llm.collective_rpc("reload_weights")
     before = llm.apply_model(operators)
-    greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    greedy = SamplingParams(
+        max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0
+    )
     outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
     tokens = held_out_tokens(Path(checkpoint))[:LENGTH]
     (output,) = llm.generate(
@@ -110,6 +117,11 @@ def serve(checkpoint: str, reload: bool = False, **options: Any) -> dict[str, An
             for token, of_position in zip(tokens[1:], of_positions[1:])
         ],
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "prompts": [output.prompt_token_ids for output in outputs],
+        "token_logprobs": [
+            [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)]
+            for one in (output.outputs[0] for output in outputs)
+        ],
     }
     del llm
     gc.collect()

@@ -2,12 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The platform for NPU hosts."""
 
+from typing import TYPE_CHECKING
+
 import torch_npu
 from vllm_ascend.platform import NPUPlatform
 
 from vllm_ascend_ct import ascend_base, envs
+from vllm_ascend_ct.ascend_base import kv_cache
 from vllm_ascend_ct.errors import PlatformError
 from vllm_ascend_ct.platforms.interface import AscendCTPlatformMixin
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 class NPUAscendCTPlatform(AscendCTPlatformMixin, NPUPlatform):
@@ -16,6 +22,13 @@ class NPUAscendCTPlatform(AscendCTPlatformMixin, NPUPlatform):
     @classmethod
     def prepare_ascend_ct(cls) -> None:
         ascend_base.prepare_process(load_plugins=True)
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Select an int8 KV cache, if the checkpoint has scales for it."""
+        super().check_and_update_config(vllm_config)
+        if getattr(vllm_config.quant_config, "has_int8_kv_cache", False):
+            kv_cache.choose_dtype(vllm_config)
 
     @classmethod
     def announce(cls) -> None:

@@ -201,16 +201,6 @@ def _is_attention(group: dict[str, Any]) -> bool:
     return len(targets) == 1 and targets[0].endswith("Attention")
 
 
-def has_scalar_kv_scales(config: dict[str, Any]) -> bool:
-    """Whether all scales of the KV cache in the checkpoint are scalars."""
-    groups = (config.get("config_groups") or {}).values()
-    schemes = [
-        config.get("kv_cache_scheme"),
-        *(group.get("input_activations") for group in groups if _is_attention(group)),
-    ]
-    return all(scheme.get("strategy") == "tensor" for scheme in schemes if scheme)
-
-
 def _check_pattern(target: str, field: str) -> None:
     if target.startswith("re:"):
         try:

@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Upstream's compressed-tensors config, with the changes that Ascend needs."""
 
-import re
 from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationType
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -31,15 +31,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_ascend_ct import compat
-from vllm_ascend_ct.ascend_base import fused_moe, graph_key, linear, settings
+from vllm_ascend_ct.ascend_base import (
+    fused_moe,
+    graph_key,
+    kv_cache,
+    linear,
+    settings,
+)
 from vllm_ascend_ct.errors import Remedy, UnsupportedCheckpointError
 from vllm_ascend_ct.ops.limits import current_limits
 from vllm_ascend_ct.quantization.compressed_tensors import agreement
 from vllm_ascend_ct.quantization.compressed_tensors.checkpoint import Checkpoint
-from vllm_ascend_ct.quantization.compressed_tensors.checks import (
-    check_config,
-    has_scalar_kv_scales,
-)
+from vllm_ascend_ct.quantization.compressed_tensors.checks import check_config
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe import (  # noqa: E501
     get_moe_method,
 )
@@ -48,6 +51,12 @@ from vllm_ascend_ct.quantization.compressed_tensors.dequantized_linear_method im
     needs_dense_weight,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
+from vllm_ascend_ct.quantization.compressed_tensors.kv_cache import (
+    NO_SCALES,
+    SCALE_NAMES,
+    Int8KVCacheMethod,
+    is_int8,
+)
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
     AscendCTLinearMethod,
 )
@@ -87,7 +96,13 @@ from vllm_ascend_ct.quantization.compressed_tensors.vocab_parallel_embedding imp
 
 logger = init_logger("vllm.ascend_ct.quantization")
 
-_KV_SCALES = re.compile(r"\.(kv|[qkv])_(scale|zero_point)$")
+
+def _warn_of_kv_cache(reason: str) -> None:
+    logger.warning_once(
+        "The checkpoint's kv_cache_scheme is ignored, and the KV cache stays "
+        "unquantized: %s.",
+        reason,
+    )
 
 
 class AscendCTConfig(CompressedTensorsConfig):
@@ -95,7 +110,6 @@ class AscendCTConfig(CompressedTensorsConfig):
 
     # vllm-ascend reads these of any config (attention backends, KV connectors).
     enable_fa_quant = False
-    enable_c8_quant = False
     c8_quant_layers = ()
     kvcache_quant_layers = ()
 
@@ -113,13 +127,12 @@ class AscendCTConfig(CompressedTensorsConfig):
         # Each of vllm-ascend's RMSNorm layers iterates over it.
         self.quant_description: dict[str, Any] = {}
         self.checkpoint = Checkpoint(self)
-        self._skips_kv_scales = False
-        if self.kv_cache_scheme is not None:
-            logger.warning_once(
-                "The checkpoint's kv_cache_scheme is ignored: the KV cache stays "
-                "unquantized."
-            )
-            self.kv_cache_scheme = None
+        self._quantizes_kv_cache = False
+        self.has_int8_kv_cache = is_int8(self.kv_cache_scheme)
+        if self.kv_cache_scheme is not None and not self.has_int8_kv_cache:
+            _warn_of_kv_cache("only static symmetric int8 can be used")
+        # With it, vLLM would select an FP8 cache.
+        self.kv_cache_scheme = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "AscendCTConfig":
@@ -136,11 +149,18 @@ class AscendCTConfig(CompressedTensorsConfig):
             "ignore": config.get("ignore") or [],
             "sparsity_config": None,
         }
-        made = cast(AscendCTConfig, super().from_config(changed))
-        # The KV cache scheme is removed, so upstream's method would create parameters
-        # for scalar scales only.
-        made._skips_kv_scales = not has_scalar_kv_scales(config)
-        return made
+        return cast(AscendCTConfig, super().from_config(changed))
+
+    @property
+    def enable_c8_quant(self) -> bool:
+        """Whether vllm-ascend stores the KV cache of the current engine in int8.
+
+        Its attention backend reads this when a layer is built.
+        """
+        config = get_current_vllm_config_or_none()
+        if not self.has_int8_kv_cache or config is None or config.model_config is None:
+            return False
+        return kv_cache.refusal(config) is None
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Supported dtypes of a model. vLLM checks them before it loads anything."""
@@ -174,9 +194,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         self.checkpoint.before_loading()
         mapper: WeightsMapper | None = super().get_cache_scale_mapper()
         mapper = mapper or WeightsMapper()
-        if self._skips_kv_scales:
-            mapper |= WeightsMapper(orig_to_new_regex={_KV_SCALES: None})
-        return mapper
+        return mapper | (SCALE_NAMES if self._quantizes_kv_cache else NO_SCALES)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None
@@ -203,8 +221,8 @@ class AscendCTConfig(CompressedTensorsConfig):
                 return layer.quant_method
             self._add_fused_moe_to_target_scheme_map()
             return get_moe_method(self, layer, prefix, tid2eid)
-        if isinstance(layer, Attention) and self._skips_kv_scales:
-            return None
+        if isinstance(layer, Attention):
+            return self._kv_cache_method(prefix)
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
         args = self.get_scheme_dict(layer, prefix)
@@ -228,6 +246,19 @@ class AscendCTConfig(CompressedTensorsConfig):
                 return AscendCTDequantizedLinearMethod(self, args)
             return AscendCTLinearMethod(self, args)
         return method
+
+    def _kv_cache_method(self, prefix: str) -> QuantizeMethodBase | None:
+        """The method of an attention layer; None if its cache stays unquantized.
+
+        Upstream's would load scales, which vllm-ascend refuses with such a cache.
+        """
+        if not self.has_int8_kv_cache:
+            return None
+        if reason := kv_cache.refusal(get_current_vllm_config()):
+            _warn_of_kv_cache(reason)
+            return None
+        self._quantizes_kv_cache = True
+        return Int8KVCacheMethod(self, prefix)
 
     def _resolved(
         self,

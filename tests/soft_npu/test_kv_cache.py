@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Int8 KV caches, which vllm-ascend stores and multiplies."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.soft_npu import engines
+from tests.soft_npu.engines import EAGER, SMALL, Result, Run
+from tools.checkpoints.kv_scales import change_scales
+from tools.numerics.logprobs import mean_difference, of_next, reference_model
+from tools.soft_npu import suite
+
+pytestmark = pytest.mark.soft_npu
+TENSOR, HEAD = (f"qwen3-128/w4a16-g128+kv-int8-{kind}" for kind in ("tensor", "head"))
+# The text is computed in parts: all but the first attend to what the cache has.
+PARTS = {"max_num_batched_tokens": 32, **SMALL}
+# vllm-ascend 0.23 compiles one model per process.
+QUANTIZED: list[Run] = [
+    {"checkpoint": TENSOR, **PARTS, **EAGER},
+    {"checkpoint": HEAD, **PARTS},
+]
+# Its head_size is 64.
+PLAIN: list[Run] = [
+    {"checkpoint": "dense/w4a16-g128+kv-int8-tensor", **PARTS, **EAGER},
+    {"checkpoint": "dense/w4a16-g128+kv-fp8-tensor", **PARTS, **EAGER},
+    {"checkpoint": HEAD, **PARTS, **EAGER, "kv_cache_dtype": "bfloat16"},
+]
+TWO_RANKS: Run = {"checkpoint": HEAD, **PARTS, **EAGER, "tensor_parallel_size": 2}
+Serve = Callable[..., list[Result]]
+
+
+def difference_of_tokens(name: str, result: Result) -> float:
+    """Mean difference of the generated tokens' log-probabilities from float32."""
+    model = reference_model(suite.checkpoint(name))
+    found, expected = [], []
+    for prompt, tokens, logprobs in zip(
+        result["prompts"], result["tokens"], result["token_logprobs"], strict=True
+    ):
+        found += logprobs
+        expected += of_next(model, prompt + tokens)[-len(tokens) :]
+    return mean_difference(found, expected)
+
+
+def check(run: Run, result: Result, dtype: str = "torch.int8") -> None:
+    engines.check_served(run, result)
+    is_int8 = dtype == "torch.int8"
+    for rank in result["ranks"]:
+        assert rank["kv_caches"] == [dtype]
+        assert ("Int8KVCacheMethod" in rank["methods"]) == is_int8
+    # Keys and values are rounded to 8 bits.
+    bound = 0.03 if is_int8 else engines.tolerance(run["checkpoint"])
+    for found in (
+        engines.difference(run["checkpoint"], result["logprobs"]),
+        difference_of_tokens(run["checkpoint"], result),
+    ):
+        print(f"{run}: {found:.4f}")
+        assert found < bound
+
+
+def test_scales_are_used(serve: Serve) -> None:
+    for run, result in zip(QUANTIZED, serve(QUANTIZED), strict=True):
+        check(run, result)
+
+
+def test_cache_stays_unquantized(serve: Serve) -> None:
+    """If the scales or the model do not fit, or as the user chooses."""
+    for run, result in zip(PLAIN, serve(PLAIN), strict=True):
+        check(run, result, dtype="torch.bfloat16")
+
+
+@pytest.mark.long
+def test_ranks_have_their_heads_scales(serve: Serve) -> None:
+    check(TWO_RANKS, *serve([TWO_RANKS]))
+
+
+def test_wrong_scales_show(serve: Serve, tmp_path: Path) -> None:
+    """Keys and values that exceed the scales saturate."""
+    path = tmp_path / "wrong"
+    shutil.copytree(suite.checkpoint(TENSOR), path)
+    scales = load_file(path / "model.safetensors")
+    change_scales(
+        path,
+        {n: x / 8 for n, x in scales.items() if n.endswith(("k_scale", "v_scale"))},
+    )
+    (result,) = serve([{**QUANTIZED[0], "checkpoint": str(path)}])
+    assert engines.difference(TENSOR, result["logprobs"]) > 0.1
+    assert difference_of_tokens(TENSOR, result) > 0.1

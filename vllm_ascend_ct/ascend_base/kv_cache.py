@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""vllm-ascend's int8 KV cache, which it calls C8.
+
+Keys and values are divided by a scale per channel and rounded when they are written.
+The attention operator multiplies by the scales when it decodes; new prompts attend to
+keys and values that are not rounded.
+
+Source: vllm-ascend `attention/attention_v1.py` (`AscendC8AttentionBackendImpl`), which
+was tested on chips with Qwen3-32B; op-plugin
+`torch_npu-npu_fused_infer_attention_score.md`, int8 keys and values in FRACTAL_NZ.
+"""
+
+from typing import Any, get_args
+
+import torch
+
+from vllm_ascend_ct.ascend_base import runs_on_vllm_ascend
+from vllm_ascend_ct.ops.soc import Soc, current_soc
+
+_INT8 = "int8"
+# What the attention operator takes with int8 keys in FRACTAL_NZ.
+_CHIPS = (Soc.A2, Soc.A3)
+_HEAD_SIZE = 128
+_BLOCK_SIZES = (None, 128, 512)
+
+
+def refusal(config: Any) -> str | None:
+    """Why vllm-ascend cannot store this engine's KV cache in int8, or None.
+
+    Its int8 attention ignores windows, sinks, drafts and context parallelism, and
+    assumes decoders.
+
+    Args:
+        config: vLLM's `VllmConfig`.
+
+    """
+    if not runs_on_vllm_ascend():
+        return "the emulated platform stores it in 16 bits"
+    model, cache = config.model_config, config.cache_config
+    text, soc = model.hf_text_config, current_soc()
+    kinds = {*(getattr(text, "layer_types", None) or ())} - {"full_attention"}
+    head_size, block_size = model.get_head_size(), cache.block_size
+    reasons = {
+        f"Ascend {soc.value}": soc not in _CHIPS,
+        f"dtype={model.dtype}": model.dtype != torch.bfloat16,
+        "latent attention": model.use_mla,
+        "attention of several kinds": bool(kinds) or model.is_hybrid,
+        "a sliding window": model.get_sliding_window() is not None,
+        f"runner={model.runner_type}": model.runner_type != "generate",
+        "an encoder": model.is_encoder_decoder,
+        f"head_size={head_size}": head_size != _HEAD_SIZE,
+        f"block_size={block_size}": block_size not in _BLOCK_SIZES,
+        "speculative decoding": config.speculative_config is not None,
+        "transfers of the KV cache": config.kv_transfer_config is not None,
+        "context parallelism": _splits_context(config.parallel_config),
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != _dtype(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def choose_dtype(config: Any) -> None:
+    """Select int8 in an engine's config, if nothing else is chosen and it is possible.
+
+    Args:
+        config: vLLM's `VllmConfig`.
+
+    """
+    cache = config.cache_config
+    if cache.cache_dtype != "auto" or _dtype() == "auto":
+        return
+    cache.cache_dtype = _dtype()
+    if refusal(config):
+        cache.cache_dtype = "auto"
+
+
+def method(prefix: str) -> Any:
+    """vllm-ascend's method of an attention layer with an int8 KV cache.
+
+    Args:
+        prefix: Name of the layer.
+
+    """
+    try:
+        from vllm_ascend.quantization.methods.kv_cache import kv_c8
+    except ImportError:
+        # Until 0.26.
+        from vllm_ascend.quantization.methods import kv_c8
+
+    return kv_c8.AscendC8KVCacheAttentionMethod({}, prefix)
+
+
+def _dtype() -> str:
+    """The value of `--kv-cache-dtype` that an int8 cache needs.
+
+    Until 0.28 vllm-ascend reads the layer's dtype only.
+    """
+    from vllm.config.cache import CacheDType
+
+    return _INT8 if _INT8 in get_args(CacheDType) else "auto"
+
+
+def _splits_context(ranks: Any) -> bool:
+    sizes = ("prefill_context_parallel_size", "decode_context_parallel_size")
+    return any(getattr(ranks, size, 1) > 1 for size in sizes)
+
+
+def scales_per_channel(
+    scale: torch.Tensor, layer: Any, total_heads: int, rank: int, ranks: int
+) -> torch.Tensor:
+    """Expand scales of a KV cache to one per channel of a rank's heads.
+
+    Args:
+        scale: One scale, or one for each of the model's heads.
+        layer: The attention layer.
+        total_heads: KV heads of the model.
+        rank: This rank.
+        ranks: Number of ranks (tensor parallelism). Heads are replicated if they are
+            fewer.
+
+    Returns:
+        `[num_kv_heads * head_size]`.
+
+    """
+    heads: int = layer.num_kv_heads
+    if scale.numel() > 1:
+        first = rank * total_heads // ranks
+        scale = scale.flatten()[first : first + heads]
+    return scale.view(-1, 1).repeat(heads // scale.numel(), layer.head_size).flatten()
