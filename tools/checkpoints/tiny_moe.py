@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from tools.checkpoints import tiny_model
@@ -68,6 +69,18 @@ def configs() -> dict[str, PretrainedConfig]:
             num_experts_per_tok=2,
             norm_topk_prob=True,
             decoder_sparse_step=1,
+        ),
+        "qwen3-next": Qwen3NextConfig(
+            **COMMON,
+            head_dim=128,
+            moe_intermediate_size=256,
+            shared_expert_intermediate_size=256,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
         ),
         "mixtral": MixtralConfig(
             **COMMON,

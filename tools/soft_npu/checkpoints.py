@@ -10,7 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    DeepseekV2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from tools.checkpoints import kv_scales, make_checkpoint, tiny_model, tiny_moe
 from tools.numerics.logprobs import reference
@@ -18,7 +23,7 @@ from tools.soft_npu import build, suite
 from tools.stacks import stacks
 
 # Layers that a recipe's schemes apply to: the first to attention, the last to the rest.
-_LAYERS = ("re:.*self_attn.*_proj.*", "re:.*.mlp.*(_proj|w[123])")
+_LAYERS = ("re:.*(self|linear)_attn.*(_proj|_qkvz)", "re:.*.mlp.*(_proj|w[123])")
 
 
 def more_configs() -> dict[str, PretrainedConfig]:

@@ -9,6 +9,7 @@ from tools.soft_npu.ops import (  # noqa: F401
     custom,
     experts,
     gating,
+    linear_attention,
     norm,
     rotary,
 )
