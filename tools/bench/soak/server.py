@@ -196,8 +196,8 @@ def serve(
         release: Of vllm-ascend on a software NPU; None for the emulated platform.
         directory: For its caches. Servers with the same one share software NPUs.
         options: Of `vllm serve`.
-        without: What it must not do, like `left_out`. With "lora" vLLM's CPU platform
-            does not compile the model.
+        without: What it must not do; see `left_out`. A model that takes adapters
+            ("lora") is not compiled by vLLM's CPU platform.
         plugins: `VLLM_PLUGINS`.
         devices: Number of software NPUs.
         memory: Of each software NPU.
