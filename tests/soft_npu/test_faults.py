@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Engines with faults: no memory, and operators that fail."""
+"""Engines with faults: no memory, operators that fail, ranks that are lost."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import servers
+from tests.servers import EAGER, END_SECONDS, TWO_RANKS, reads
 from tools.bench.soak import canary
-from tools.bench.soak.requests import Client, Tally
-from tools.bench.soak.server import Server, serve
+from tools.bench.soak.operations import RPC
+from tools.bench.soak.server import UTILIZATION, Server, StartError, serve
 from tools.soft_npu import suite
 from vllm_ascend_ct.errors import Remedy
 
@@ -111,43 +117,20 @@ def test_no_memory_while_loading(
     assert f"(layer {layer}" in error
 
 
-EAGER = "--enforce-eager"
 RELEASE = os.environ.get("SOFT_NPU_RELEASE", "")
-PROMPT = list(range(1, 17))
-# Until an engine that cannot go on has ended.
-END_SECONDS = 60
 
 
-def start(tmp_path: Path) -> Any:
+def start(directory: Path, *options: str, **others: Any) -> Any:
     """Start a server."""
     suite.prepare(["dense-w4a16"])
     path = suite.checkpoint("dense-w4a16").resolve()
-    return serve(path, RELEASE, tmp_path, EAGER)
-
-
-def client(server: Server) -> Client:
-    return Client(server.port, Tally())
+    return serve(path, RELEASE, directory, EAGER, *options, **others)
 
 
 def call(server: Server, method: str, *arguments: str) -> None:
     """Let the server's workers do something."""
     body = {"method": method, "args": list(arguments)}
-    assert client(server).expect("fault", "/collective_rpc", body) is not None
-
-
-def reads(server: Server) -> canary.Reading | None:
-    return canary.read(client(server), str(server.checkpoint), PROMPT)
-
-
-def check_ends(server: Server) -> None:
-    """Check that the server ends by itself, and that nothing of it is left.
-
-    Its exit status is 0: vLLM takes that for an orderly shutdown.
-    """
-    deadline = time.monotonic() + END_SECONDS
-    while server.process.poll() is None or server.left_behind():
-        assert time.monotonic() < deadline, server.left_behind()
-        time.sleep(0.5)
+    assert servers.client(server).expect("fault", RPC, body) is not None
 
 
 @pytest.mark.long
@@ -166,11 +149,86 @@ def check_ends(server: Server) -> None:
 def test_fault_while_serving(
     tmp_path: Path, method: str, arguments: list[str], error: str
 ) -> None:
-    """The engine ends: its requests get an answer, and the log has the error."""
+    """The engine ends: its requests get an answer, and the log has the error.
+
+    The server's exit status is 0: vLLM takes that for an orderly shutdown.
+    """
     with start(tmp_path) as server:
         assert reads(server)
-        server.processes()
         call(server, method, *arguments)
         assert reads(server) is None
-        check_ends(server)
+        server.wait(END_SECONDS)
     assert error in server.log.read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [
+        (signal.SIGKILL, "Worker proc VllmWorker-1 died unexpectedly"),
+        # Of the other rank, which waits for this one.
+        (signal.SIGSTOP, "HcclAllReduce: no answer from another rank"),
+    ],
+)
+def test_lost_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, error: str
+) -> None:
+    monkeypatch.setenv("SOFT_NPU_HCCL_TIMEOUT", "20")
+    with start(tmp_path, TWO_RANKS, devices=2) as server:
+        assert reads(server)
+        statuses, rest = servers.answers_during(
+            server, lambda: servers.send_to_rank(server, sent)
+        )
+        assert set(statuses) == {500}
+        assert b'"code": 500' in rest
+        server.wait(END_SECONDS)
+    assert error in server.log.read_text()
+
+
+@pytest.mark.long
+def test_device_does_not_answer(tmp_path: Path) -> None:
+    """Nobody notices: vLLM has a timeout for separate workers only. SIGTERM works."""
+    with start(tmp_path) as server:
+        assert reads(server)
+        call(server, "soak_fault", "hang@1")
+        with pytest.raises(TimeoutError):
+            servers.ask(server, timeout=20).getresponse()
+        server.stop()
+
+
+@pytest.mark.long
+def test_two_engines_on_one_device(tmp_path: Path) -> None:
+    """The second serves, or is refused by name; the first does not notice."""
+    small = f"{UTILIZATION}=0.3"
+    with start(tmp_path, memory="128M") as first:
+        expected = reads(first)
+        assert expected
+        with while_reading(first, expected):
+            large = start(tmp_path, f"{UTILIZATION}=0.9", memory="128M")
+            with pytest.raises(StartError) as refused, large:
+                pass
+            with start(tmp_path, small, memory="128M") as second:
+                assert reads(second) == expected
+    error = "is less than desired GPU memory utilization"
+    assert error in refused.value.log.read_text()
+
+
+@contextlib.contextmanager
+def while_reading(server: Server, expected: canary.Reading) -> Iterator[None]:
+    """Compare a server's answers all the time."""
+    stop = threading.Event()
+
+    def read() -> int:
+        count = 0
+        while not stop.is_set():
+            assert reads(server) == expected
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool:
+        counted = pool.submit(read)
+        try:
+            yield
+        finally:
+            stop.set()
+        assert counted.result() > 10

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tools.bench.soak import canary, memory, report
+from tools.bench.soak import canary, load, memory, report
 from tools.bench.soak.report import Result, Sample
 from tools.bench.soak.requests import Client, Tally
 
@@ -62,6 +62,14 @@ def test_changed_canary_is_found(changed: canary.Reading, is_found: bool) -> Non
     client = Client(0, Tally())
     canary.compare(client, "model", changed, READING)
     assert client.tally.failed == is_found
+
+
+def test_what_is_left_out_is_not_asked() -> None:
+    paths = {path for path, _ in load.refused("model", ()).values()}
+    assert {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"} < paths
+    asked = load.refused("model", ("lora", "not an object"))
+    assert not any("lora" in path for path, _ in asked.values())
+    assert "not an object" not in asked and "bad JSON" in asked
 
 
 def test_lost_request_is_found() -> None:

@@ -54,10 +54,14 @@ def soak(
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as state,
         serve(
-            checkpoint, release, directory := Path(state), *options, plugins=plugins
+            checkpoint,
+            release,
+            directory := Path(state),
+            *options,
+            without=without,
+            plugins=plugins,
         ) as server,
     ):
-        server.left_out |= dict.fromkeys(without, "as asked")
         for name, reason in server.left_out.items():
             print(f"left out: {name}: {reason}", flush=True)
         print(f"log: {server.log}", flush=True)

@@ -47,8 +47,8 @@ def completion(
     return body
 
 
-def refused(model: str) -> dict[str, tuple[str, Any]]:
-    """Requests that are wrong, as path and body."""
+def refused(model: str, without: Collection[str]) -> dict[str, tuple[str, Any]]:
+    """Requests that are wrong, as path and body, some of them left out."""
     good = {"model": model, "prompt": "import", "max_tokens": 4}
     wrong: dict[str, dict[str, Any]] = {
         "unknown model": {"model": "nobody"},
@@ -69,7 +69,7 @@ def refused(model: str) -> dict[str, tuple[str, Any]]:
     bodies: dict[str, tuple[str, Any]] = {
         name: (COMPLETIONS, good | changes) for name, changes in wrong.items()
     }
-    return bodies | {
+    bodies |= {
         "bad JSON": (COMPLETIONS, b'{"model": '),
         "not an object": (COMPLETIONS, b"[1, 2]"),
         "not UTF-8": (COMPLETIONS, b'{"model": "\xff\xfe"}'),
@@ -80,12 +80,19 @@ def refused(model: str) -> dict[str, tuple[str, Any]]:
             {"model": model, "messages": [{"role": "user", "content": "import"}]},
         ),
         "no messages": ("/v1/chat/completions", {"model": model, "messages": []}),
-        "unknown adapter": ("/v1/unload_lora_adapter", {"lora_name": "nobody"}),
-        "adapter without a file": (
-            "/v1/load_lora_adapter",
-            {"lora_name": "none", "lora_path": "/nowhere"},
-        ),
     }
+    if "lora" not in without:
+        bodies |= _REFUSED_ADAPTERS
+    return {name: bodies[name] for name in bodies if name not in without}
+
+
+_REFUSED_ADAPTERS: dict[str, tuple[str, Any]] = {
+    "unknown adapter": ("/v1/unload_lora_adapter", {"lora_name": "nobody"}),
+    "adapter without a file": (
+        "/v1/load_lora_adapter",
+        {"lora_name": "none", "lora_path": "/nowhere"},
+    ),
+}
 
 
 def run(
@@ -98,7 +105,7 @@ def run(
 ) -> None:
     """Ask one request after the other until `stop` is set."""
     random = Random(seed)  # noqa: S311
-    wrong = refused(model)
+    wrong = refused(model, without)
     while not stop.wait(random.expovariate(1 / PAUSE_SECONDS)):
         body = completion(random, model, text, without)
         kind = random.random()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,8 @@ OPTIONS = (
     "--num-gpu-blocks-override=64",
     "--worker-extension-cls=tools.bench.soak.worker.SoakWorker",
 )
+# On software NPUs, unless the device's share is given.
+CACHE, UTILIZATION = "--kv-cache-memory-bytes=33554432", "--gpu-memory-utilization"
 # Experts take no adapters.
 LORA_MODULES = ("q_proj", "o_proj")
 LORA = ("--enable-lora", "--max-lora-rank=8", "--lora-target-modules", *LORA_MODULES)
@@ -72,15 +74,19 @@ class Server:
         return [process for key, process in seen.items() if key in alive]
 
     def stop(self) -> None:
-        """End the server and wait until all of its processes have ended.
+        """End the server and wait until all of its processes have ended."""
+        self.processes()
+        self.process.terminate()
+        self.wait(STOP_SECONDS)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all of its processes have ended.
 
         Raises:
             RuntimeError: Some have not; they are killed.
 
         """
-        self.processes()
-        self.process.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             # Takes notice of the first one's end.
             if self.process.poll() is not None and not self.left_behind():
@@ -90,7 +96,21 @@ class Server:
         for process in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        raise RuntimeError(f"left after {STOP_SECONDS} s: {[p.name for p in left]}")
+        raise RuntimeError(f"left after {seconds} s: {[p.name for p in left]}")
+
+
+class StartError(RuntimeError):
+    """A server did not start.
+
+    Args:
+        log: Its output.
+
+    """
+
+    def __init__(self, log: Path) -> None:
+        end = log.read_text(errors="replace")[-4000:]
+        super().__init__(f"the server did not start: {log} ends with\n{end}")
+        self.log = log
 
 
 def left_out(checkpoint: Path, release: str | None, eager: bool) -> dict[str, str]:
@@ -108,13 +128,15 @@ def left_out(checkpoint: Path, release: str | None, eager: bool) -> dict[str, st
             "vllm-ascend's allocator needs virtual device memory, which software NPUs "
             "do not have"
         )
-    if release is not None and release.startswith("0.23."):
-        found["reload"] = "vllm-ascend 0.23's worker does not reload weights"
     if release is not None and not eager:
         found["lora"] = (
             "with graphs, vllm-ascend on software NPUs answers adapters otherwise in a "
             "batch than alone, unquantized models too"
         )
+    if release is not None and release.startswith("0.23."):
+        found["lora"] = "software NPUs lack the operators that 0.23's adapters need"
+        found["reload"] = "vllm-ascend 0.23's worker does not reload weights"
+        found["not an object"] = "vLLM 0.23 answers 500 to a body that is a JSON list"
     config = json.loads((checkpoint / "config.json").read_text())
     if "kv_lora_rank" in config:
         found["lora"] = "the adapters made here are not for latent attention"
@@ -122,14 +144,14 @@ def left_out(checkpoint: Path, release: str | None, eager: bool) -> dict[str, st
 
 
 def environment(
-    release: str | None, directory: Path, plugins: str, devices: int
+    release: str | None, directory: Path, plugins: str, devices: int, memory: str
 ) -> dict[str, str]:
     """A server's environment variables."""
     variables = dict(os.environ)
     if release is not None:
         from tools.soft_npu import environment as soft_npu
 
-        device = soft_npu.Device(release, devices=devices)
+        device = soft_npu.Device(release, devices=devices, memory=memory)
         variables = soft_npu.variables(device, directory)
     else:
         variables |= {
@@ -143,6 +165,7 @@ def environment(
         "VLLM_CACHE_ROOT": str(directory / "cache"),
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -161,25 +184,44 @@ def serve(
     release: str | None,
     directory: Path,
     *options: str,
+    without: Collection[str] = (),
     plugins: str = "ascend_ct",
     devices: int = 1,
+    memory: str = "1G",
 ) -> Iterator[Server]:
-    """Start a server, wait until it answers, and end it."""
+    """Start a server, wait until it answers, and end it.
+
+    Args:
+        checkpoint: What it serves.
+        release: Of vllm-ascend on a software NPU; None for the emulated platform.
+        directory: For its caches. Servers with the same one share software NPUs.
+        options: Of `vllm serve`.
+        without: What it must not do; see `left_out`. A model that takes adapters
+            ("lora") is not compiled by vLLM's CPU platform.
+        plugins: `VLLM_PLUGINS`.
+        devices: Number of software NPUs.
+        memory: Of each software NPU.
+
+    Raises:
+        StartError: It does not start.
+
+    """
     port = free_port()
     log = LOGS / f"{checkpoint.name}-{release or 'emulated'}-{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    without = left_out(checkpoint, release, "--enforce-eager" in options)
+    missing = left_out(checkpoint, release, "--enforce-eager" in options)
+    missing |= dict.fromkeys(without, "as asked")
     adapters, slots = ADAPTERS_ON_NPU if release else ADAPTERS_ON_CPU
-    if release is not None:
-        options = ("--kv-cache-memory-bytes=33554432", *options)
-    if "lora" not in without:
+    if release is not None and not any(x.startswith(UTILIZATION) for x in options):
+        options = (CACHE, *options)
+    if "lora" not in missing:
         options = (*LORA, f"--max-loras={slots}", *options)
     vllm = str(Path(sys.executable).with_name("vllm"))
     command = [vllm, "serve", str(checkpoint), f"--port={port}", *OPTIONS, *options]
     with log.open("wb") as out:
-        variables = environment(release, directory, plugins, devices)
+        variables = environment(release, directory, plugins, devices, memory)
         process = subprocess.Popen(command, env=variables, stdout=out, stderr=out)
-    server = Server(process, port, checkpoint, log, adapters, without)
+    server = Server(process, port, checkpoint, log, adapters, missing)
     try:
         _wait(server)
         yield server
@@ -189,13 +231,11 @@ def serve(
 
 def _wait(server: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
+    while time.monotonic() < deadline and server.process.poll() is None:
+        server.processes()
         with contextlib.suppress(OSError):
             url = f"http://127.0.0.1:{server.port}/health"
             with urllib.request.urlopen(url, timeout=5):
                 return
         time.sleep(1)
-    end = server.log.read_text(errors="replace")[-4000:]
-    raise RuntimeError(f"the server did not start; its log ends with\n{end}")
+    raise StartError(server.log)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+"""Servers on the emulated platform that lose a rank, or cannot write their cache."""
+
+import contextlib
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import servers
+from tests.servers import EAGER, END_SECONDS, TWO_RANKS, reads
+from tools.bench.soak.server import StartError, serve
+from tools.soft_npu import suite
+
+pytestmark = pytest.mark.long
+
+
+def start(directory: Path, *options: str, **others: Any) -> Any:
+    """Start a server."""
+    suite.prepare(["dense-w4a16"])
+    path = suite.checkpoint("dense-w4a16").resolve()
+    return serve(path, None, directory, *options, **others)
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [
+        (signal.SIGKILL, "Worker proc VllmWorker-1 died unexpectedly"),
+        (signal.SIGSTOP, r"RPC call to \w+ timed out"),
+    ],
+)
+def test_lost_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, error: str
+) -> None:
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "10")
+    with start(tmp_path, EAGER, TWO_RANKS) as server:
+        assert reads(server)
+        statuses, rest = servers.answers_during(
+            server, lambda: servers.send_to_rank(server, sent)
+        )
+        assert set(statuses) == {500}
+        assert b'"code": 500' in rest
+        server.wait(END_SECONDS)
+    assert re.search(error, server.log.read_text())
+
+
+@contextlib.contextmanager
+def tmpfs(directory: Path, options: str) -> Iterator[None]:
+    """Mount a file system in memory, if that is permitted."""
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"cannot mount: {result.stderr}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("size=64k", "[Errno 28] No space left on device"),
+        ("ro", "[Errno 30] Read-only file system"),
+    ],
+)
+def test_no_room_for_the_cache(tmp_path: Path, options: str, error: str) -> None:
+    """A model that is compiled is not served: vLLM's error says why."""
+    with (
+        tmpfs(tmp_path / "cache", options),
+        pytest.raises(StartError) as refused,
+        start(tmp_path, without=["lora"]),
+    ):
+        pass
+    log = refused.value.log.read_text()
+    assert f"Worker failed with error '{error}" in log.replace("OSError: ", "")
