@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Every supported scheme and kind of model, on software NPUs."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -73,8 +74,12 @@ PROCESSES = {
         "deepseek-v3/w8a8-channel-dynamic",
     ],
 }
-
-
+# vllm-ascend 0.30 takes linear attention from a package that has a stand-in only.
+if LINEAR_ATTENTION := os.environ.get("SOFT_NPU_RELEASE", "").startswith("0.23."):
+    PROCESSES["linear attention"] = [
+        "qwen3-next/w4a16-g128",
+        "qwen3-next/w8a8-channel-dynamic",
+    ]
 if LACKS_ZERO_POINTS:
     PROCESSES = {
         process: [name for name in names if name not in REFUSED]
@@ -99,6 +104,23 @@ def test_close_to_float32(
     result = serve([run(x) for x in names])[names.index(name)]
     engines.check_served(run(name), result)
     engines.check_close(run(name), result)
+
+
+@pytest.mark.skipif(not LINEAR_ATTENTION, reason="not on this release")
+@pytest.mark.parametrize(
+    "options", [{"max_num_batched_tokens": 32}, {"tensor_parallel_size": 2}]
+)
+def test_linear_attention(
+    serve: Callable[..., list[Result]], options: dict[str, int]
+) -> None:
+    """Parts of a prompt go on from states of the cache; ranks have their heads."""
+    given = {**run("qwen3-next/w4a16-g128"), **options}
+    (result,) = serve([given])
+    engines.check_served(given, result)
+    engines.check_close(given, result)
+    calls = result["ranks"][0]["operators"]
+    assert calls["_C_ascend::chunk_fwd_o"]
+    assert calls["_C_ascend::npu_recurrent_gated_delta_rule"]
 
 
 @pytest.mark.skipif(not LACKS_ZERO_POINTS, reason="this vLLM has their parameters")
