@@ -33,6 +33,13 @@ RECIPES = {
         ATTENTION: "w8a8-channel-dynamic",
     },
     "mixtral": {experts(0): "w4a8-g256", experts(1): "w8a16-channel"},
+    # Its first layer has linear attention.
+    "qwen3-next": {
+        experts(0): "w4a16-g32-asym",
+        experts(1): "w8a8-channel-dynamic",
+        "re:.*linear_attn.*_(qkvz|proj)": "w4a16-g128",
+        ATTENTION: "w8a8-channel-dynamic",
+    },
     # The first layers of these models are dense.
     "deepseek-v2": {
         experts(1): "w4a16-g128",
@@ -56,6 +63,7 @@ ON_A5 = {
 OPERATORS = {
     "qwen3-moe": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
     "mixtral": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
+    "qwen3-next": {"npu_grouped_matmul_swiglu_quant_v2", "npu_swiglu"},
     "deepseek-v2": {"npu_swiglu"},
     "deepseek-v3": {"npu_grouped_matmul_swiglu_quant_v2"},
 }
