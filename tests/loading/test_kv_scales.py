@@ -156,6 +156,16 @@ def test_wrong_int8_scales(
 
 
 @on_npu
+def test_another_number_of_int8_scales(tmp_path: Path) -> None:
+    path = with_int8_scales(tmp_path / "checkpoint", "attn_head", NAMES["attention"])
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"]["strategy"] = "tensor"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedCheckpointError, match="has 2 values"):
+        models.load(path)
+
+
+@on_npu
 @pytest.mark.parametrize(
     ("model", "arguments", "reason"),
     [

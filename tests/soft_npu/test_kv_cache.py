@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Int8 KV caches, which vllm-ascend stores and multiplies."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,15 +79,36 @@ def test_ranks_have_their_heads_scales(serve: Serve) -> None:
     check(TWO_RANKS, *serve([TWO_RANKS]))
 
 
-def test_wrong_scales_show(serve: Serve, tmp_path: Path) -> None:
-    """Keys and values that exceed the scales saturate."""
-    path = tmp_path / "wrong"
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with scales that keys and values exceed."""
+    path = tmp_path_factory.mktemp("wrong") / "checkpoint"
     shutil.copytree(suite.checkpoint(TENSOR), path)
     scales = load_file(path / "model.safetensors")
     change_scales(
         path,
         {n: x / 8 for n, x in scales.items() if n.endswith(("k_scale", "v_scale"))},
     )
-    (result,) = serve([{**QUANTIZED[0], "checkpoint": str(path)}])
+    return path
+
+
+def test_wrong_scales_show(serve: Serve, wrong: Path) -> None:
+    (result,) = serve([{**QUANTIZED[0], "checkpoint": str(wrong)}])
     assert engines.difference(TENSOR, result["logprobs"]) > 0.1
     assert difference_of_tokens(TENSOR, result) > 0.1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    os.environ.get("SOFT_NPU_RELEASE", "").startswith("0.23."),
+    reason="the worker of vllm-ascend 0.23 does not reload weights",
+)
+def test_reloaded_scales_are_used(serve: Serve, wrong: Path) -> None:
+    """In graphs, too, which are captured before."""
+    run = {"checkpoint": TENSOR, **PARTS}
+    path = str(suite.checkpoint(TENSOR))
+    (right,) = serve([run])
+    (again,) = serve([{**run, "checkpoint": str(wrong), "reload": path}])
+    check(run, right)
+    assert again["logprobs"] == right["logprobs"]
+    assert again["tokens"] == right["tokens"]

@@ -61,12 +61,15 @@ def operators(_: Any = None) -> dict[str, int]:
     return {name: int(count) for count, name in counts}
 
 
-def serve(checkpoint: str, reload: bool = False, **options: Any) -> dict[str, Any]:
+def serve(
+    checkpoint: str, reload: bool | str = False, **options: Any
+) -> dict[str, Any]:
     """Serve one checkpoint.
 
     Args:
         checkpoint: Its directory.
-        reload: Whether to load the weights again before anything is served.
+        reload: Whether to load the weights again before the results are made, or the
+            directory to load them from.
         options: Arguments of `LLM`.
 
     Returns:
@@ -88,7 +91,11 @@ def serve(checkpoint: str, reload: bool = False, **options: Any) -> dict[str, An
     }
     llm = LLM(checkpoint, **(defaults | options))
     if reload:
-        llm.collective_rpc("reload_weights")
+        # Graphs and what is derived from weights exist before.
+        llm.generate(PROMPTS, SamplingParams(max_tokens=2), use_tqdm=False)
+        given = {"weights_path": reload} if isinstance(reload, str) else {}
+        llm.collective_rpc("reload_weights", kwargs=given)
+        llm.reset_prefix_cache()
     before = llm.apply_model(operators)
     greedy = SamplingParams(
         max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0

@@ -127,3 +127,21 @@ def scales_per_channel(
         first = rank * total_heads // ranks
         scale = scale.flatten()[first : first + heads]
     return scale.view(-1, 1).repeat(heads // scale.numel(), layer.head_size).flatten()
+
+
+def derive(layer: Any) -> None:
+    """Compute what the layer's implementation needs of its scales.
+
+    vllm-ascend would do so in the first forward only. After a reload, the tensors stay
+    where graphs read them.
+
+    Args:
+        layer: The attention layer, with scales per channel.
+
+    """
+    before = {name: x for name, x in vars(layer).items() if name.startswith("_c8_")}
+    if before.pop("_c8_scales_prepared", False):
+        del layer._c8_scales_prepared
+    layer.impl._prepare_c8_scales(layer, layer.k_cache_scale.device)
+    for name, tensor in before.items():
+        setattr(layer, name, tensor.copy_(getattr(layer, name)))

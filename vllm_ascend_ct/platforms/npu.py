@@ -27,7 +27,7 @@ class NPUAscendCTPlatform(AscendCTPlatformMixin, NPUPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Select an int8 KV cache, if the checkpoint has scales for it."""
         super().check_and_update_config(vllm_config)
-        if getattr(vllm_config.quant_config, "has_int8_kv_cache", False):
+        if getattr(vllm_config.quant_config, "int8_kv_cache", None):
             kv_cache.choose_dtype(vllm_config)
 
     @classmethod

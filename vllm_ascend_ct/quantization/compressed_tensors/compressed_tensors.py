@@ -128,8 +128,9 @@ class AscendCTConfig(CompressedTensorsConfig):
         self.quant_description: dict[str, Any] = {}
         self.checkpoint = Checkpoint(self)
         self._quantizes_kv_cache = False
-        self.has_int8_kv_cache = is_int8(self.kv_cache_scheme)
-        if self.kv_cache_scheme is not None and not self.has_int8_kv_cache:
+        scheme = self.kv_cache_scheme
+        self.int8_kv_cache = scheme if is_int8(scheme) else None
+        if scheme and not self.int8_kv_cache:
             _warn_of_kv_cache("only static symmetric int8 can be used")
         # With it, vLLM would select an FP8 cache.
         self.kv_cache_scheme = None
@@ -158,7 +159,7 @@ class AscendCTConfig(CompressedTensorsConfig):
         Its attention backend reads this when a layer is built.
         """
         config = get_current_vllm_config_or_none()
-        if not self.has_int8_kv_cache or config is None or config.model_config is None:
+        if not self.int8_kv_cache or config is None or config.model_config is None:
             return False
         return kv_cache.refusal(config) is None
 
@@ -222,7 +223,7 @@ class AscendCTConfig(CompressedTensorsConfig):
             self._add_fused_moe_to_target_scheme_map()
             return get_moe_method(self, layer, prefix, tid2eid)
         if isinstance(layer, Attention):
-            return self._kv_cache_method(prefix)
+            return self._kv_cache_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
         args = self.get_scheme_dict(layer, prefix)
@@ -247,18 +248,22 @@ class AscendCTConfig(CompressedTensorsConfig):
             return AscendCTLinearMethod(self, args)
         return method
 
-    def _kv_cache_method(self, prefix: str) -> QuantizeMethodBase | None:
+    def _kv_cache_method(
+        self, layer: Attention, prefix: str
+    ) -> QuantizeMethodBase | None:
         """The method of an attention layer; None if its cache stays unquantized.
 
-        Upstream's would load scales, which vllm-ascend refuses with such a cache.
+        Upstream's would load scales, which vllm-ascend refuses with such a cache. vLLM
+        asks again after loading.
         """
-        if not self.has_int8_kv_cache:
-            return None
+        known = getattr(layer, "quant_method", None)
+        if not self.int8_kv_cache or isinstance(known, Int8KVCacheMethod):
+            return known
         if reason := kv_cache.refusal(get_current_vllm_config()):
             _warn_of_kv_cache(reason)
             return None
         self._quantizes_kv_cache = True
-        return Int8KVCacheMethod(self, prefix)
+        return Int8KVCacheMethod(self, prefix, self.int8_kv_cache["strategy"])
 
     def _resolved(
         self,

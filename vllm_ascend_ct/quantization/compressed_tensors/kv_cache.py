@@ -48,21 +48,17 @@ def is_int8(scheme: dict[str, Any] | None) -> bool:
     )
 
 
-def _load(parameter: torch.nn.Parameter, scale: torch.Tensor) -> None:
-    """Keep the parameter on its device; vllm-ascend's loader does not."""
-    parameter.data = scale.to(parameter.data).flatten()
-
-
 class Int8KVCacheMethod(BaseKVCacheMethod):
     """vllm-ascend's int8 KV cache, with a scale per tensor or per head.
 
     Args:
         quant_config: The checkpoint's config.
         prefix: Name of the attention layer.
+        strategy: "tensor" or "attn_head".
 
     """
 
-    def __init__(self, quant_config: Any, prefix: str) -> None:
+    def __init__(self, quant_config: Any, prefix: str, strategy: str) -> None:
         super().__init__(quant_config)
         self.prefix = prefix
         self.is_dummy = load_format() == "dummy"
@@ -70,14 +66,24 @@ class Int8KVCacheMethod(BaseKVCacheMethod):
         config = get_current_vllm_config()
         self.ranks = config.parallel_config.tensor_parallel_size
         self.total_heads = config.model_config.get_total_num_kv_heads()
+        self.scales = self.total_heads if strategy == "attn_head" else 1
 
     def create_weights(self, layer: torch.nn.Module) -> None:
         """Create vllm-ascend's parameters, and mark the scales as not loaded."""
         self.base.create_weights(layer)
         for name in _SCALES:
             parameter = getattr(layer, name)
-            parameter.data.fill_(torch.nan)
-            parameter.weight_loader = _load
+            parameter.data = parameter.new_full((self.scales,), torch.nan)
+            parameter.weight_loader = self._load
+
+    def _load(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        """Load scales in place, so that vLLM's reload notices it.
+
+        vllm-ascend's loader replaces the parameter by a tensor on the host.
+        """
+        if (count := loaded_weight.numel()) != self.scales:
+            raise self._refused("k_scale or v_scale", f"has {count} values")
+        param.data.copy_(loaded_weight.flatten())
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check the scales, and expand them to one per channel.
@@ -93,20 +99,21 @@ class Int8KVCacheMethod(BaseKVCacheMethod):
             elif not bool((parameter > 0).all()) or not bool(
                 parameter.isfinite().all()
             ):
-                raise self._refused(name, parameter)
+                is_missing = bool(parameter.isnan().all())
+                what = "is missing" if is_missing else "is not a positive number"
+                raise self._refused(name.replace("_cache", ""), what)
             rank = get_tensor_model_parallel_rank()
             parameter.data = kv_cache.scales_per_channel(
                 parameter.data, layer, self.total_heads, rank, self.ranks
             )
         self.base.process_weights_after_loading(layer)
+        kv_cache.derive(layer)
 
-    def _refused(self, name: str, scale: torch.Tensor) -> UnsupportedCheckpointError:
-        is_missing = bool(scale.isnan().all())
-        what = "is missing" if is_missing else "is not a positive number"
+    def _refused(self, name: str, what: str) -> UnsupportedCheckpointError:
         return UnsupportedCheckpointError(
             f"A scale of the KV cache {what} in the checkpoint",
-            where=f"layer {self.prefix}, {name.replace('_cache', '')}",
-            supported="a positive scale for the keys and one for the values, of all "
-            "layers that config.json's kv_cache_scheme applies to",
+            where=f"layer {self.prefix}, {name}",
+            supported=f"in each layer, k_scale and v_scale of {self.scales} positive "
+            "numbers each",
             remedy=Remedy.KV_CACHE,
         )
