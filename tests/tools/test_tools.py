@@ -55,7 +55,7 @@ def test_experts_are_laid_out_one_at_a_time() -> None:
             # One expert's packed values, and some of its rows as int8.
             assert beyond < 3, route
             assert result.resident < (0.4 if "w3" in route else 0.1), route
-            assert result.launches == 5
+            assert result.launches == (4 if "4a8" in route or "3a8" in route else 5)
 
 
 def test_two_commands_of_the_readme_exist() -> None:
