@@ -75,7 +75,7 @@ def test_report_says_what_differs() -> None:
     )
     assert page.startswith("a\n") and page.endswith(f"{side_by_side.END}b\n")
     assert "old" not in page and "| `b` 1 : 3 |" in page
-    assert "3 : 3 | 3 : 3 | 3 : 3 | 1.00 | 1.00" in page
+    assert "3 : 3 | 3 : 3 | 3 : 3 | 1.00 | 1.00 | 1.00 |" in page
     drawn = comparison.plot(page)
     # Launches, and memory at most and in the end, of both, on white.
     assert drawn.count("<rect") == 2 * 3 + 1

@@ -123,14 +123,18 @@ def parts(model: Any) -> tuple[int, int]:
     """Number of layers with experts, and bytes of an expert or the largest layer."""
     from vllm.model_executor.layers.linear import LinearBase
 
-    def size(module: Any) -> int:
-        return sum(parameter.nbytes for parameter in module.parameters())
+    def own(module: Any, prefix: str = "") -> list[Any]:
+        named = module.named_parameters(recurse=False)
+        return [parameter for name, parameter in named if name.startswith(prefix)]
 
-    experts = [m for m in model.modules() if hasattr(m, "w13_weight_scale")]
-    experts += [m for m in model.modules() if hasattr(m, "w13_weight")]
-    found = {id(m): size(m) // len(m.w2_weight_scale) for m in experts}
-    layers = [size(m) for m in model.modules() if isinstance(m, LinearBase)]
-    return len(found), max(found.values() or layers)
+    def size(module: Any) -> int:
+        return sum(parameter.nbytes for parameter in own(module))
+
+    modules = list(model.modules())
+    experts = [m for m in modules if own(m, "w13_")]
+    layers = [size(m) for m in modules if isinstance(m, LinearBase)]
+    of_experts = [size(m) // len(own(m, "w2_")[0]) for m in experts]
+    return len(experts), max(of_experts or layers)
 
 
 def call_microseconds(model: Any) -> float | None:
