@@ -62,9 +62,12 @@ def test_status_is_of_goals_without_a_reason(
     rows = [row(PACKAGE, launches=3), row(ITSELF, launches=3)]
     assert side_by_side.judge(rows) == 1
     goal = "fewer launches in a layer of experts"
-    monkeypatch.setitem(comparison.KNOWN, (goal, NAME), "the same operators")
+    monkeypatch.setitem(comparison.KNOWN, (goal, NAME), (1, "the same operators"))
     assert side_by_side.judge(rows) == 0
-    (line,) = (x for x in capsys.readouterr().out.splitlines() if "same oper" in x)
+    more = [row(PACKAGE, launches=4), rows[1]]
+    assert side_by_side.judge(more) == 1
+    output = capsys.readouterr().out.splitlines()
+    line = next(x for x in output if "same oper" in x)
     assert line.endswith("0 | -1 | in 1 rows not; the same operators")
 
 
