@@ -117,8 +117,8 @@ _WORKING = (
     "size of the model"
 )
 _UNPROVEN = (
-    "counts of rows instead of their sums would save one, but no chip's values are known "
-    "for that call of int8 weights"
+    "counts of rows instead of their sums would save one, but no chip's values are "
+    "known for that call of int8 weights"
 )
 _SCALES = "vLLM's compressed-tensors gives each attention two scales more, of 512 B"
 _TRANSPOSED = "as the 16-bit model, whose experts vllm-ascend copies layer by layer"
