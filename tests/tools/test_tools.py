@@ -69,7 +69,9 @@ def test_loading_of_models_is_timed(tmp_path: Path) -> None:
         for scheme in bench_load_model.SCHEMES
     ]
     for row in cells:
-        assert all(float(cell) > 0 for cell in row[2:])
+        gigabytes, tensors, *_, ratio = map(float, row[2:])
+        # Of 0.01 GB, or of one block if that is larger.
+        assert 0.01 < gigabytes < 1 and tensors > 20 and ratio > 1
     assert not list(tmp_path.iterdir())
 
 
