@@ -153,19 +153,20 @@ def test_int8_rows(
     assert called(npu) == [fused, product]
     args, kwargs = npu.npu_grouped_matmul_swiglu_quant_v2.call_args
     assert args[:4] == (rows, [w13.weight], [w13.scale], row_scale)
-    assert args[4].tolist() == [4, 4, 7, 10] and args[4].dtype == torch.int64
+    is_int4 = weight == torch.int32
+    assert torch.equal(args[4], COUNTS if is_int4 else COUNTS.cumsum(0))
+    assert args[4].dtype == torch.int64
     assert kwargs == {
-        "weight_assist_matrix": [assist] if weight == torch.int32 else None,
+        "weight_assist_matrix": [assist] if is_int4 else None,
         "dequant_mode": 1 if groups else 0,
         "dequant_dtype": torch.float32,
-        "group_list_type": 0,
+        "group_list_type": int(is_int4),
     }
     (call,) = npu.npu_grouped_matmul.call_args_list
     assert call.args[0][0].dtype == torch.int8 and call.args[1] == [w2.weight]
     rest = grouped(call.kwargs, dtype)
     assert rest.pop("per_token_scale")[0].shape == (M,)
-    bias = [assist] if weight == torch.int32 else None
-    assert rest == {"bias": bias, "scale": [w2.scale]}
+    assert rest == {"bias": [assist] if is_int4 else None, "scale": [w2.scale]}
 
 
 @pytest.mark.parametrize("swiglu", [True, False], ids=["swiglu", "other"])

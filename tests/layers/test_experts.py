@@ -286,12 +286,12 @@ SORT, BACK = "npu.npu_moe_init_routing_v2", "npu.npu_moe_token_unpermute"
 # Up to vLLM 0.30 its kernel copies what experts return.
 COPY = ["aten.copy_"] if lacks.is_older() else []
 PRODUCT = "npu.npu_grouped_matmul"
-FUSED = ["aten.cumsum", "npu.npu_grouped_matmul_swiglu_quant_v2"]
+GATE = "npu.npu_grouped_matmul_swiglu_quant_v2"
 LAUNCHES = {
-    "w8a8-channel-dynamic": [SORT, *FUSED, PRODUCT, BACK],
-    "w8a8-channel-packed": [SORT, *FUSED, PRODUCT, BACK],
-    "w4a8-channel": [SORT, *FUSED, PRODUCT, BACK],
-    "w4a8-g256": [SORT, *FUSED, PRODUCT, BACK],
+    "w8a8-channel-dynamic": [SORT, "aten.cumsum", GATE, PRODUCT, BACK],
+    "w8a8-channel-packed": [SORT, "aten.cumsum", GATE, PRODUCT, BACK],
+    "w4a8-channel": [SORT, GATE, PRODUCT, BACK],
+    "w4a8-g256": [SORT, GATE, PRODUCT, BACK],
     "w4a16-g32": [SORT, PRODUCT, "npu.npu_swiglu", PRODUCT, BACK],
     "w4a16-g128-asym": [SORT, PRODUCT, "npu.npu_swiglu", PRODUCT, BACK],
     "w8a16-channel": [SORT, PRODUCT, "npu.npu_swiglu", PRODUCT, BACK],

@@ -77,6 +77,15 @@ def test_copies_and_synchronizations_are_counted() -> None:
     assert transfers(lambda: device.mul_(2)) == (0, 0, 0, 0, 0)
 
 
+def test_operator_that_torch_npu_lacks_runs_on_the_host() -> None:
+    """As torch_npu 2.10 does it: argument and `out` there, the result back."""
+    values = torch.arange(100, dtype=torch.int8)
+    device, results = values.npu(), []
+    shift = lambda: results.append(torch.bitwise_left_shift(device, 1))  # noqa: E731
+    assert transfers(shift) == (3, 2, 2 * len(values), 1, len(values))
+    assert torch.equal(results[0].cpu(), values << 1)
+
+
 def test_out_of_memory_is_the_error_of_a_chip() -> None:
     release()
     total, used, _ = memory()

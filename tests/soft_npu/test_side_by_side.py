@@ -11,7 +11,7 @@ from tools.bench.side_by_side import OURS, OWN, Counts
 from tools.soft_npu import suite
 
 pytestmark = [pytest.mark.soft_npu, pytest.mark.long]
-BOTH = ("dense-w8a8", "moe-w8a8", "qwen3-moe/w8a8-channel-dynamic+w4a16-g32")
+BOTH = side_by_side.CHECKPOINTS[:4]
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -7,27 +7,43 @@
 Serves each checkpoint on a software NPU, once by this package and once by vllm-ascend
 alone, or the unquantized model where vllm-ascend does not serve it. Counts what does
 not depend on the machine: operators that are launched, synchronizations, copies,
-allocations, and memory while weights are loaded. `--write` puts the table into
-docs/performance.md. Also prints the time that Python takes for a call of a linear layer
-beside its operators; compare it within one run only.
+allocations, memory while weights are loaded, and graphs. Then says which goals are met;
+the status is not 0 if one is missed for which `comparison.KNOWN` has no reason.
+`--write` puts the tables and a plot into docs/performance.md. Also prints the time that
+Python takes for a call of a linear layer beside its operators; compare it within one
+run only.
 """
 
 import argparse
+import gc
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import date
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
+from safetensors.torch import load_file, save_file
+
+from tools.bench import comparison
+from tools.bench.comparison import (
+    FP8_BLOCK,
+    ITSELF,
+    MIXED,
+    PACKAGE,
+    UNQUANTIZED,
+    Counts,
+    Row,
+)
 from tools.docs import section
 from tools.soft_npu import environment, suite
 from tools.soft_npu.environment import Device
@@ -36,11 +52,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 START = "<!-- side by side: tools/bench/side_by_side.py -->\n"
 END = "<!-- end of side by side -->\n"
 CHECKPOINTS = (
-    *("dense-w8a8", "moe-w8a8", "qwen3-moe/w8a8-channel-dynamic+w4a16-g32"),
-    *("dense-w4a16", "moe-w4a16"),
+    *("dense-w8a8", "moe-w8a8", f"{MIXED}w4a16-g32", f"{MIXED}w4a8-channel"),
+    *("dense-w4a16", "moe-w4a16", FP8_BLOCK, "qwen3-moe/fp8-channel-dynamic"),
 )
-# vllm-ascend's error for a scheme that it does not serve.
-REFUSED = "No compressed-tensors compatible"
+# Those that are served with graphs, too.
+WITH_GRAPHS = ("dense-w8a8", "moe-w8a8")
+# vllm-ascend's errors for schemes that it does not serve, on a chip without FP8.
+REFUSED = (
+    *("No compressed-tensors compatible", "dst_type=24; emulated: int8"),
+    # vllm-ascend 0.23 takes native FP8 of DeepSeek V4 alone.
+    "object has no attribute 'o_groups'",
+)
 OURS, OWN = "ascend_ct", "ascend"
 PROMPT, GENERATED = 16, 8
 # Operators of linear layers.
@@ -49,40 +71,6 @@ STUBBED = (
     "npu_weight_quant_batchmatmul",
 )
 CALLS, ROUNDS = 2000, 7
-HEADER = (
-    "| checkpoint | vllm-ascend | served by | launches: prefill | decode | waits | "
-    "copies to host | to device | allocations | load: peak / resident | copied to host "
-    "|\n|" + " --- |" * 11 + "\n"
-)
-
-
-class Counts(NamedTuple):
-    """What an engine did in one phase.
-
-    Attributes:
-        launches: Number of launches, by operator.
-        waits: How often the host waited for the device.
-        to_host: Copies to the host.
-        to_host_bytes: Their bytes.
-        to_device: Copies to the device.
-        to_device_bytes: Their bytes.
-        allocations: Allocations of device memory, most of them from torch's cache.
-
-    """
-
-    launches: dict[str, int]
-    waits: int
-    to_host: int
-    to_host_bytes: int
-    to_device: int
-    to_device_bytes: int
-    allocations: int
-
-    def __sub__(self, other: "Counts") -> "Counts":
-        launches = Counter(self.launches)
-        launches.subtract(other.launches)
-        numbers = (a - b for a, b in zip(self[1:], other[1:]))
-        return Counts({k: n for k, n in launches.items() if n}, *numbers)
 
 
 def counts() -> Counts:
@@ -112,14 +100,41 @@ def watch_loading(measured: dict[str, Any]) -> None:
 
     @register_model_loader("auto")
     class Loader(DefaultModelLoader):
+        def load_weights(self, *args: Any, **options: Any) -> Any:
+            measured["clock"].append(time.process_time())
+            super().load_weights(*args, **options)
+            measured["clock"].append(time.process_time())
+
         def load_model(self, *args: Any, **options: Any) -> Any:
+            measured["clock"].append(time.process_time())
             before, memory = counts(), torch_npu.npu.memory_allocated()
             torch_npu.npu.reset_peak_memory_stats()
             model = super().load_model(*args, **options)
             measured["load"] = counts() - before
             measured["peak"] = torch_npu.npu.max_memory_allocated() - memory
+            # Placeholders of tensors that were loaded may be in cycles.
+            gc.collect()
             measured["resident"] = torch_npu.npu.memory_allocated() - memory
+            measured["clock"].append(time.process_time())
             return model
+
+
+def parts(model: Any) -> tuple[int, int]:
+    """Number of layers with experts, and bytes of an expert or the largest layer."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    def own(module: Any, prefix: str = "") -> list[Any]:
+        named = module.named_parameters(recurse=False)
+        return [parameter for name, parameter in named if name.startswith(prefix)]
+
+    def size(module: Any) -> int:
+        return sum(parameter.nbytes for parameter in own(module))
+
+    modules = list(model.modules())
+    experts = [m for m in modules if own(m, "w13_")]
+    layers = [size(m) for m in modules if isinstance(m, LinearBase)]
+    of_experts = [size(m) // len(own(m, "w2_")[0]) for m in experts]
+    return len(experts), max(of_experts or layers)
 
 
 def call_microseconds(model: Any) -> float | None:
@@ -164,21 +179,38 @@ def call_microseconds(model: Any) -> float | None:
         return min(timeit.repeat(call, number=CALLS, repeat=ROUNDS)) / CALLS * 1e6
 
 
-def measure(checkpoint: str) -> dict[str, Any]:
-    """Serve a checkpoint in this process; return counts and bytes by phase."""
-    measured: dict[str, Any] = {}
+def start(checkpoint: str, measured: dict[str, Any], graphs: bool) -> Any:
+    """Start an engine, and measure its start."""
+    measured["clock"] = [0.0]
     watch_loading(measured)
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
+    from vllm.compilation.counter import compilation_counter
 
     llm = LLM(
         checkpoint,
         max_model_len=64,
         max_num_seqs=4,
         dtype="bfloat16",
-        enforce_eager=True,
+        enforce_eager=not graphs,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=1 << 25,
     )
+    clock = [*measured.pop("clock"), time.process_time()]
+    measured["phases"] = [b - a for a, b in pairwise(clock)]
+    if graphs:
+        measured["graphs"] = {
+            name: getattr(compilation_counter, name) for name in comparison.GRAPHS
+        }
+    config = llm.llm_engine.vllm_config.quant_config
+    measured["config"] = "" if config is None else type(config).__module__
+    return llm
+
+
+def measure(checkpoint: str) -> dict[str, Any]:
+    """Serve a checkpoint in this process; return counts and bytes by phase."""
+    measured: dict[str, Any] = {}
+    llm = start(checkpoint, measured, graphs=False)
+    from vllm import SamplingParams
 
     def generate(tokens: int) -> None:
         prompt: Any = {"prompt_token_ids": list(range(1, PROMPT + 1))}
@@ -191,21 +223,13 @@ def measure(checkpoint: str) -> dict[str, Any]:
     measured["prefill"] = during(partial(generate, 1))
     measured["decode"] = longer - shorter
     (measured["call"],) = llm.apply_model(call_microseconds)
-    config = llm.llm_engine.vllm_config.quant_config
-    measured["config"] = "" if config is None else type(config).__module__
+    ((measured["experts"], measured["part"]),) = llm.apply_model(parts)
     return measured
 
 
-class Row(NamedTuple):
-    """A line of the table."""
-
-    checkpoint: str
-    release: str
-    server: str
-    measured: dict[str, Any]
-
-
-def run(checkpoint: Path, release: str, plugins: str) -> dict[str, Any] | None:
+def run(
+    checkpoint: Path, release: str, plugins: str, graphs: bool = False
+) -> dict[str, Any] | None:
     """Measure a checkpoint in a process of its own; None if it is refused.
 
     Raises:
@@ -220,77 +244,103 @@ def run(checkpoint: Path, release: str, plugins: str) -> dict[str, Any] | None:
             "VLLM_CACHE_ROOT": str(Path(state) / "cache"),
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, "-m", "tools.bench.side_by_side"]
-        result = subprocess.run(
-            [*command, "--measure", str(out), str(checkpoint)],
-            env=variables,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", "tools.bench.side_by_side", str(checkpoint)]
+        command += ["--measure", str(out), *(["--graphs"] if graphs else [])]
+        result = subprocess.run(command, env=variables, capture_output=True, text=True)
         if result.returncode == 0:
             measured: dict[str, Any] = json.loads(out.read_text())
             return measured
     output = result.stdout + result.stderr
-    if plugins == OWN and REFUSED in output:
+    if plugins == OWN and any(text in output for text in REFUSED):
         return None
     raise RuntimeError(output[-4000:])
 
 
-def rows(names: Sequence[str], releases: Sequence[str]) -> Iterator[Row]:
-    """Measure each checkpoint by this package and by vllm-ascend."""
-    suite.prepare(names)
-    for release in releases:
-        for name in names:
-            path = suite.checkpoint(name)
-            ours = run(path, release, OURS)
-            assert ours is not None and ours["config"].startswith("vllm_ascend_ct.")
-            yield Row(name, release, "this package", ours)
-            own = run(path, release, OWN)
-            if own is not None:
-                assert own["config"].startswith("vllm_ascend.")
-                yield Row(name, release, "vllm-ascend", own)
-                continue
-            model = suite.contents(name).partition("/")[0]
-            suite.prepare([model])
-            base = run(suite.checkpoint(model), release, OWN)
-            assert base is not None and not base["config"]
-            yield Row(name, release, "16-bit model", base)
+def as_native_fp8(checkpoint: Path, directory: Path) -> Path:
+    """Write FP8 weights in blocks in the format that vllm-ascend 0.30 resolves."""
+    copy = directory / "native-fp8"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    given = config["quantization_config"]["config_groups"]
+    block = next(iter(given.values()))["weights"]["block_structure"]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": block,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (copy / "config.json").write_text(json.dumps(config))
+    for path in copy.glob("*.safetensors"):
+        tensors = {
+            name.replace("weight_scale", "weight_scale_inv"): tensor.float()
+            if name.endswith("weight_scale")
+            else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, {"format": "pt"})
+    return copy
 
 
-def line(row: Row) -> str:
-    """A row as Markdown."""
-    load, prefill, decode = (
-        Counts(*row.measured[phase]) for phase in ("load", "prefill", "decode")
-    )
-    peak, resident = row.measured["peak"], row.measured["resident"]
-    cells = (
-        *(suite.contents(row.checkpoint), row.release, row.server),
-        *(sum(prefill.launches.values()), sum(decode.launches.values())),
-        decode.waits,
-        f"{decode.to_host}, {decode.to_host_bytes} B",
-        f"{decode.to_device}, {decode.to_device_bytes} B",
-        decode.allocations,
-        f"{peak / 2**20:.2f} / {resident / 2**20:.2f} MiB",
-        f"{load.to_host_bytes} B",
-    )
-    return f"| {' | '.join(map(str, cells))} |\n"
+def beside(name: str, release: str) -> tuple[str, Path, dict[str, Any]]:
+    """What to compare with: vllm-ascend, or the 16-bit model if it refuses.
+
+    Returns:
+        What serves, the checkpoint that it serves, and what was measured.
+
+    """
+    path = suite.checkpoint(name)
+    own = run(path, release, OWN)
+    if own is not None:
+        assert own["config"].startswith("vllm_ascend.")
+        return ITSELF, path, own
+    if name == FP8_BLOCK:
+        with tempfile.TemporaryDirectory(prefix="side-by-side-") as directory:
+            copy = as_native_fp8(path, Path(directory))
+            own = run(copy, release, OWN)
+        if own is not None:
+            assert own["config"].startswith("vllm_ascend.")
+            return f"{ITSELF}, as `fp8`", copy, own
+    model = suite.contents(name).partition("/")[0]
+    suite.prepare([model])
+    base = run(suite.checkpoint(model), release, OWN)
+    assert base is not None and not base["config"]
+    return UNQUANTIZED, suite.checkpoint(model), base
 
 
-def differences(ours: Row, other: Row) -> str:
-    """Operators that one launches more often than the other in a decode step."""
-    a, b = (Counts(*row.measured["decode"]).launches for row in (ours, other))
-    changed = [
-        f"{name} {a.get(name, 0)}:{b.get(name, 0)}"
-        for name in sorted({*a, *b})
-        if a.get(name, 0) != b.get(name, 0)
-    ]
-    return ", ".join(changed) or "the same"
+def rows(name: str, release: str) -> Iterator[Row]:
+    """Measure a checkpoint by this package and by vllm-ascend."""
+    path = suite.checkpoint(name)
+    ours = run(path, release, OURS)
+    assert ours is not None and ours["config"].startswith("vllm_ascend_ct.")
+    server, its_path, other = beside(name, release)
+    found = ((PACKAGE, OURS, path, ours), (server, OWN, its_path, other))
+    for server, plugins, served, measured in found:
+        graphs = {}
+        if name in WITH_GRAPHS:
+            graphs = run(served, release, plugins, graphs=True) or {}
+        yield Row(name, release, server, measured | graphs)
 
 
-def with_table(page: str, lines: Sequence[str]) -> str:
-    """Replace the table in the page's text."""
-    table = f"Measured on {date.today()}:\n\n{HEADER}{''.join(lines)}"
-    return section.replace(page, START, END, table)
+def with_report(page: str, rows: Sequence[Row]) -> str:
+    """Replace the tables in the page's text."""
+    text = f"Measured on {date.today()}:\n\n{comparison.report(rows)}"
+    return section.replace(page, START, END, f"{text}\n{comparison.IMAGE}\n")
+
+
+def judge(found: Sequence[Row]) -> int:
+    """Print the goals and what they were measured by; return the exit status."""
+    for pair in comparison.pairs(found):
+        calls = [row.measured["call"] for row in pair]
+        print(pair.ours.title, "beside", pair.other.server)
+        for phase in ("prefill", "decode"):
+            print(f"  {phase}, ours : its: {comparison.differences(pair, phase)}")
+        if None not in calls:
+            print("  Python of a linear call, us, ours : its:", *calls)
+    missed = False
+    for verdict in comparison.verdicts(comparison.pairs(found)):
+        print(*comparison.goals_line(verdict), sep=" | ")
+        missed |= bool(verdict.unknown)
+    return int(missed)
 
 
 def main() -> None:
@@ -301,26 +351,39 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="*", default=CHECKPOINTS)
     parser.add_argument("--release", choices=known, help="all by default")
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    parser.add_argument("--keep", type=Path, help="go on with the rows of this JSON")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--graphs", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measured = measure(*arguments.checkpoints)
+        (checkpoint,) = arguments.checkpoints
+        measured: dict[str, Any] = {}
+        if arguments.graphs:
+            start(checkpoint, measured, graphs=True)
+            measured = {k: measured[k] for k in ("graphs", "phases")}
+        else:
+            measured = measure(checkpoint)
         arguments.measure.write_text(json.dumps(measured))
         return
     releases = [arguments.release] if arguments.release else known
-    lines: list[str] = []
-    previous = None
-    print(HEADER, end="")
-    for row in rows(arguments.checkpoints, releases):
-        lines.append(line(row))
-        print(lines[-1], end="", flush=True)
-        if row.server == "vllm-ascend" and previous is not None:
-            print(f"  decode, this package:vllm-ascend: {differences(previous, row)}")
-            calls = (found.measured["call"] for found in (previous, row))
-            print(f"  Python of a linear call, us: {' : '.join(map(str, calls))}")
-        previous = row
+    found = []
+    if arguments.keep and arguments.keep.exists():
+        found = [Row(*row) for row in json.loads(arguments.keep.read_text())]
+    kept = {(row.release, row.checkpoint) for row in found}
+    suite.prepare(arguments.checkpoints)
+    for release, name in product(releases, arguments.checkpoints):
+        if (release, name) in kept:
+            continue
+        for row in rows(name, release):
+            print(*comparison.counts_line(row), sep=" | ", flush=True)
+            found.append(row)
+        if arguments.keep:
+            arguments.keep.write_text(json.dumps(found))
     if arguments.write:
-        PAGE.write_text(with_table(PAGE.read_text(), lines))
+        page = with_report(PAGE.read_text(), found)
+        PAGE.write_text(page)
+        (PAGE.parent / comparison.PLOT).write_text(comparison.plot(page))
+    sys.exit(judge(found))
 
 
 if __name__ == "__main__":

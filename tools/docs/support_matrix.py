@@ -121,12 +121,12 @@ EXPERT_ROWS: Rows = {
         8, _CHANNEL, {**_TOKEN, "symmetric": False}, "int-quantized"
     ),
     ("W8A8, static", "int-quantized", ""): _row(8, _CHANNEL, _TENSOR, "int-quantized"),
-    ("W4A8 per channel", "either", "5"): _row(4, _CHANNEL, _TOKEN, "int-quantized"),
-    ("W4A8 in groups of 256", "either", "5"): _row(
+    ("W4A8 per channel", "either", "4"): _row(4, _CHANNEL, _TOKEN, "int-quantized"),
+    ("W4A8 in groups of 256", "either", "4"): _row(
         4, _GROUP_256, _TOKEN, "int-quantized"
     ),
     ("W4A8 in other groups", "either", "5"): _row(4, _GROUP, _TOKEN, "int-quantized"),
-    ("W2A8, W3A8 like W4A8", "pack-quantized", "5"): _row(3, _CHANNEL, _TOKEN),
+    ("W2A8, W3A8 like W4A8", "pack-quantized", "4"): _row(3, _CHANNEL, _TOKEN),
     ("W5A8 to W8A8 per channel", "pack-quantized", "5"): _row(8, _CHANNEL, _TOKEN),
     **{
         (name, fmt, f"as unquantized{'; A5 7' * ('A5' in operators)}"): row

@@ -7,6 +7,7 @@ that serves decides: vLLM builds the model and loads it without values (`dry_loa
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import logging
@@ -132,6 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--ep {arguments.ep}: supported: 1, or a multiple of --tp {arguments.tp}"
         )
     prepare_environment(arguments.soc)
+    # Headers of many experts are millions of objects, none of them garbage.
+    gc.disable()
     report = inspect(arguments)
     if arguments.json:
         content = {**asdict(report), "bytes_per_rank": report.bytes_per_rank}

@@ -154,7 +154,7 @@ def int8_gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply int8 rows by the gate and up projections, activate, and quantize again.
 
-    Two launches if fused.
+    One launch if fused with int4 weights, two with int8 weights.
 
     Args:
         rows: int8 `[M, H]`, sorted by expert.
@@ -166,25 +166,27 @@ def int8_gate(
         dtype: bf16 or fp16, dtype of the intermediate result if not fused.
         activation: Function from `[M, N]` to `[M, I]`; None for SwiGLU. Must be None if
             fused.
-        fused: Whether to use the fused operator. It is given cumulative counts, the
-            form for which a test on a chip publishes expected values.
+        fused: Whether to use the fused operator. For int4 weights it is given counts,
+            as vllm-ascend's own operator is on chips; for int8 weights cumulative
+            counts, for which a test on a chip publishes expected values.
 
     Returns:
         int8 `[M, I]` and its fp32 scale `[M]`.
 
     """
     if fused:
+        kind = _COUNTS if w13.is_int4 else _CUMULATIVE
         return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
             rows,
             [w13.weight],
             [w13.scale],
             row_scale,
-            counts.cumsum(0),
+            counts if kind == _COUNTS else counts.cumsum(0),
             weight_assist_matrix=None if w13.bias is None else [w13.bias],
             dequant_mode=int(w13.scale.dim() == 3),
             # Earlier releases default to a value that the operator rejects.
             dequant_dtype=torch.float32,
-            group_list_type=_CUMULATIVE,
+            group_list_type=kind,
         )
     hidden = int8_product(rows, row_scale, counts, w13, dtype)
     if activation is None:

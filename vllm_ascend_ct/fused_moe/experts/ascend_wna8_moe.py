@@ -27,8 +27,8 @@ from vllm_ascend_ct.weights.pack_quantized import operator_bits
 class AscendWNA8Experts(AscendExperts):
     """int8 activations (dynamic per token) multiplied by int4 or int8 weights.
 
-    Five launches with SwiGLU. If the weights are int4, `lay_out` adds the parameters
-    `w13_assist` and `w2_assist` to the layer.
+    Five launches with SwiGLU, four if the weights are int4. To these `lay_out` adds
+    parameters `w13_assist` and `w2_assist`.
     """
 
     quantizes_activations = True
