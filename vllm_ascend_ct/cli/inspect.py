@@ -135,7 +135,10 @@ def run(arguments: argparse.Namespace) -> int:
     prepare_environment(arguments.soc)
     # Headers of many experts are millions of objects, none of them garbage.
     gc.disable()
-    report = inspect(arguments)
+    try:
+        report = inspect(arguments)
+    finally:
+        gc.enable()
     if arguments.json:
         content = {**asdict(report), "bytes_per_rank": report.bytes_per_rank}
         print(json.dumps(content, indent=2))
