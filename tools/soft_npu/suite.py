@@ -17,8 +17,9 @@ from vllm_ascend_ct import releases
 
 CHECKPOINTS = build.ROOT / "checkpoints"
 # Tests that run on every release.
-ENGINES, FUSION, RANKS = (
-    f"tests/soft_npu/test_{name}.py" for name in ("engine", "fusion", "ranks")
+ENGINES, *OTHERS = (
+    f"tests/soft_npu/test_{name}.py"
+    for name in ("engine", "fusion", "ranks", "kv_cache")
 )
 # Checkpoints of the default selection; others are named MODEL/RECIPE.
 MODELS = {
@@ -90,7 +91,7 @@ def end_to_end() -> list[str]:
 def parts(release: str) -> list[list[str]]:
     """The tests of a release, in parts that take about the same time."""
     if release != Device.release:
-        return [[ENGINES, FUSION, RANKS]]
+        return [[ENGINES, *OTHERS]]
     return [[ENGINES], ["tests/soft_npu", f"--ignore={ENGINES}"]]
 
 
