@@ -92,6 +92,69 @@ def test_computes_with_bfloat16() -> None:
     assert torch.equal(z.cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int32, torch.int64])
+def test_inverts(dtype: torch.dtype) -> None:
+    """Triton-ascend's own interpreter has no booleans to invert."""
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a = tl.load(x + offsets)
+        tl.store(y + offsets, ~(a > 0))
+        tl.store(y + SIZE + offsets, (~a) > 0)
+
+    x = torch.tensor([0, 1, 1, 0, 0, 0, 1, 0]).to(dtype)
+    y = torch.empty(2, 8, dtype=torch.bool, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8)
+    assert torch.equal(y.cpu(), torch.stack((~(x > 0), (~x) > 0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_calls_libdevice(dtype: torch.dtype) -> None:
+    """Triton's own interpreter calls no library."""
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a = tl.load(x + offsets)
+        tl.store(y + offsets, tl.extra.cann.libdevice.isnan(a))
+        tl.store(y + SIZE + offsets, tl.extra.cann.libdevice.isinf(a))
+
+    values = [0, -1.5, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-7, 6e4]
+    x = torch.tensor(values).to(dtype)
+    y = torch.empty(2, 8, dtype=torch.bool, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8)
+    assert torch.equal(y.cpu(), torch.stack((x.isnan(), x.isinf())))
+
+
+def test_rounds_by_libdevice() -> None:
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        tl.store(y + offsets, tl.extra.cann.libdevice.nearbyint(tl.load(x + offsets)))
+
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 2.4, -2.6, 7])
+    y = torch.empty(8, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8)
+    assert torch.equal(y.cpu(), x.round())
+
+
+def test_function_of_libdevice_that_is_not_emulated_says_its_name() -> None:
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def kernel(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        tl.store(x + offsets, tl.extra.cann.libdevice.reciprocal(tl.load(x + offsets)))
+
+    with pytest.raises(Exception, match="__hmf_recipf is not emulated"):
+        kernel[(1,)](torch.ones(8).npu(), SIZE=8)
+
+
 @pytest.mark.skipif(
     not os.environ.get("SOFT_NPU_RELEASE", "").startswith("0.23."),
     reason="vllm-ascend 0.30 replaced this kernel",
