@@ -61,7 +61,10 @@ def install() -> None:
     # The smallest sizes of a product, which are the same for all targets.
     functions = interpreter.interpreter_builder.codegen_fns
     functions["min_dot_size"] = names["min_dot_size"](None)
-    # The interpreter gives its builder to functions of `triton.language` only.
+    # The interpreter gives its builder to functions of `triton.language`, and only when
+    # it launches a kernel. Modules have taken some of them by then.
+    language = importlib.import_module("triton.language")
+    interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": language}))
     libdevice = importlib.import_module("triton.language.extra.ascend.libdevice")
     interpreter._patch_builtin(libdevice, interpreter.interpreter_builder)
 
