@@ -262,6 +262,22 @@ def test_operator_that_is_not_emulated_says_its_name() -> None:
         torch_npu.npu_geglu(x)
 
 
+def test_operator_that_torch_npu_leaves_to_the_cpu() -> None:
+    """op-plugin lacks this one. A graph cannot hold the copies to the host and back."""
+    x = torch.arange(6, dtype=torch.int32, device="npu").view(2, 3)
+    assert (1 << x).tolist() == [[1, 2, 4], [8, 16, 32]]
+    empty = torch.empty(0, dtype=torch.int32, device="npu")
+    torch.bitwise_left_shift(x, 1, out=empty)
+    assert empty.tolist() == [[0, 2, 4], [6, 8, 10]]
+    x[:, 1].bitwise_left_shift_(4)
+    assert x.tolist() == [[0, 16, 2], [3, 64, 5]]
+    with (
+        pytest.raises(RuntimeError, match="a copy to the host waits for it"),
+        torch_npu.npu.graph(torch_npu.npu.NPUGraph()),
+    ):
+        1 << x
+
+
 def test_fault_of_an_allocation() -> None:
     release()
     torch.ops.soft_npu.set_faults("allocate@2")

@@ -6,10 +6,13 @@ import os
 
 import pytest
 import torch
+from vllm.triton_utils import tl, triton
 
 from tools.soft_npu import triton_kernels
 
 pytestmark = pytest.mark.soft_npu
+# vLLM and vllm-ascend take this name, too, before they launch the first kernel.
+exp = tl.exp
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,6 @@ def test_rope_is_the_interpreters(
 
 def test_rounds_as_a_chip() -> None:
     """To nearest even in bfloat16; triton's own interpreter truncates."""
-    from vllm.triton_utils import tl, triton
 
     @triton.jit
     def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -72,7 +74,6 @@ def test_rounds_as_a_chip() -> None:
 
 def test_computes_with_bfloat16() -> None:
     """Triton's own interpreter computes with its bits."""
-    from vllm.triton_utils import tl, triton
 
     @triton.jit
     def kernel(x, y, z, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -90,6 +91,74 @@ def test_computes_with_bfloat16() -> None:
     numbers = torch.arange(64).bfloat16()
     expected = torch.stack((x * y, x - y, x.maximum(y), numbers, x.abs() + 0.5))
     assert torch.equal(z.cpu(), expected)
+
+
+def test_calls_what_a_module_took_from_the_language() -> None:
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        tl.store(y + offsets, exp(tl.load(x + offsets)))
+
+    x, y = torch.randn(8), torch.empty(8, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8)
+    assert torch.allclose(y.cpu(), x.exp())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int32, torch.int64])
+def test_inverts(dtype: torch.dtype) -> None:
+    """Triton-ascend's own interpreter has no booleans to invert."""
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a = tl.load(x + offsets)
+        tl.store(y + offsets, ~(a > 0))
+        tl.store(y + SIZE + offsets, (~a) > 0)
+
+    x = torch.tensor([0, 1, 1, 0, 0, 0, 1, 0]).to(dtype)
+    y = torch.empty(2, 8, dtype=torch.bool, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8)
+    assert torch.equal(y.cpu(), torch.stack((~(x > 0), (~x) > 0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_calls_libdevice(dtype: torch.dtype) -> None:
+    """Triton's own interpreter calls no library."""
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a = tl.load(x + offsets)
+        tl.store(y + offsets, tl.extra.cann.libdevice.isnan(a))
+        tl.store(y + SIZE + offsets, tl.extra.cann.libdevice.isinf(a))
+
+    values = [0, -1.5, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-7, 6e4]
+    x = torch.tensor(values).to(dtype)
+    y = torch.empty(2, 8, dtype=torch.bool, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8)
+    assert torch.equal(y.cpu(), torch.stack((x.isnan(), x.isinf())))
+
+
+def test_rounds_by_libdevice() -> None:
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        tl.store(y + offsets, tl.extra.cann.libdevice.nearbyint(tl.load(x + offsets)))
+
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 2.4, -2.6, 7])
+    y = torch.empty(8, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8)
+    assert torch.equal(y.cpu(), x.round())
+
+
+def test_function_of_libdevice_that_is_not_emulated_says_its_name() -> None:
+    @triton.jit
+    def kernel(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        tl.store(x + offsets, tl.extra.cann.libdevice.reciprocal(tl.load(x + offsets)))
+
+    with pytest.raises(Exception, match="__hmf_recipf is not emulated"):
+        kernel[(1,)](torch.ones(8).npu(), SIZE=8)
 
 
 @pytest.mark.skipif(
@@ -119,8 +188,6 @@ def test_normalizes_and_rotates() -> None:
 
 
 def test_kernel_in_a_graph() -> None:
-    from vllm.triton_utils import tl, triton
-
     @triton.jit
     def kernel(x, y, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
         offsets = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -140,7 +207,6 @@ def test_kernel_in_a_graph() -> None:
 
 def test_small_product() -> None:
     """The chip's compiler has no smallest size; the interpreter's is 16."""
-    from vllm.triton_utils import tl, triton
 
     @triton.jit
     def kernel(x, y, z, M: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]

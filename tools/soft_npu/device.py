@@ -9,10 +9,11 @@ import torch
 
 NAMESPACES = ("aten", "npu", "atb", "_C_ascend", "soft_npu")
 # Operators that torch_npu implements itself on the runtime: allocation, metadata,
-# views.
+# views, and copying the results of what it leaves to the CPU.
 KEPT = {
     "aten::empty_with_swapped_memory",
     "aten::resize_",
+    "aten::_copy_from_and_resize",
     "aten::set_",
     "aten::set_.source_Storage",
     "aten::set_.source_Storage_storage_offset",

@@ -5,6 +5,8 @@
 A launch is an operator of the software NPU, so that graphs can capture it.
 """
 
+import importlib
+import re
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -49,13 +51,22 @@ def install() -> None:
     interpreter.GridExecutor = Executor
     builder = interpreter.InterpreterBuilder
     builder.create_gather = _gather
+    builder.create_extern_elementwise = _libdevice
     builder.cast_impl = _with_bfloat16(builder.cast_impl)
     builder.get_bf16 = _get_bf16
+    builder.get_int1_ty = _get_int1_ty
+    builder.get_all_ones_value = _with_bool(builder.get_all_ones_value)
     for name in _ARITHMETIC:
         setattr(builder, name, _in_float32(getattr(builder, name)))
     # The smallest sizes of a product, which are the same for all targets.
     functions = interpreter.interpreter_builder.codegen_fns
     functions["min_dot_size"] = names["min_dot_size"](None)
+    # The interpreter gives its builder to functions of `triton.language`, and only when
+    # it launches a kernel. Modules have taken some of them by then.
+    language = importlib.import_module("triton.language")
+    interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": language}))
+    libdevice = importlib.import_module("triton.language.extra.ascend.libdevice")
+    interpreter._patch_builtin(libdevice, interpreter.interpreter_builder)
 
 
 def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
@@ -64,6 +75,50 @@ def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:
     from triton.runtime.interpreter import TensorHandle
 
     return TensorHandle(np.take_along_axis(src.data, index.data, axis), src.dtype)
+
+
+# Functions of triton-ascend's libdevice that numpy has by the same name.
+_LIBDEVICE = re.compile("__hmf_(isinf|isnan|log1p|tanh?)(f|Dh)?")
+
+
+def _libdevice(
+    builder: Any, _: str, __: str, symbol: str, args: list[Any], kind: Any, ___: bool
+) -> Any:
+    """An elementwise function of a library, which the interpreter cannot call."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    function = _LIBDEVICE.fullmatch(symbol)
+    if function is None:
+        raise NotImplementedError(
+            f"{symbol} is not emulated by the software NPU: see `_LIBDEVICE` in "
+            "tools/soft_npu/triton_kernels.py"
+        )
+    values = [
+        (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x).data
+        for x in args
+    ]
+    return TensorHandle(getattr(np, function[1])(*values), kind.scalar)
+
+
+def _get_int1_ty(_: Any) -> Any:
+    """The type of booleans, which triton-ascend's interpreter lacks."""
+    import triton.language as tl
+
+    return tl.int1
+
+
+def _with_bool(get_all_ones: Callable[..., Any]) -> Callable[..., Any]:
+    """Know what all ones are of a boolean, with which `~` inverts it."""
+    import triton.language as tl
+
+    def get_all_ones_value(builder: Any, kind: Any) -> Any:
+        if kind.scalar == tl.int1:
+            return builder.get_int1(True)
+        return get_all_ones(builder, kind)
+
+    return get_all_ones_value
 
 
 def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
