@@ -223,8 +223,6 @@ const std::map<std::string, Kernel *> kWrapped = {
     {"aten::fill_.Scalar", fill_},
     {"aten::zeros", zeros},
     {"aten::copy_", copy_},
-    // What torch_npu does not have runs on the host, and the result is copied back.
-    {"aten::_copy_from_and_resize", call_original},
     {"aten::_to_copy", to_copy},
     {"npu::npu_format_cast", own_kernel},
     {"npu::npu_format_cast.Tensor", own_kernel},
