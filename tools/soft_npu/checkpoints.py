@@ -10,12 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from transformers import (
-    DeepseekV2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen3Config,
-)
+from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from tools.checkpoints import kv_scales, make_checkpoint, tiny_model, tiny_moe
 from tools.numerics.logprobs import reference
@@ -50,12 +45,12 @@ def make(name: str) -> None:
         if not recipe:
             shutil.copytree(_base(model), directory, dirs_exist_ok=True)
             return
-        schemes = [part for part in recipe.split("+") if part not in kv_scales.SCHEMES]
+        parts = recipe.split("+")
+        schemes = [part for part in parts if part not in kv_scales.SCHEMES]
         pairs = dict(zip(_LAYERS, (schemes[0], schemes[-1])))
         make_checkpoint.make(directory, pairs, _base(model), tiny_moe.IGNORE)
-        for part in recipe.split("+"):
-            if part in kv_scales.SCHEMES:
-                kv_scales.add(directory, part)
+        for part in kv_scales.SCHEMES.keys() & parts:
+            kv_scales.add(directory, part)
         (directory / "reference.json").write_text(json.dumps(reference(directory)))
 
     stacks.once(suite.checkpoint(name), suite.contents(name), make_one)

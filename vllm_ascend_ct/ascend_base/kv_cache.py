@@ -16,47 +16,23 @@ from typing import Any, get_args
 import torch
 
 from vllm_ascend_ct.ascend_base import runs_on_vllm_ascend
-from vllm_ascend_ct.ops.soc import Soc, current_soc
+from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.soc import current_soc
 
 _INT8 = "int8"
-# What the attention operator takes with int8 keys in FRACTAL_NZ.
-_CHIPS = (Soc.A2, Soc.A3)
-_HEAD_SIZE = 128
-_BLOCK_SIZES = (None, 128, 512)
 
 
 def refusal(config: Any) -> str | None:
     """Why vllm-ascend cannot store this engine's KV cache in int8, or None.
 
-    Its int8 attention ignores windows, sinks, drafts and context parallelism, and
-    assumes decoders.
-
     Args:
         config: vLLM's `VllmConfig`.
 
     """
-    if not runs_on_vllm_ascend():
-        return "the emulated platform stores it in 16 bits"
-    model, cache = config.model_config, config.cache_config
-    text, soc = model.hf_text_config, current_soc()
-    kinds = {*(getattr(text, "layer_types", None) or ())} - {"full_attention"}
-    head_size, block_size = model.get_head_size(), cache.block_size
-    reasons = {
-        f"Ascend {soc.value}": soc not in _CHIPS,
-        f"dtype={model.dtype}": model.dtype != torch.bfloat16,
-        "latent attention": model.use_mla,
-        "attention of several kinds": bool(kinds) or model.is_hybrid,
-        "a sliding window": model.get_sliding_window() is not None,
-        f"runner={model.runner_type}": model.runner_type != "generate",
-        "an encoder": model.is_encoder_decoder,
-        f"head_size={head_size}": head_size != _HEAD_SIZE,
-        f"block_size={block_size}": block_size not in _BLOCK_SIZES,
-        "speculative decoding": config.speculative_config is not None,
-        "transfers of the KV cache": config.kv_transfer_config is not None,
-        "context parallelism": _splits_context(config.parallel_config),
-        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != _dtype(),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    if reason := _obstacle(config):
+        return reason
+    chosen = config.cache_config.cache_dtype
+    return None if chosen == _dtype() else f"--kv-cache-dtype {chosen}"
 
 
 def choose_dtype(config: Any) -> None:
@@ -66,12 +42,38 @@ def choose_dtype(config: Any) -> None:
         config: vLLM's `VllmConfig`.
 
     """
-    cache = config.cache_config
-    if cache.cache_dtype != "auto" or _dtype() == "auto":
-        return
-    cache.cache_dtype = _dtype()
-    if refusal(config):
-        cache.cache_dtype = "auto"
+    if config.cache_config.cache_dtype == "auto" and not _obstacle(config):
+        config.cache_config.cache_dtype = _dtype()
+
+
+def _obstacle(config: Any) -> str | None:
+    """What forbids an int8 cache, whatever `--kv-cache-dtype` is, or None.
+
+    vllm-ascend's int8 attention ignores windows, sinks, drafts and context parallelism,
+    and assumes decoders.
+    """
+    if not runs_on_vllm_ascend():
+        return "the emulated platform stores it in 16 bits"
+    limits = current_limits().int8_attention
+    if limits is None:
+        return f"Ascend {current_soc().value}"
+    model, text = config.model_config, config.model_config.hf_text_config
+    kinds = {*(getattr(text, "layer_types", None) or ())} - {"full_attention"}
+    reasons = {
+        "latent attention": model.use_mla,
+        "attention of several kinds": bool(kinds) or model.is_hybrid,
+        "a sliding window": model.get_sliding_window() is not None,
+        f"runner={model.runner_type}": model.runner_type != "generate",
+        "an encoder": model.is_encoder_decoder,
+        "speculative decoding": config.speculative_config is not None,
+        "transfers of the KV cache": config.kv_transfer_config is not None,
+        "context parallelism": _splits_context(config.parallel_config),
+    }
+    if found := next((reason for reason, holds in reasons.items() if holds), None):
+        return found
+    # vllm-ascend chooses a size that the operator takes.
+    block_size = config.cache_config.block_size or limits.block_sizes[0]
+    return limits.refusal(model.dtype, model.get_head_size(), block_size)
 
 
 def method(prefix: str) -> Any:

@@ -552,6 +552,31 @@ class MoeFinalizeRoutingLimits:
 
 
 @dataclass(frozen=True)
+class Int8AttentionLimits:
+    """Limits of `npu_fused_infer_attention_score` with int8 keys in FRACTAL_NZ.
+
+    The keys and values are paged, with a scale per channel. Source: op-plugin
+    `torch_npu-npu_fused_infer_attention_score.md`.
+    """
+
+    x_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    head_size: int = 128
+    block_sizes: tuple[int, ...] = (128, 512)
+
+    def refusal(
+        self, dtype: torch.dtype, head_size: int, block_size: int
+    ) -> str | None:
+        """Why queries of `dtype` cannot be multiplied by int8 keys, or None."""
+        if dtype not in self.x_dtypes:
+            return f"dtype={dtype}"
+        if head_size != self.head_size:
+            return f"head_size={head_size}"
+        if block_size not in self.block_sizes:
+            return f"block_size={block_size}"
+        return None
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits of all operators on one chip; None if the chip lacks the operator."""
 
@@ -580,6 +605,9 @@ class Limits:
     moe_finalize_routing: MoeFinalizeRoutingLimits = field(
         default_factory=MoeFinalizeRoutingLimits
     )
+    int8_attention: Int8AttentionLimits | None = field(
+        default_factory=Int8AttentionLimits
+    )
 
     def fp8_refusal(self, dtype: torch.dtype, k: int, n: int) -> str | None:
         """Why an FP8 `[n, k]` weight cannot be multiplied by activations, or None."""
@@ -600,6 +628,7 @@ LIMITS = {
         a8w4=None,
         grouped_matmul=GROUPED_A5,
         grouped_matmul_swiglu_quant=None,
+        int8_attention=None,
     ),
     Soc.ASCEND_310P: Limits(
         weight_quant_batchmatmul=WeightQuantBatchMatmulLimits(
@@ -615,6 +644,7 @@ LIMITS = {
         grouped_matmul={},
         grouped_matmul_swiglu_quant=None,
         moe_init_routing=MoeInitRoutingLimits(quant_modes=(-1,), counts=False),
+        int8_attention=None,
     ),
 }
 

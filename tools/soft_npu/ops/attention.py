@@ -9,6 +9,7 @@ import torch
 
 from tools.soft_npu.ops.registry import implements, only_defaults
 from vllm_ascend_ct.ops.emulated.registry import describe, refuse
+from vllm_ascend_ct.ops.limits import current_limits
 
 _FIA = "npu_fused_infer_attention_score"
 _COMPRESSED_MASK = 2048
@@ -142,14 +143,12 @@ def _paged(
 
 def _check_int8(query: torch.Tensor, key: torch.Tensor, o: dict[str, Any]) -> None:
     """Check a call with int8 keys and values in FRACTAL_NZ, and a scale per channel."""
-    size, width = o["block_size"], key.shape[2] * key.shape[4] if key.dim() == 5 else 0
-    if query.dtype != torch.bfloat16 or width != 128 or size not in (128, 512):
-        refuse(
-            _FIA,
-            f"query is {describe(query)}, key {describe(key)}, block_size={size}; "
-            "supported for int8: bfloat16, [blocks, heads, 4, block_size, 32], and "
-            "block_size of 128 or 512",
-        )
+    limits = current_limits().int8_attention
+    if limits is None or key.dim() != 5:
+        refuse(_FIA, f"int8 keys are {describe(key)}; supported on A2: FRACTAL_NZ, 5-D")
+    width = key.shape[2] * key.shape[4]
+    if reason := limits.refusal(query.dtype, width, o["block_size"]):
+        refuse(_FIA, f"{reason} with int8 keys")
     if o["sparse_mode"] != _DEFAULT or o["atten_mask"] is not None:
         refuse(_FIA, "int8 keys with a mask are not emulated")
     if o["input_layout"] != "BNSD" or query.shape[2] != 1 or o["block_table"] is None:

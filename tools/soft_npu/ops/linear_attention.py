@@ -6,7 +6,7 @@ Computed in fp32 and rounded once, unlike on the NPU.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -116,7 +116,7 @@ def npu_recurrent_gated_delta_rule(
     if gk is not None:
         refuse(_RULE, "gk is not emulated")
     if query.dtype != torch.bfloat16 or scale is None:
-        _refuse_query(query, scale)
+        refuse(_RULE, f"query is {describe(query)}, scale={scale}; supported: bf16")
     assert actual_seq_lengths is not None and ssm_state_indices is not None
     slots = ssm_state_indices.flatten().tolist()
     token, *lengths = actual_seq_lengths.tolist()
@@ -142,12 +142,6 @@ def npu_recurrent_gated_delta_rule(
             result[t] = rows.squeeze(-1).to(result.dtype)
         token += length
     return result
-
-
-def _refuse_query(query: torch.Tensor, scale: float | None) -> NoReturn:
-    refuse(
-        _RULE, f"query is {describe(query)}, scale={scale}; supported: bf16, a scale"
-    )
 
 
 @implements("_C_ascend::npu_fused_gdn_gating")
