@@ -120,14 +120,12 @@ _UNPROVEN = (
     "counts of rows instead of their sums would save one, but no chip's values are "
     "known for that call of int8 weights"
 )
-_SCALES = "vLLM's compressed-tensors gives each attention two scales more, of 512 B"
 _TRANSPOSED = "as the 16-bit model, whose experts vllm-ascend copies layer by layer"
 # By how much goals are missed at most, and why, by goal and checkpoint.
 KNOWN = {
     (_FEWER, "moe-w8a8"): (1, _UNPROVEN),
     (_FEWER, f"{MIXED}w4a16-g32"): (1, _SAME),
     (_FEWER, f"{MIXED}w4a8-channel"): (1, _SAME),
-    (_IN_THE_END, FP8_BLOCK): (2048, _SCALES),
     (_PEAK, "moe-w8a8"): (0.15, _NZ),
     (_PEAK, f"{MIXED}w4a8-channel"): (0.15, _NZ),
     (_PEAK, FP8_BLOCK): (0.35, _WORKING),
