@@ -25,7 +25,7 @@ INT8 = {"npu::npu_dynamic_quant", "npu::npu_quant_matmul"}
 INT8_EXPERTS = "npu::npu_quant_grouped_matmul_dequant"
 DENSE, EXPERTS = "dense-w8a8", "moe-w8a8"
 NAMES = (
-    *(DENSE, EXPERTS, "dense/w8a16-channel", "dense/w6a16-channel-asym"),
+    *(DENSE, EXPERTS, "dense/w8a16-channel", "dense/w6a16-channel"),
     *("dense/w8a8-channel-static", "dense/w8a8-tensor-static-asym"),
     *("dense/w6a8-channel-packed", "dense/w8a8o8-channel-int"),
     *("dense/fp8-channel-dynamic", "dense/fp8-tensor-static", "dense/fp8-block"),
