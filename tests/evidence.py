@@ -20,7 +20,14 @@ from tests.layers import (
     test_resolved,
 )
 from tests.real_stack import test_vllm_ascend_chips
-from tests.soft_npu import engines, test_engine, test_models, test_ranks, test_serve
+from tests.soft_npu import (
+    engines,
+    test_310p,
+    test_engine,
+    test_models,
+    test_ranks,
+    test_serve,
+)
 from tools.soft_npu import suite
 from tools.soft_npu.environment import Device
 from tools.stacks import real_stack
@@ -128,6 +135,8 @@ def _checkpoints() -> Iterator[tuple[str, str]]:
     """Chip and checkpoint of each engine."""
     for runs in test_engine.PROCESSES.values():
         yield from ((Device.soc, run["checkpoint"]) for run in runs)
+    for run in test_310p.RUNS.values():
+        yield test_310p.CHIP, run["checkpoint"]
     for names in test_models.PROCESSES.values():
         yield from ((Device.soc, name) for name in names)
     for chip, run, _ in test_ranks.CASES.values():

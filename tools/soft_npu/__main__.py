@@ -7,7 +7,7 @@
     python -m tools.soft_npu test [--release R] [pytest arguments]
     python -m tools.soft_npu set-up [--release R]
     python -m tools.soft_npu stand-ins
-    python -m tools.soft_npu op-plugin DIRECTORY [--release R]
+    python -m tools.soft_npu op-plugin DIRECTORY [--release R] [--soc 310P]
     python -m tools.soft_npu own-tests [--release R] [--report REPORT.md] [PATH...]
 
 `run` gives a command and its child processes software NPUs: the real torch_npu with a
@@ -47,7 +47,8 @@ def main() -> None:
         known = None if action is test else default.release
         action.add_argument("--release", default=known, help="vllm-ascend release")
         action.add_argument("--vllm", help="vLLM of an unknown release")
-    run.add_argument("--soc", choices=environment.SOCS, default=default.soc)
+    for action in (run, operators):
+        action.add_argument("--soc", choices=environment.SOCS, default=default.soc)
     run.add_argument("--devices", type=int, default=default.devices)
     run.add_argument("--memory", default=default.memory, help="of each device, like 8G")
     run.add_argument(
@@ -76,7 +77,8 @@ def main() -> None:
     if arguments.action == "test":
         sys.exit(suite.test(others, arguments.release))
     if arguments.action == "op-plugin":
-        sys.exit(op_plugin.run(arguments.directory, arguments.release))
+        device = Device(arguments.release, arguments.soc, memory="8G")
+        sys.exit(op_plugin.run(arguments.directory, device))
     if arguments.action == "own-tests":
         sys.exit(own_tests.run(arguments.paths, arguments.release, arguments.report))
     if arguments.action == "run":

@@ -38,6 +38,7 @@ READ_NZ = [
     "npu::npu_linear",
     "npu::npu_quant_matmul",
     "npu::npu_quant_matmul_dequant",
+    "npu::npu_quant_grouped_matmul_dequant",
     "npu::npu_weight_quant_batchmatmul",
     "npu::npu_grouped_matmul",
     "npu::npu_grouped_matmul.List",
@@ -73,8 +74,9 @@ SYNCHRONIZE = [
 def install() -> None:
     """Load the dispatch library, and replace the kernels that torch_npu registers."""
     from tools.soft_npu import ops, triton_kernels
-    from vllm_ascend_ct.ops import emulated
+    from vllm_ascend_ct.ops import emulated, soc
 
+    soc.set_default_soc(soc.Soc(os.environ["SOFT_NPU_SOC"]))
     torch.ops.load_library(os.environ["SOFT_NPU_LIBRARY"])
     _library().impl("decoded", _mark_nz, "CPU")
     _library().impl("launch_triton", triton_kernels.launch, "CPU")

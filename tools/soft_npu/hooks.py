@@ -87,5 +87,8 @@ def install() -> None:
     """Install the hooks in this process, and start coverage if requested."""
     sys.meta_path.insert(0, _Finder())
     sys.meta_path.append(_StandIns())
+    for name in stand_ins.missing():
+        # It cannot be imported, and `find_spec` does not find it.
+        sys.modules[name] = None  # type: ignore[assignment]
     if directory := os.environ.get(covered.VARIABLE):
         covered.start(directory)

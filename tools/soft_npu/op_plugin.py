@@ -15,12 +15,12 @@ from tools.soft_npu.environment import Device
 from tools.soft_npu.foreign_tests import Suite
 
 
-def run(directory: Path, release: str) -> int:
+def run(directory: Path, device: Device) -> int:
     """Run the test files of emulated operators, and print the outcomes.
 
     Args:
         directory: Directory of the tests.
-        release: vllm-ascend release whose torch_npu to use.
+        device: The software NPU; its release says whose torch_npu to use.
 
     Returns:
         1 if a test is wrong.
@@ -32,7 +32,7 @@ def run(directory: Path, release: str) -> int:
     names = files(directory)
     if not names:
         raise SystemExit(f"soft_npu: {directory} has no tests of emulated operators.")
-    suite = Suite(directory.resolve(), Device(release))
+    suite = Suite(directory.resolve(), device)
     *_, found = foreign_tests.run((suite, [name]) for name in names)
     return int(foreign_tests.count(found)["wrong"] > 0)
 
@@ -44,6 +44,9 @@ def files(directory: Path) -> list[str]:
     from vllm_ascend_ct.ops.emulated.registry import OPERATORS
 
     names = {operator.name for operator in OPERATORS}
-    names |= {name.partition("::")[2].partition(".")[0] for name in KERNELS}
+    names |= {
+        name.replace("atb::_npu", "atb").rpartition("::")[2].partition(".")[0]
+        for name in KERNELS
+    }
     found = [f"test_{name}.py" for name in sorted(names)]
     return [name for name in found if (directory / name).exists()]

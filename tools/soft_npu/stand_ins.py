@@ -5,6 +5,7 @@
 `python -m tools.soft_npu stand-ins` prints the list.
 """
 
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ MODULES = {
     "torchvision": "images; the build for this torch is for CUDA",
     "fla_npu": "operators of linear attention, which vllm-ascend 0.30 asks for by name",
 }
+# Modules that a chip's host lacks.
+MISSING = {"310P": {"triton": "vllm-ascend's image for the 310P uninstalls it"}}
 
 
 class AnyAttribute(type):
@@ -53,8 +56,6 @@ def _after_triton() -> None:
 
 
 def _after_build_info() -> None:
-    import os
-
     from vllm_ascend import _build_info
 
     soc = os.environ["SOFT_NPU_SOC"]
@@ -79,10 +80,20 @@ REPLACED = {
 }
 
 
+def missing() -> dict[str, str]:
+    """Modules that the host of this process's chip lacks, with the reason."""
+    return MISSING.get(os.environ["SOFT_NPU_SOC"], {})
+
+
 def describe() -> list[str]:
     """One line for each difference from a production host."""
     from tools.soft_npu.triton_kernels import FAST
 
     kernels = dict.fromkeys(FAST, "the same results, without the interpreter")
     lines = {**MODULES, **REPLACED, **kernels}
+    lines |= {
+        f"{name}, absent on {chip}": reason
+        for chip, modules in MISSING.items()
+        for name, reason in modules.items()
+    }
     return [f"{name}: {reason}" for name, reason in lines.items()]

@@ -407,12 +407,16 @@ _GROUPED_WEIGHT_ONLY: GroupedModes = {
     **{(x, torch.int32): _grouped_weight_only(x, None) for x in FLOAT16_BFLOAT16},
 }
 # Not called by this package, but by vllm-ascend for unquantized experts.
-_GROUPED_16_BITS: GroupedModes = {
+_UNQUANTIZED: GroupedModes = {
     (x, x): GroupedMatmulMode({x: GroupedMatmulOperands(bias=_grouped_bias(x))})
     for x in FLOAT16_BFLOAT16
 }
+_UNQUANTIZED_310P: GroupedModes = {
+    (torch.float16, torch.float16): replace(
+        _UNQUANTIZED[torch.float16, torch.float16], n_multiple=16
+    )
+}
 GROUPED: GroupedModes = {
-    **_GROUPED_16_BITS,
     **_GROUPED_WEIGHT_ONLY,
     (torch.int8, torch.int8): _GROUPED_A8W8,
     (torch.int8, torch.int32): _GROUPED_A8W4,
@@ -595,6 +599,9 @@ class Limits:
     quant_grouped_matmul_dequant: QuantMatmulDequantLimits | None = None
     a8w4: A8W4Limits | None = field(default_factory=A8W4Limits)
     grouped_matmul: GroupedModes = field(default_factory=lambda: GROUPED)
+    unquantized_grouped_matmul: GroupedModes = field(
+        default_factory=lambda: _UNQUANTIZED
+    )
     grouped_matmul_swiglu_quant: GroupedMatmulSwigluQuantLimits | None = field(
         default_factory=GroupedMatmulSwigluQuantLimits
     )
@@ -642,6 +649,7 @@ LIMITS = {
         quantize=ActivationQuantLimits(x_dtypes=FLOAT16),
         a8w4=None,
         grouped_matmul={},
+        unquantized_grouped_matmul=_UNQUANTIZED_310P,
         grouped_matmul_swiglu_quant=None,
         moe_init_routing=MoeInitRoutingLimits(quant_modes=(-1,), counts=False),
         int8_attention=None,

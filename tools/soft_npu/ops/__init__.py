@@ -3,6 +3,7 @@
 """CPU kernels of the operators that engines use and the package does not emulate."""
 
 from tools.soft_npu.ops import (  # noqa: F401
+    atb_attention,
     attention,
     cache,
     communication,

@@ -24,7 +24,7 @@ _LAYOUTS = {
 }
 
 
-def _attend(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -38,7 +38,8 @@ def _attend(
         k: `[S, n, D]`; N is a multiple of n.
         v: `[S, n, D']`.
         scale: Factor of `q @ k`.
-        hidden: bool `[T, S]`, true for keys that are masked.
+        hidden: `[T, S]`: bool, true for keys that are masked; or float, added to the
+            scores.
 
     Returns:
         fp32 `[T, N, D']` and log-sum-exp `[T, N]`; 0 if all keys are masked.
@@ -48,8 +49,10 @@ def _attend(
     queries, keys, values = (x.float().transpose(0, 1) for x in (q, k, v))
     keys, values = (x.repeat_interleave(groups, 0) for x in (keys, values))
     scores = queries @ keys.transpose(1, 2) * scale
-    if hidden is not None:
+    if hidden is not None and hidden.dtype == torch.bool:
         scores = scores.masked_fill(hidden, -torch.inf)
+    elif hidden is not None:
+        scores = scores + hidden.float()
     weights = scores.softmax(-1).nan_to_num(0)
     return (weights @ values).transpose(0, 1), scores.logsumexp(-1).T
 
@@ -292,7 +295,7 @@ def npu_fused_infer_attention_score(
         hidden = None
         if len(q) > 1 or o["query_rope"] is not None or o["sparse_mode"] == _BAND:
             hidden = _hidden(o["sparse_mode"], o["atten_mask"], tokens, window)
-        output, lse = _attend(q, k, v, o["scale"], hidden)
+        output, lse = attend(q, k, v, o["scale"], hidden)
         outputs.append(output.to(query.dtype))
         sums.append(lse.unsqueeze(-1))
     rows = query.shape[:1] if layout == "TND" else query.shape[1:2]
@@ -364,44 +367,6 @@ def get_workspace(*_: Any, **__: Any) -> torch.Tensor:
     return torch.zeros(32, dtype=torch.uint8)
 
 
-@implements("atb::_npu_paged_attention")
-def _npu_paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    num_kv_heads: int,
-    num_heads: int,
-    scale_value: float,
-    block_table: torch.Tensor,
-    context_lens: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    workspace: torch.Tensor | None = None,
-) -> None:
-    """Decode attention: one query per sequence.
-
-    Source: op-plugin `atb/PagedAttentionKernelNpuOpAtb.cpp`; ATB
-    `PagedAttentionParam`.
-
-    Args:
-        query: `[B, N, D]`.
-        key_cache: `[blocks, block_size, n, D]`.
-        value_cache: As `key_cache`.
-        num_kv_heads: n.
-        num_heads: N.
-        scale_value: Factor of `q @ k`.
-        block_table: int32 `[B, blocks per sequence]`.
-        context_lens: int32 `[B]`; 0 for padding.
-        out: `[B, N, D]`, written.
-        workspace: Not read.
-
-    """
-    for i, length in enumerate(context_lens.tolist()):
-        blocks = block_table[i, : -(-length // key_cache.shape[1])].long()
-        k, v = (x[blocks].flatten(0, 1)[:length] for x in (key_cache, value_cache))
-        out[i] = _attend(query[i : i + 1], k, v, scale_value, None)[0][0].to(out.dtype)
-
-
 @implements("npu::npu_fusion_attention_v3")
 def npu_fusion_attention_v3(
     query: torch.Tensor,
@@ -465,7 +430,7 @@ def npu_fusion_attention_v3(
     for q, k, v, mask in zip(query, key, value, masks):
         hidden = _hidden(sparse_mode, mask, (q.shape[1], k.shape[1]), (_FAR, _FAR))
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        output, _lse = _attend(q, k, v, scale, hidden)
+        output, _lse = attend(q, k, v, scale, hidden)
         outputs.append(output.to(query.dtype).transpose(0, 1))
     nothing = torch.full((1,), torch.nan)
     return torch.stack(outputs), *[nothing] * 3, *[nothing.long()] * 2

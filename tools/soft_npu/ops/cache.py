@@ -8,6 +8,7 @@ from tools.soft_npu.ops.norm import npu_rms_norm
 from tools.soft_npu.ops.registry import implements
 from tools.soft_npu.ops.rotary import interleaved_to_halves
 from vllm_ascend_ct.ops.emulated.registry import describe, refuse
+from vllm_ascend_ct.ops.soc import Soc, current_soc
 
 _NZ_BYTES = 32
 
@@ -26,6 +27,17 @@ def _scatter(
     cache[slots // size, slots % size] = values
 
 
+def by_token(cache: torch.Tensor) -> torch.Tensor:
+    """A paged cache of ATB as a view `[blocks, block_size, ...]`.
+
+    On the 310P it is `[blocks, heads * D / 16, block_size, 16]`: FRACTAL_NZ, whose
+    tiles are its rows.
+    """
+    if current_soc() is not Soc.ASCEND_310P:
+        return cache
+    return cache.transpose(1, 2)
+
+
 @implements("atb::_npu_reshape_and_cache")
 def _npu_reshape_and_cache(
     key: torch.Tensor,
@@ -34,7 +46,7 @@ def _npu_reshape_and_cache(
     value_cache: torch.Tensor,
     slot_indices: torch.Tensor,
 ) -> None:
-    """Write keys and values `[T, heads, D]` to `[blocks, block_size, heads, D]`.
+    """Write keys and values `[T, heads, D]` to caches; see `by_token`.
 
     Source: op-plugin `atb/ReshapeAndCacheKernelNpuOpAtb.cpp`; ATB
     `ReshapeAndCacheParam`.
@@ -42,8 +54,8 @@ def _npu_reshape_and_cache(
     Args:
         key: Keys of the tokens.
         value: As `key`.
-        key_cache: Output.
-        value_cache: Output.
+        key_cache: `[blocks, block_size, heads, D]`, or as `by_token` says; written.
+        value_cache: As `key_cache`.
         slot_indices: int32 `[T]`; negative for padding tokens.
 
     """
@@ -54,8 +66,8 @@ def _npu_reshape_and_cache(
             f"slot_indices is {describe(slot_indices)}, key is {describe(key)}; "
             "supported: int32 [T], [T, heads, D]",
         )
-    _scatter(name, key_cache, key, slot_indices)
-    _scatter(name, value_cache, value, slot_indices)
+    _scatter(name, by_token(key_cache), key, slot_indices)
+    _scatter(name, by_token(value_cache), value, slot_indices)
 
 
 @implements("npu::npu_scatter_pa_kv_cache")

@@ -56,7 +56,8 @@ def _mode(
             f"x is {describe(x)}, weight is {describe(weight)}; emulated: contiguous "
             "[M, K] and [E, K, N]",
         )
-    modes = current_limits().grouped_matmul
+    limits = current_limits()
+    modes = limits.grouped_matmul | limits.unquantized_grouped_matmul
     mode = modes.get((x.dtype, weight.dtype))
     if mode is None:
         refuse(_NAME, f"x {x.dtype}, weight {weight.dtype}; emulated: {list(modes)}")

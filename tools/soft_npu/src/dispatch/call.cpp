@@ -100,6 +100,8 @@ Rules &rules() {
   return all;
 }
 
+bool takes_host(const std::string &name) { return name.rfind("atb::", 0) == 0; }
+
 bool on_npu(const at::Tensor &t) { return t.defined() && t.device().is_privateuseone(); }
 
 at::Tensor cpu_alias(const at::Tensor &t) {
@@ -162,7 +164,7 @@ c10::IValue Call::take(size_t index, const c10::IValue &value) {
 }
 
 at::Tensor Call::take_tensor(size_t index, size_t element, const at::Tensor &t) {
-  if (!on_npu(t)) return t;
+  if (!on_npu(t)) return t.defined() && takes_host(name_) ? t.clone() : t;
   if (!device_ || inputs_.empty()) device_ = device_.value_or(t.device());
   inputs_.push_back(t);
   const auto &argument = op_.schema().arguments()[index].name();

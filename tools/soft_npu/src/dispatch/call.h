@@ -30,6 +30,9 @@ Rules &rules();
 
 bool on_npu(const at::Tensor &tensor);
 
+// Operators of ATB take tensors of the host, whose values they read when they are called.
+bool takes_host(const std::string &name);
+
 // A CPU tensor over the same memory, which it does not own. The same memory gets the same
 // storage as long as the NPU tensor's lives.
 at::Tensor cpu_alias(const at::Tensor &tensor);

@@ -81,7 +81,7 @@ void check_capturable(const OperatorHandle &op, const std::string &name,
     if (given[i].isDevice())
       TORCH_CHECK(!given[i].toDevice().is_cpu(), cannot, "a copy to the host waits for it");
     map_tensors(given[i], [&](const at::Tensor &t) {
-      if (!t.defined() || !t.device().is_cpu() || t.dim() == 0) return t;
+      if (!t.defined() || !t.device().is_cpu() || t.dim() == 0 || takes_host(name)) return t;
       TORCH_CHECK(asynchronous && t.is_pinned(), cannot,
                   "a copy between host and device waits for it, unless it is non_blocking "
                   "and the host's memory pinned");

@@ -66,8 +66,12 @@ bool is_nz(const at::Tensor &tensor) {
   auto *storage = tensor.storage().unsafeGetStorageImpl();
   // torch_npu does not export the type.
   if (strcmp(typeid(*storage).name(), "N9torch_npu14NPUStorageImplE") != 0) return false;
-  return static_cast<torch_npu::NPUStorageImpl *>(storage)->npu_desc_.npu_format_ ==
-         ACL_FORMAT_FRACTAL_NZ;
+  const auto &desc = static_cast<torch_npu::NPUStorageImpl *>(storage)->npu_desc_;
+  if (desc.npu_format_ != ACL_FORMAT_FRACTAL_NZ) return false;
+  // If a tile is as wide as the matrix, the tiles are the rows.
+  const auto &sizes = desc.base_sizes_;
+  return sizes.size() < 2 || sizes.end()[-2] % kTileRows != 0 ||
+         sizes.back() * int64_t(tensor.itemsize()) != kTileBytes;
 }
 
 at::Tensor read(const std::string &name, const Layout &layout) {

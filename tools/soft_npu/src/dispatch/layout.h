@@ -6,7 +6,8 @@
 
 namespace soft_npu {
 
-// By the descriptor that torch_npu keeps of a storage.
+// Whether memory is in FRACTAL_NZ that differs from rows, by the descriptor that torch_npu
+// keeps of a storage.
 bool is_nz(const at::Tensor &tensor);
 
 // The matrices that an operator finds which takes a storage for FRACTAL_NZ of these sizes,
