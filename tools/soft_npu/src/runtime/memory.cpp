@@ -14,7 +14,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <unordered_map>
 
 #include "runtime.h"
 
@@ -90,7 +89,26 @@ struct Block {
 };
 std::mutex lock;
 std::map<const char *, Block> blocks, host_blocks;
-std::unordered_map<const void *, uint64_t> generations;
+// By the start of what is written in another layout than rows.
+std::map<const char *, uint64_t> generations;
+
+// Bytes were written, or lost: what was decoded from them is not in memory any more.
+void outdate(const char *p, size_t size) {
+  for (auto it = generations.lower_bound(p); it != generations.end() && it->first < p + size; ++it)
+    it->second++;
+}
+
+void copy(void *to, const void *from, size_t count) {
+  memmove(to, from, count);
+  std::lock_guard<std::mutex> guard(lock);
+  outdate(static_cast<char *>(to), count);
+}
+
+void set(void *p, int32_t value, size_t count) {
+  memset(p, value, count);
+  std::lock_guard<std::mutex> guard(lock);
+  outdate(static_cast<char *>(p), count);
+}
 
 // The block around an address.
 bool inside(const std::map<const char *, Block> &map, const void *address) {
@@ -218,9 +236,7 @@ void map_pages(char *p, size_t size, int32_t device) {
   poison(p, size);
   std::lock_guard<std::mutex> guard(lock);
   blocks[p] = {size, device};
-  // What was decoded from this memory is not in it any more.
-  for (auto &[address, count] : generations)
-    if (address >= p && address < p + size) count++;
+  outdate(p, size);
 }
 
 void unmap_pages(char *p, size_t size) {
@@ -241,12 +257,12 @@ bool on_host(const void *address) {
 
 uint64_t generation(const void *address) {
   std::lock_guard<std::mutex> guard(lock);
-  return generations[address];
+  return generations[static_cast<const char *>(address)];
 }
 
 void note_write(const void *address) {
   std::lock_guard<std::mutex> guard(lock);
-  generations[address]++;
+  generations[static_cast<const char *>(address)]++;
 }
 
 }  // namespace soft_npu
@@ -315,7 +331,7 @@ aclError aclrtMemcpy(void *to, size_t, const void *from, size_t count, aclrtMemc
   if (aclError error = refuse_in_capture("aclrtMemcpy")) return error;
   if (aclError error = refuse_unmapped("aclrtMemcpy", {to, from}, count)) return error;
   count_copy(count, kind);
-  memmove(to, from, count);
+  copy(to, from, count);
   return hangs() ? hang(-1) : ACL_SUCCESS;
 }
 
@@ -323,7 +339,7 @@ aclError aclrtMemcpyAsync(void *to, size_t, const void *from, size_t count,
                           aclrtMemcpyKind kind, aclrtStream stream) {
   if (aclError error = refuse_unmapped("aclrtMemcpyAsync", {to, from}, count)) return error;
   count_copy(count, kind);
-  return launch(stream, [=] { memmove(to, from, count); });
+  return launch(stream, [=] { copy(to, from, count); });
 }
 
 aclError aclrtMemcpyAsyncWithCondition(void *to, size_t size, const void *from, size_t count,
@@ -334,13 +350,13 @@ aclError aclrtMemcpyAsyncWithCondition(void *to, size_t size, const void *from, 
 aclError aclrtMemset(void *p, size_t, int32_t value, size_t count) {
   if (aclError error = refuse_in_capture("aclrtMemset")) return error;
   if (aclError error = refuse_unmapped("aclrtMemset", {p}, count)) return error;
-  memset(p, value, count);
+  set(p, value, count);
   return ACL_SUCCESS;
 }
 
 aclError aclrtMemsetAsync(void *p, size_t, int32_t value, size_t count, aclrtStream stream) {
   if (aclError error = refuse_unmapped("aclrtMemsetAsync", {p}, count)) return error;
-  return launch(stream, [=] { memset(p, value, count); });
+  return launch(stream, [=] { set(p, value, count); });
 }
 
 }  // extern "C"
