@@ -301,3 +301,28 @@ assert (weights == 7).all() and (x @ nz == 2).all()
 """
     result = run(SLEEPER.replace("LEVEL", "()") + script)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_what_a_sleep_loses_is_found() -> None:
+    script = """
+from tools.soft_npu import sleeping
+from vllm_ascend.device_allocator.camem import CaMemAllocator
+
+class Kernel:
+    pass
+
+model = torch.nn.Linear(8, 8, device="meta")
+model.kernel = Kernel()
+with CaMemAllocator.get_instance().use_memory_pool(tag="weights"):
+    model.to_empty(device="npu")
+    model.register_buffer("ids", torch.ones(8, device="npu"), persistent=False)
+    model.kernel.table = torch.ones(8, device="npu")
+    freed = torch.ones(8, device="npu")
+    del freed
+model.kernel.part, model.kernel.weight = model.kernel.table[2:], model.weight.t()
+gc.freeze()
+found = sleeping.unowned(model)
+assert found == [["part", "table"]], found
+"""
+    result = run(f"import gc\n{script}")
+    assert result.returncode == 0, result.stderr[-3000:]
