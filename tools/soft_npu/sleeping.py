@@ -40,8 +40,9 @@ def reload(llm: Any, path: str | None = None) -> None:
 
 
 def _reload(worker: Any, path: str | None) -> None:
-    """Load weights again; the worker of vllm-ascend 0.23 has no method for it."""
-    worker.model_runner.reload_weights(weights_path=path)
+    # The worker of vllm-ascend 0.23 has no method for it.
+    target = worker if hasattr(worker, "reload_weights") else worker.model_runner
+    target.reload_weights(weights_path=path)
 
 
 def used_memory(_: Any) -> int:
