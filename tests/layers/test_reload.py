@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Reloading weights into a model that is serving, layer by layer as vLLM does."""
+"""Reloading weights into a model that is serving, layer by layer as vLLM does.
+
+Also after a sleep that has left nothing but buffers.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from tests.formula import formula_linear, relative_error
+from tests.layers.discarding import discard
 from tests.layers.quantized_layers import (
     MULTIPLIED,
     TOLERANCES,
@@ -81,6 +85,7 @@ def test_output_is_that_of_the_new_weights(
         layer.quant_method.process_weights_after_loading(layer)
         outputs.append(layer(x)[0])
     before = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    discard(model)
     initialize_layerwise_reload(model)
     load_tensors(CASE, layer, first)
     finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
@@ -107,6 +112,7 @@ def test_head_tied_to_an_embedding() -> None:
         head.quant_method.process_weights_after_loading(head)
     x = activations(7, 256, BF16)
     outputs = [head.quant_method.apply(head, x)]
+    discard(model)
     tables = [
         compressed_table(torch.nn.Embedding(1024, 256), SCHEME, BF16) for _ in range(2)
     ]
@@ -141,3 +147,14 @@ def test_part_of_a_resolved_weight_is_refused(given: str) -> None:
     with pytest.raises(UnsupportedCheckpointError, match=f"{missing} is missing"):
         finalize_layerwise_reload(model, SimpleNamespace(dtype=BF16))
     assert not layer.quant_method._pieces
+
+
+def test_what_is_no_parameter_is_lost() -> None:
+    """Otherwise the tests above could not find it."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    (layer,) = model
+    layer.register_buffer("ids", torch.ones(2), persistent=False)
+    layer.kernel = SimpleNamespace(tables=[{"signs": torch.ones(4)}], layer=layer)
+    discard(model)
+    assert layer.ids.tolist() == [1, 1]
+    assert (layer.kernel.tables[0]["signs"] < -20).all() and (layer.weight < -20).all()

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Reloading the weights of experts in a model that is serving."""
+"""Reloading the weights of experts in a model that is serving.
+
+Before, all but buffers is lost, as after a sleep of level 2.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
+from tests.layers.discarding import discard
 from tests.layers.quantized_experts import (
     SERVED,
     Sizes,
@@ -72,6 +76,7 @@ def test_experts_are_those_of_the_new_weights(
         layer = runner.routed_experts
         outputs.append(run(runner, x, routed))
     before = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    discard(model)
     reload(runner, model, first)
     assert not torch.equal(*outputs)
     assert torch.equal(run(runner, x, routed), outputs[0])
@@ -93,6 +98,7 @@ def test_resolved_experts_have_the_new_weights(
         layer = runner.routed_experts
         weights.append({n: p.clone() for n, p in layer.named_parameters()})
     before = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    discard(model)
     reload(runner, model, first)
     assert before.keys() == weights[0].keys() == {"w13_weight", "w2_weight"}
     for name, parameter in layer.named_parameters():

@@ -50,6 +50,17 @@ def int8(*sizes: int) -> torch.Tensor:
     return torch.randint(-127, 128, sizes, dtype=torch.int8)
 
 
+@pytest.mark.parametrize("sizes", [(64, 96), (3, 64, 32)])
+def test_copy_to_the_same_layout(sizes: tuple[int, ...], internal_format: None) -> None:
+    """As a reload does it, also if the old values were multiplied with before."""
+    old, new = torch.rand(sizes).bfloat16(), torch.rand(sizes).bfloat16()
+    x, weight = torch.eye(sizes[-2], dtype=torch.bfloat16), nz(old.npu())
+    x = x.expand(*sizes[:-2], -1, -1).contiguous().npu()
+    assert torch.equal((x @ weight).cpu(), old)
+    weight.copy_(nz(new.npu()))
+    assert in_nz(weight) and torch.equal((x @ weight).cpu(), new)
+
+
 @pytest.mark.parametrize("sizes", [(64, 96), (17, 33), (3, 16, 32), (2, 5, 70)])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.bfloat16])
 def test_there_and_back(

@@ -20,7 +20,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["dense-w4a16", "moe-w4a16", "dense/w8a16-channel"])
+@pytest.mark.parametrize(
+    "name",
+    ["dense-w4a16", "moe-w4a16", "dense/w8a16-channel", "dense-w8a8", "moe-w8a8"],
+)
 def test_reload(serve: Callable[..., list[Result]], name: str) -> None:
     run = {"checkpoint": name, **SMALL, **EAGER}
     (once,) = serve([run])

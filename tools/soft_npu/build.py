@@ -63,7 +63,8 @@ def _stubs(directory: Path, names: Iterable[str]) -> list[Path]:
 def custom_operators(part: str) -> Path:
     """Compile vllm-ascend's own library from its source distribution.
 
-    It has its operators' schemas and meta functions. The kernels of the chip are stubs.
+    It has its operators' schemas and meta functions. The kernels of the chip are stubs,
+    in a library of their own: what the runtime implements later comes first.
 
     Args:
         part: One of `stacks.SOURCES`.
@@ -89,16 +90,18 @@ def custom_operators(part: str) -> Path:
             "-DTORCH_EXTENSION_NAME=vllm_ascend_C",
         )
         target = directory / f"vllm_ascend_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        places = (torch / "lib", torch_npu / "lib", libraries())
-        needs = ("torch_npu", "torch_python", "torch", "c10", "ascendcl")
+        places = [torch / "lib", torch_npu / "lib", libraries()]
+        needs = ["torch_npu", "torch_python", "torch", "c10", "ascendcl"]
         link(target, objects, places, needs)
         known = [path for place in places for path in place.glob("*.so*")]
-        objects += _stubs(directory, elf.missing_symbols([target], known))
-        link(target, objects, places, needs)
-        for path in objects:
+        stubs = _stubs(directory, elf.missing_symbols([target], known))
+        link(directory / "libstubs.so", stubs)
+        own = f"-Wl,-rpath,{directory.resolve()}"
+        link(target, objects, [*places, directory], [*needs, "stubs"], own)
+        for path in [*objects, *stubs]:
             path.unlink()
 
-    return stacks.once(ROOT / part, stacks.SOURCES[part], make)
+    return stacks.once(ROOT / f"operators-{part}", stacks.SOURCES[part], make)
 
 
 def _packages() -> tuple[Path, Path]:
@@ -140,10 +143,12 @@ def link(
     objects: Sequence[Path],
     places: Iterable[Path] = (),
     needs: Iterable[str] = (),
+    *options: str,
 ) -> None:
-    """Link a shared library."""
+    """Link a shared library, which looks into those it needs in the given order."""
     command = [elf.compiler("c++"), "-shared", "-o", str(target), *map(str, objects)]
     command += [f"-L{place}" for place in places] + [f"-l{name}" for name in needs]
+    command += options
     subprocess.run(command, check=True)
 
 

@@ -27,6 +27,8 @@ KEPT = {
     "npu::get_storage_size",
     "npu::npu_change_data_ptr",
     "npu::copy_memory_",
+    # Copies what memory holds, for tensors of one layout.
+    "npu::npu_reshape.out",
 }
 # Arguments of matmul operators that may be in FRACTAL_NZ.
 READ_NZ = [

@@ -120,11 +120,13 @@ def set_up(release: str) -> tuple[tuple[Path, ...], Path]:
 
 def _link_custom_operators(name: str, part: Path) -> None:
     """Link vllm-ascend's compiled library to where its installation would put it."""
-    (compiled,) = build.custom_operators(name).glob("vllm_ascend_C*.so")
+    (compiled,) = build.custom_operators(name).resolve().glob("vllm_ascend_C*.so")
     link = part / "vllm_ascend" / compiled.name
-    if not link.exists():
-        link.unlink(missing_ok=True)
-        link.symlink_to(compiled)
+    if link.resolve() != compiled:
+        # At once, for processes that import it now.
+        new = link.with_suffix(f".{os.getpid()}")
+        new.symlink_to(compiled)
+        new.replace(link)
 
 
 def _cann() -> Path:

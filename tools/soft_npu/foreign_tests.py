@@ -85,7 +85,8 @@ class Suite:
                 env=variables,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # Not a session: tests that fork make themselves leaders of a group.
+                process_group=0,
             )
             try:
                 process.wait(self.seconds)

@@ -10,10 +10,12 @@ A run is JSON: {"checkpoint": DIRECTORY, and arguments of vLLM's `LLM`}.
 import argparse
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.numerics.logprobs import held_out_tokens
+from tools.soft_npu import sleeping
 
 LENGTH = 128
 PROMPTS = ["The function", "A class definition", "import", "def f(self, x):\n"]
@@ -61,8 +63,40 @@ def operators(_: Any = None) -> dict[str, int]:
     return {name: int(count) for count, name in counts}
 
 
+def answers(llm: Any, checkpoint: str) -> dict[str, Any]:
+    """Log-probabilities of a held-out text; greedy tokens for `PROMPTS` with theirs."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(
+        max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0
+    )
+    outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
+    tokens = held_out_tokens(Path(checkpoint))[:LENGTH]
+    (output,) = llm.generate(
+        {"prompt_token_ids": tokens},
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    of_positions: Any = output.prompt_logprobs
+    return {
+        "logprobs": [
+            of_position[token].logprob
+            for token, of_position in zip(tokens[1:], of_positions[1:])
+        ],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "prompts": [output.prompt_token_ids for output in outputs],
+        "token_logprobs": [
+            [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)]
+            for one in (output.outputs[0] for output in outputs)
+        ],
+    }
+
+
 def serve(
-    checkpoint: str, reload: bool | str = False, **options: Any
+    checkpoint: str,
+    reload: bool | str = False,
+    sleep: Sequence[int] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Serve one checkpoint.
 
@@ -70,12 +104,14 @@ def serve(
         checkpoint: Its directory.
         reload: Whether to load the weights again before the results are made, or the
             directory to load them from.
+        sleep: Levels at which to sleep, one after the other, before the results are
+            made.
         options: Arguments of `LLM`.
 
     Returns:
         The config's class; the result of `describe` and the number of calls of each
-        operator, by rank; log-probabilities of a held-out text; and greedy tokens for
-        `PROMPTS` with their log-probabilities.
+        operator, by rank; `answers`; and with `sleep` the answers before, and for each
+        what `sleeping.sleep` returns, with the answers after it.
 
     """
     from vllm import LLM, SamplingParams
@@ -90,24 +126,18 @@ def serve(
         "gpu_memory_utilization": 0.5,
     }
     llm = LLM(checkpoint, **(defaults | options))
+    result: dict[str, Any] = {}
     if reload:
         # Graphs and what is derived from weights exist before.
         llm.generate(PROMPTS, SamplingParams(max_tokens=2), use_tqdm=False)
-        given = {"weights_path": reload} if isinstance(reload, str) else {}
-        llm.collective_rpc("reload_weights", kwargs=given)
-        llm.reset_prefix_cache()
+        sleeping.reload(llm, reload if isinstance(reload, str) else None)
+    if sleep:
+        result["awake"] = answers(llm, checkpoint)
+        result["sleeps"] = [
+            sleeping.sleep(llm, level) | answers(llm, checkpoint) for level in sleep
+        ]
     before = llm.apply_model(operators)
-    greedy = SamplingParams(
-        max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0
-    )
-    outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
-    tokens = held_out_tokens(Path(checkpoint))[:LENGTH]
-    (output,) = llm.generate(
-        {"prompt_token_ids": tokens},
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
-        use_tqdm=False,
-    )
-    of_positions: Any = output.prompt_logprobs
+    result |= answers(llm, checkpoint)
     ranks = llm.apply_model(describe)
     for rank, earlier, all_ in zip(ranks, before, llm.apply_model(operators)):
         rank["operators"] = {
@@ -116,20 +146,7 @@ def serve(
             if count > earlier.get(name, 0)
         }
     config = type(llm.llm_engine.vllm_config.quant_config)
-    result = {
-        "config": f"{config.__module__}.{config.__name__}",
-        "ranks": ranks,
-        "logprobs": [
-            of_position[token].logprob
-            for token, of_position in zip(tokens[1:], of_positions[1:])
-        ],
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "prompts": [output.prompt_token_ids for output in outputs],
-        "token_logprobs": [
-            [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)]
-            for one in (output.outputs[0] for output in outputs)
-        ],
-    }
+    result |= {"config": f"{config.__module__}.{config.__name__}", "ranks": ranks}
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()

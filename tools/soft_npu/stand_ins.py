@@ -12,7 +12,6 @@ from typing import Any
 
 # Modules that are imported but hardly used.
 MODULES = {
-    "acl": "CANN's Python interface, which vllm-ascend's sleep mode uses",
     "torchvision": "images; the build for this torch is for CUDA",
     "fla_npu": "operators of linear attention, which vllm-ascend 0.30 asks for by name",
 }
@@ -69,6 +68,7 @@ AFTER: dict[str, Callable[[], None]] = {
     "vllm_ascend._build_info": _after_build_info,
 }
 REPLACED = {
+    "acl": "of CANN's Python interface, the copy that vllm-ascend's sleep mode calls",
     "torch._C._host_emptyCache": "removed, as in a build without CUDA",
     "triton.runtime.driver.active": "names the chip's cores; there is no compiler",
     "triton.runtime.interpreter.GridExecutor": "launches through the dispatcher",

@@ -19,7 +19,7 @@ CHECKPOINTS = build.ROOT / "checkpoints"
 # Tests that run on every release.
 ENGINES, *OTHERS = (
     f"tests/soft_npu/test_{name}.py"
-    for name in ("engine", "fusion", "ranks", "kv_cache", "310p")
+    for name in ("engine", "fusion", "ranks", "kv_cache", "310p", "sleep")
 )
 # Checkpoints of the default selection; others are named MODEL/RECIPE.
 MODELS = {

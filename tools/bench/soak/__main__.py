@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.bench.soak import load
-from tools.bench.soak.operations import RPC, Operations
+from tools.bench.soak.operations import Operations
 from tools.bench.soak.report import Result, Sample, with_rows
 from tools.bench.soak.requests import Client, Tally
 from tools.bench.soak.server import Server, serve
@@ -93,7 +93,7 @@ def _soak(
         threads.append(threading.Thread(target=fault, args=(stop,)))
     for thread in threads:
         thread.start()
-    samples = _watch(server, client, minutes)
+    samples = _watch(server, operations, minutes)
     stop.set()
     for thread in threads:
         thread.join()
@@ -104,19 +104,19 @@ def _soak(
     return Result(server.checkpoint.name, platform, minutes, tally, samples, found)
 
 
-def _watch(server: Server, client: Client, minutes: float) -> list[Sample]:
+def _watch(server: Server, operations: Operations, minutes: float) -> list[Sample]:
     """Measure memory until the time is over, or the server has ended."""
     samples: list[Sample] = []
     start = time.monotonic()
     while (minute := (time.monotonic() - start) / 60) < minutes:
         if server.process.poll() is not None:
-            client.tally.fail(f"the server ended: see {server.log}")
+            operations.client.tally.fail(f"the server ended: see {server.log}")
             break
         sizes: Counter[str] = Counter()
         for process in server.processes():
             sizes[process.name] += process.rss
-        answer = client.expect("memory", RPC, {"method": "soak_device_memory"})
-        device = answer["results"][0] if answer else []
+        with operations.awake:
+            device = operations.device_memory()
         samples.append(Sample(minute, dict(sizes), device))
         time.sleep(SAMPLE_SECONDS)
     return samples

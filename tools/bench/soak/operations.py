@@ -32,6 +32,7 @@ class Operations:
 
     Attributes:
         differences: Of the canary's answers, until now.
+        awake: Held while the engine is asleep, when memory says nothing of leaks.
 
     """
 
@@ -41,6 +42,7 @@ class Operations:
         self.client, self.server, self.directory = client, server, directory
         self.model = str(server.checkpoint)
         self.differences: list[float] = []
+        self.awake = threading.Lock()
         self.prompt = canary.choose(client, self.model, text)
         self.expected = {self.model: self._must_read(self.model)}
         self.kinds: list[Callable[[], None]] = []
@@ -90,13 +92,24 @@ class Operations:
             self._unload(name)
 
     def sleep(self) -> None:
-        """Let requests wait, and go on."""
-        self.client.expect("sleep", "/sleep?level=1&mode=keep")
-        threading.Event().wait(SLEEP_SECONDS)
-        answer = self.client.ask("sleep", "/is_sleeping", method="GET")
-        if answer is None or answer.json() != {"is_sleeping": True}:
-            self.client.tally.fail(f"not asleep: {answer}")
-        self.client.expect("sleep", "/wake_up")
+        """Let requests wait without the device's memory, and go on."""
+        with self.awake:
+            before = self.device_memory()
+            self.client.expect("sleep", "/sleep?level=1&mode=keep")
+            threading.Event().wait(SLEEP_SECONDS)
+            answer = self.client.ask("sleep", "/is_sleeping", method="GET")
+            if answer is None or answer.json() != {"is_sleeping": True}:
+                self.client.tally.fail(f"not asleep: {answer}")
+            asleep = self.device_memory()
+            if before and asleep and asleep[0] > before[0] / 2:
+                self.client.tally.fail(f"device memory, asleep: {asleep} of {before}")
+            self.client.expect("sleep", "/wake_up")
+
+    def device_memory(self) -> list[int]:
+        """See `SoakWorker.soak_device_memory`."""
+        answer = self.client.expect("memory", RPC, {"method": "soak_device_memory"})
+        found: list[int] = answer["results"][0] if answer else []
+        return found
 
     def plant_weight(self, _: threading.Event) -> None:
         """Load a checkpoint with scales of one layer that are 5 % off."""

@@ -31,6 +31,8 @@ OPTIONS = (
 )
 # On software NPUs, unless the device's share is given.
 CACHE, UTILIZATION = "--kv-cache-memory-bytes=33554432", "--gpu-memory-utilization"
+# vllm-ascend refuses to wake up with FRACTAL_NZ.
+SLEEP = ("--enable-sleep-mode", '--additional-config={"weight_nz_mode": 0}')
 # Experts take no adapters.
 LORA_MODULES = ("q_proj", "o_proj")
 LORA = ("--enable-lora", "--max-lora-rank=8", "--lora-target-modules", *LORA_MODULES)
@@ -124,10 +126,6 @@ def left_out(checkpoint: Path, release: str | None, eager: bool) -> dict[str, st
         )
     else:
         found["several adapters"] = "software NPUs lack the operators for them"
-        found["sleep"] = (
-            "vllm-ascend's allocator needs virtual device memory, which software NPUs "
-            "do not have"
-        )
     if release is not None and not eager:
         found["lora"] = (
             "with graphs, vllm-ascend on software NPUs answers adapters otherwise in a "
@@ -197,7 +195,8 @@ def serve(
         directory: For its caches. Servers with the same one share software NPUs.
         options: Of `vllm serve`.
         without: What it must not do; see `left_out`. A model that takes adapters
-            ("lora") is not compiled by vLLM's CPU platform.
+            ("lora") is not compiled by vLLM's CPU platform. One that sleeps ("sleep")
+            has no weights in FRACTAL_NZ on software NPUs.
         plugins: `VLLM_PLUGINS`.
         devices: Number of software NPUs.
         memory: Of each software NPU.
@@ -214,6 +213,8 @@ def serve(
     adapters, slots = ADAPTERS_ON_NPU if release else ADAPTERS_ON_CPU
     if release is not None and not any(x.startswith(UTILIZATION) for x in options):
         options = (CACHE, *options)
+    if release is not None and "sleep" not in missing:
+        options = (*SLEEP, *options)
     if "lora" not in missing:
         options = (*LORA, f"--max-loras={slots}", *options)
     vllm = str(Path(sys.executable).with_name("vllm"))

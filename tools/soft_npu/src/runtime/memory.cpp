@@ -14,7 +14,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <unordered_map>
 
 #include "runtime.h"
 
@@ -90,7 +89,26 @@ struct Block {
 };
 std::mutex lock;
 std::map<const char *, Block> blocks, host_blocks;
-std::unordered_map<const void *, uint64_t> generations;
+// By the start of what is written in another layout than rows.
+std::map<const char *, uint64_t> generations;
+
+// Bytes were written, or lost: what was decoded from them is not in memory any more.
+void outdate(const char *p, size_t size) {
+  for (auto it = generations.lower_bound(p); it != generations.end() && it->first < p + size; ++it)
+    it->second++;
+}
+
+void copy(void *to, const void *from, size_t count) {
+  memmove(to, from, count);
+  std::lock_guard<std::mutex> guard(lock);
+  outdate(static_cast<char *>(to), count);
+}
+
+void set(void *p, int32_t value, size_t count) {
+  memset(p, value, count);
+  std::lock_guard<std::mutex> guard(lock);
+  outdate(static_cast<char *>(p), count);
+}
 
 // The block around an address.
 bool inside(const std::map<const char *, Block> &map, const void *address) {
@@ -100,18 +118,6 @@ bool inside(const std::map<const char *, Block> &map, const void *address) {
   --it;
   return p < it->first + std::max<size_t>(it->second.size, 1);
 }
-
-bool take(size_t size, int32_t device) {
-  auto &ledger = ledgers()[device];
-  if (ledger.used() + size > memory_info(device).total) return false;
-  ledger.own().used += size;
-  size_t peak = ledger.peak;
-  const size_t used = ledger.used();
-  while (used > peak && !ledger.peak.compare_exchange_weak(peak, used)) {}
-  return true;
-}
-
-void give(size_t size, int32_t device) { ledgers()[device].own().used -= size; }
 
 size_t whole_pages(size_t size) { return (size + kPage - 1) / kPage * kPage; }
 
@@ -147,8 +153,8 @@ void for_pages(char *p, size_t size, Map map, Edge edge) {
   edge(last, p + size - last);
 }
 
-void remap(char *p, size_t size, int flags, int file) {
-  void *got = mmap(p, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | flags, file, 0);
+void remap(char *p, size_t size, int flags, int file, int rights = PROT_READ | PROT_WRITE) {
+  void *got = mmap(p, size, rights, MAP_PRIVATE | MAP_FIXED | flags, file, 0);
   if (got != p) {
     fprintf(stderr, "soft_npu: mmap: %s\n", strerror(errno));
     abort();
@@ -157,18 +163,11 @@ void remap(char *p, size_t size, int flags, int file) {
 
 aclError allocate(void **p, size_t size) {
   const int32_t device = current_device();
-  if (faulted("allocate", "")) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "planted");
-  std::lock_guard<std::mutex> guard(lock);
-  if (!take(size, device)) {
-    const auto info = memory_info(device);
-    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION,
-                "out of memory: " + std::to_string(size) + " bytes asked for, " +
-                    std::to_string(info.total - info.used) + " of " +
-                    std::to_string(info.total) + " free");
-  }
+  if (aclError error = take(size, device)) return error;
   *p = mmap(nullptr, std::max(whole_pages(size), kPage), PROT_READ | PROT_WRITE,
             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (*p == MAP_FAILED) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "mmap");
+  std::lock_guard<std::mutex> guard(lock);
   blocks[static_cast<char *>(*p)] = {size, device};
   poison(*p, size);
   return ACL_SUCCESS;
@@ -189,6 +188,26 @@ MemoryInfo memory_info(int32_t device) {
   auto &ledger = ledgers()[device];
   return {total, ledger.used(), ledger.peak};
 }
+
+aclError take(size_t size, int32_t device) {
+  if (faulted("allocate", "")) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "planted");
+  static std::mutex one_at_a_time;
+  std::lock_guard<std::mutex> guard(one_at_a_time);
+  auto &ledger = ledgers()[device];
+  const auto info = memory_info(device);
+  if (info.used + size > info.total)
+    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION,
+                "out of memory: " + std::to_string(size) + " bytes asked for, " +
+                    std::to_string(info.total - info.used) + " of " +
+                    std::to_string(info.total) + " free");
+  ledger.own().used += size;
+  size_t peak = ledger.peak;
+  const size_t used = ledger.used();
+  while (used > peak && !ledger.peak.compare_exchange_weak(peak, used)) {}
+  return ACL_SUCCESS;
+}
+
+void give(size_t size, int32_t device) { ledgers()[device].own().used -= size; }
 
 void reset_peak(int32_t device) { ledgers()[device].peak = ledgers()[device].used(); }
 
@@ -212,6 +231,20 @@ void zero(void *address, size_t size) {
       [](char *p, size_t n) { memset(p, 0, n); });
 }
 
+void map_pages(char *p, size_t size, int32_t device) {
+  remap(p, size, MAP_ANONYMOUS | MAP_NORESERVE, -1);
+  poison(p, size);
+  std::lock_guard<std::mutex> guard(lock);
+  blocks[p] = {size, device};
+  outdate(p, size);
+}
+
+void unmap_pages(char *p, size_t size) {
+  std::lock_guard<std::mutex> guard(lock);
+  blocks.erase(p);
+  remap(p, size, MAP_ANONYMOUS | MAP_NORESERVE, -1, PROT_NONE);
+}
+
 bool on_device(const void *address) {
   std::lock_guard<std::mutex> guard(lock);
   return inside(blocks, address);
@@ -224,12 +257,12 @@ bool on_host(const void *address) {
 
 uint64_t generation(const void *address) {
   std::lock_guard<std::mutex> guard(lock);
-  return generations[address];
+  return generations[static_cast<const char *>(address)];
 }
 
 void note_write(const void *address) {
   std::lock_guard<std::mutex> guard(lock);
-  generations[address]++;
+  generations[static_cast<const char *>(address)]++;
 }
 
 }  // namespace soft_npu
@@ -293,80 +326,37 @@ aclError aclrtPointerGetAttributes(const void *p, aclrtPtrAttributes *attributes
   return ACL_SUCCESS;
 }
 
-// Expandable segments: an address range, and physical memory that is mapped into it.
-aclError aclrtReserveMemAddress(void **p, size_t size, size_t, void *, uint64_t) {
-  *p = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (*p == MAP_FAILED) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "address range");
-  return ACL_SUCCESS;
-}
-
-// The range is not given back to the host, so that no later one gets its address.
-aclError aclrtReleaseMemAddress(void *) { return ACL_SUCCESS; }
-
-aclError aclrtMallocPhysical(aclrtDrvMemHandle *handle, size_t size,
-                             const aclrtPhysicalMemProp *, uint64_t) {
-  if (faulted("allocate", "")) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "planted");
-  std::lock_guard<std::mutex> guard(lock);
-  const int32_t device = current_device();
-  if (!take(size, device)) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "out of memory");
-  *handle = reinterpret_cast<aclrtDrvMemHandle>(new Block{size, device});
-  return ACL_SUCCESS;
-}
-
-aclError aclrtFreePhysical(aclrtDrvMemHandle handle) {
-  std::lock_guard<std::mutex> guard(lock);
-  auto *block = reinterpret_cast<Block *>(handle);
-  give(block->size, block->device);
-  delete block;
-  return ACL_SUCCESS;
-}
-
-aclError aclrtMapMem(void *p, size_t size, size_t, aclrtDrvMemHandle handle, uint64_t) {
-  remap(static_cast<char *>(p), size, MAP_ANONYMOUS | MAP_NORESERVE, -1);
-  poison(p, size);
-  std::lock_guard<std::mutex> guard(lock);
-  blocks[static_cast<char *>(p)] = {size, reinterpret_cast<Block *>(handle)->device};
-  return ACL_SUCCESS;
-}
-
-aclError aclrtUnmapMem(void *p) {
-  std::lock_guard<std::mutex> guard(lock);
-  auto it = blocks.find(static_cast<char *>(p));
-  if (it == blocks.end()) return fail(ACL_ERROR_INVALID_PARAM, "aclrtUnmapMem: not mapped");
-  mmap(p, it->second.size, PROT_NONE,
-       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-  blocks.erase(it);
-  return ACL_SUCCESS;
-}
-
 // Copies. Of two streams' the order is that of their calls.
 aclError aclrtMemcpy(void *to, size_t, const void *from, size_t count, aclrtMemcpyKind kind) {
   if (aclError error = refuse_in_capture("aclrtMemcpy")) return error;
+  if (aclError error = refuse_unmapped("aclrtMemcpy", {to, from}, count)) return error;
   count_copy(count, kind);
-  memmove(to, from, count);
+  copy(to, from, count);
   return hangs() ? hang(-1) : ACL_SUCCESS;
 }
 
 aclError aclrtMemcpyAsync(void *to, size_t, const void *from, size_t count,
                           aclrtMemcpyKind kind, aclrtStream stream) {
+  if (aclError error = refuse_unmapped("aclrtMemcpyAsync", {to, from}, count)) return error;
   count_copy(count, kind);
-  return launch(stream, [=] { memmove(to, from, count); });
+  return launch(stream, [=] { copy(to, from, count); });
 }
 
-aclError aclrtMemcpyAsyncWithCondition(void *to, size_t, const void *from, size_t count,
+aclError aclrtMemcpyAsyncWithCondition(void *to, size_t size, const void *from, size_t count,
                                        aclrtMemcpyKind kind, aclrtStream stream) {
-  count_copy(count, kind);
-  return launch(stream, [=] { memmove(to, from, count); });
+  return aclrtMemcpyAsync(to, size, from, count, kind, stream);
 }
 
 aclError aclrtMemset(void *p, size_t, int32_t value, size_t count) {
   if (aclError error = refuse_in_capture("aclrtMemset")) return error;
-  memset(p, value, count);
+  if (aclError error = refuse_unmapped("aclrtMemset", {p}, count)) return error;
+  set(p, value, count);
   return ACL_SUCCESS;
 }
 
 aclError aclrtMemsetAsync(void *p, size_t, int32_t value, size_t count, aclrtStream stream) {
-  return launch(stream, [=] { memset(p, value, count); });
+  if (aclError error = refuse_unmapped("aclrtMemsetAsync", {p}, count)) return error;
+  return launch(stream, [=] { set(p, value, count); });
 }
 
 }  // extern "C"

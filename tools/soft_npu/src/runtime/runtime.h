@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <thread>
@@ -40,6 +41,13 @@ struct MemoryInfo {
 // All processes' together.
 MemoryInfo memory_info(int32_t device);
 void reset_peak(int32_t device);
+// Takes memory from a device's budget, or fails; gives it back.
+aclError take(size_t size, int32_t device);
+void give(size_t size, int32_t device);
+// Makes whole pages device memory that nobody has written; and pages whose access ends
+// the process.
+void map_pages(char *address, size_t size, int32_t device);
+void unmap_pages(char *address, size_t size);
 // Fills with a pattern that is NaN in each float and negative, but not -1, in each int.
 void poison(void *address, size_t size);
 void zero(void *address, size_t size);
@@ -48,6 +56,12 @@ bool on_host(const void *address);
 // Grows each time that something in another layout than rows is written at an address.
 uint64_t generation(const void *address);
 void note_write(const void *address);
+
+// --- virtual memory (virtual_memory.cpp)
+
+// Fails if a range starting at one of the addresses is reserved, and not all mapped.
+aclError refuse_unmapped(const char *what, std::initializer_list<const void *> addresses,
+                         size_t size);
 
 // --- devices (device.cpp)
 
