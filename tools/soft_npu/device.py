@@ -28,6 +28,8 @@ KEPT = {
     "npu::npu_change_data_ptr",
     "npu::copy_memory_",
 }
+# What torch_npu composes of operators that this device computes.
+COMPOSED_BY_TORCH_NPU = {"aten::scaled_dot_product_attention"}
 # Arguments of matmul operators that may be in FRACTAL_NZ.
 READ_NZ = [
     "aten::mm",
@@ -81,6 +83,7 @@ def install() -> None:
     emulated.install()
     ops.install("aten", "npu", "atb")
     _take_over()
+    _compose()
 
 
 def install_custom() -> None:
@@ -114,6 +117,20 @@ def _take_over() -> None:
     ]
     _taken.update(new)
     torch.ops.soft_npu.install(new, READ_NZ, PACKED_INT4, SYNCHRONIZE)
+
+
+def _compose() -> None:
+    """Take over what torch_npu computes above the dispatcher, by calls of CANN."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("AutogradPrivateUse1")
+    composite = "CompositeImplicitAutograd"
+    torch.ops.soft_npu.compose(
+        [
+            name
+            for name in names
+            if torch._C._dispatch_has_kernel_for_dispatch_key(name, composite)
+            and name not in COMPOSED_BY_TORCH_NPU
+        ]
+    )
 
 
 _taken: set[str] = set()
