@@ -20,7 +20,14 @@ from tests.layers import (
     test_resolved,
 )
 from tests.real_stack import test_vllm_ascend_chips
-from tests.soft_npu import engines, test_engine, test_models, test_ranks, test_serve
+from tests.soft_npu import (
+    engines,
+    test_a5,
+    test_engine,
+    test_models,
+    test_ranks,
+    test_serve,
+)
 from tools.soft_npu import suite
 from tools.soft_npu.environment import Device
 from tools.stacks import real_stack
@@ -130,6 +137,8 @@ def _checkpoints() -> Iterator[tuple[str, str]]:
         yield from ((Device.soc, run["checkpoint"]) for run in runs)
     for names in test_models.PROCESSES.values():
         yield from ((Device.soc, name) for name in names)
+    for runs in test_a5.PROCESSES.values():
+        yield from ((test_a5.CHIP, run["checkpoint"]) for run in runs)
     for chip, run, _ in test_ranks.CASES.values():
         yield chip, run["checkpoint"]
     for name, _ in test_serve.CASES.values():

@@ -5,9 +5,12 @@
 A5 multiplies FP8 and MX formats as they are. Runs on each supported release.
 """
 
+import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -33,20 +36,29 @@ FUSED = {
 ATTENTION = "npu::npu_fused_infer_attention_score"
 
 
+WNA16, INT8, FP8, MX8, MX4 = (
+    f"Ascend{name}LinearKernel"
+    for name in ("WNA16", "Int8ScaledMM", "FP8ScaledMM", "Mxfp8", "Mxfp4")
+)
+IS_030 = os.environ.get("SOFT_NPU_RELEASE", "").startswith("0.30.")
+
+
 class Served(NamedTuple):
     """How a checkpoint is served.
 
     Attributes:
-        kernels: Classes of the linear layers' kernels; empty if they are resolved.
+        kernels: Classes of the linear layers' kernels.
         calls: Number of calls of each operator that quantizes or multiplies, in a layer
             of the model.
         tolerance: Mean difference of log-probabilities from float32.
+        resolved: Whether there are layers of which 16-bit weights are made.
 
     """
 
     kernels: list[str]
     calls: dict[str, int]
     tolerance: float
+    resolved: bool = False
 
 
 def quantized(kernel: str, operator: str, tolerance: float) -> Served:
@@ -55,33 +67,31 @@ def quantized(kernel: str, operator: str, tolerance: float) -> Served:
 
 
 def experts(operator: str, tolerance: float) -> Served:
-    """Experts whose activations are quantized, with W4A16 attention."""
-    calls = {WEIGHT_ONLY: EXPERTS, operator: 2, GROUPED: 2}
-    return Served(["AscendWNA16LinearKernel"], calls, tolerance)
+    """Experts beside W4A16 attention; with 0.23 they are resolved."""
+    calls = {WEIGHT_ONLY: EXPERTS, GROUPED: 2}
+    if not IS_030:
+        return Served([WNA16], calls, tolerance, resolved=True)
+    return Served([WNA16], {operator: 2, **calls}, tolerance)
 
 
-FP8, MX8, MX4 = (
-    f"Ascend{name}LinearKernel" for name in ("FP8ScaledMM", "Mxfp8", "Mxfp4")
-)
 # Tolerances are those of tests/engine, where operators are emulated below vLLM's CPU
 # platform. The references of FP8, MXFP8 and MXFP4 dense models round activations.
 SERVED = {
     "dense/fp8-channel-dynamic": quantized(FP8, QUANTIZE, 0.035),
     "dense/mxfp8": quantized(MX8, MX_QUANTIZE, 0.04),
     "dense/mxfp4": quantized(MX4, MX_QUANTIZE, 0.12),
-    "dense/fp8-block": Served([], {}, 0.015),
-    "dense/nvfp4": Served([], {}, 0.015),
-    "dense-w4a16": Served(["AscendWNA16LinearKernel"], {WEIGHT_ONLY: DENSE}, 0.015),
-    "dense-w8a8": quantized("AscendInt8ScaledMMLinearKernel", QUANTIZE, 0.04),
+    "dense/fp8-block": Served([], {}, 0.015, resolved=True),
+    "dense/nvfp4": Served([], {}, 0.015, resolved=True),
+    "dense-w4a16": Served([WNA16], {WEIGHT_ONLY: DENSE}, 0.015),
+    "dense-w8a8": quantized(INT8, QUANTIZE, 0.04),
     "qwen3-moe/w4a16-g128+fp8-channel-dynamic": experts(QUANTIZE, 0.08),
     "qwen3-moe/w4a16-g128+mxfp8": experts(MX_QUANTIZE, 0.08),
     "qwen3-moe/w4a16-g128+mxfp4": experts(MX_QUANTIZE, 0.2),
-    "moe-w4a16": Served(
-        ["AscendWNA16LinearKernel"], {WEIGHT_ONLY: EXPERTS, GROUPED: 2}, 0.03
-    ),
+    "moe-w4a16": Served([WNA16], {WEIGHT_ONLY: EXPERTS, GROUPED: 2}, 0.03),
+    # With 0.23 the activations of experts stay in 16 bits.
     "moe-w8a8": Served(
-        ["AscendInt8ScaledMMLinearKernel"],
-        {QUANTIZE: 4, MULTIPLY: EXPERTS, GROUPED: 2},
+        [INT8],
+        {QUANTIZE: EXPERTS + 2 * IS_030, MULTIPLY: EXPERTS, GROUPED: 2},
         0.08,
     ),
 }
@@ -110,7 +120,6 @@ PROCESSES = {
     "mxfp8 expert graphs": graphs("qwen3-moe/w4a16-g128+mxfp8"),
 }
 USUAL = ["usual"]
-RELEASE = os.environ.get("SOFT_NPU_RELEASE", "")
 Serve = Callable[..., list[Result]]
 
 
@@ -132,7 +141,7 @@ def test_served(serve: Serve, process: str) -> None:
         expected = SERVED[run["checkpoint"]]
         (rank,) = result["ranks"]
         assert rank["kernels"] == expected.kernels
-        assert bool(rank["resolved"]) != bool(expected.kernels)
+        assert bool(rank["resolved"]) == expected.resolved
         assert calls_in_a_layer(result) == expected.calls
 
 
@@ -143,4 +152,54 @@ def test_close_to_float32(serve: Serve, process: str) -> None:
         name = run["checkpoint"]
         found = engines.difference(name, result["logprobs"], suite.is_rounded(name))
         print(f"{name} {run}: {found:.4f}")
+        assert found < SERVED[name].tolerance
+
+
+def check_own(theirs: Result) -> None:
+    """Check that vllm-ascend's own config serves."""
+    assert [rank["platform"] for rank in theirs["ranks"]] == ["NPUPlatform"]
+    assert theirs["config"].startswith("vllm_ascend.")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [EAGER, {}], ids=["eager", "graphs"])
+def test_fp8_is_bit_equal_to_vllm_ascends_own(
+    serve: Serve, options: dict[str, bool]
+) -> None:
+    runs = [{"checkpoint": "dense/fp8-channel-dynamic", **SMALL, **options}]
+    (ours,), (theirs,) = (
+        serve(runs, plugins=plugins, chip=CHIP) for plugins in ("ascend_ct", "ascend")
+    )
+    check_own(theirs)
+    assert theirs["logprobs"] == ours["logprobs"]
+    assert theirs["tokens"] == ours["tokens"]
+    calls, own = (Counter(x["ranks"][0]["operators"]) for x in (ours, theirs))
+    assert not calls - own, f"called more often than by vllm-ascend: {calls - own}"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not IS_030, reason="its config reads no MX formats")
+@pytest.mark.parametrize("name", ["dense/mxfp8", "dense/mxfp4"])
+def test_mx_beside_vllm_ascends_own(serve: Serve, tmp_path: Path, name: str) -> None:
+    """It reads MX activations of checkpoints of mixed formats only.
+
+    Of MXFP4 it rounds halves away from zero, and this package to even.
+    """
+    suite.prepare([name])
+    checkpoint = tmp_path / "mixed"
+    shutil.copytree(suite.checkpoint(name), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["format"] = "mixed-precision"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    runs = [{"checkpoint": str(checkpoint), **SMALL, **EAGER}]
+    ours, theirs = (
+        engines.run(runs, tmp_path / f"{plugins}.json", plugins, CHIP)[0]
+        for plugins in ("ascend_ct", "ascend")
+    )
+    check_own(theirs)
+    engines.check_in_charge(runs[0], ours)
+    for result in (ours, theirs):
+        assert calls_in_a_layer(result) == SERVED[name].calls
+        found = engines.difference(name, result["logprobs"], rounded=True)
+        print(f"{name} {result['config']}: {found:.4f}")
         assert found < SERVED[name].tolerance

@@ -76,8 +76,11 @@ def install() -> None:
     """Load the dispatch library, and replace the kernels that torch_npu registers."""
     from tools.soft_npu import ops, triton_kernels
     from vllm_ascend_ct.ops import emulated
+    from vllm_ascend_ct.ops.soc import Soc, set_default_soc
 
     torch.ops.load_library(os.environ["SOFT_NPU_LIBRARY"])
+    # Also without this package's platform, which would say it.
+    set_default_soc(Soc(os.environ["SOFT_NPU_SOC"]))
     _library().impl("decoded", _mark_nz, "CPU")
     _library().impl("launch_triton", triton_kernels.launch, "CPU")
     emulated.install()

@@ -235,6 +235,8 @@ const std::map<std::string, Kernel *> kWrapped = {
     {"npu::npu_format_cast_", own_kernel},
     {"npu::npu_format_cast_.acl_format", own_kernel},
     {"npu::_npu_format_cast", own_kernel},
+    {"npu::_npu_format_cast.aclnn", own_kernel},
+    {"npu::_npu_format_cast.input_dtype", own_kernel},
 };
 
 bool is_view(const c10::FunctionSchema &schema) {
