@@ -11,14 +11,16 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 from tests.soft_npu.test_engine import in_turn
 from tools.soft_npu import suite
+from vllm_ascend_ct.ops.dtypes import E2M1
 
 pytestmark = pytest.mark.soft_npu
 CHIP = "A5"
@@ -161,8 +163,12 @@ def check_own(theirs: Result) -> None:
     assert theirs["config"].startswith("vllm_ascend.")
 
 
+# With graphs, vllm-ascend 0.23 quantizes to int8 what it multiplies in FP8.
+OWN_FP8 = {"eager": EAGER, **({"graphs": {}} if IS_030 else {})}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("options", [EAGER, {}], ids=["eager", "graphs"])
+@pytest.mark.parametrize("options", OWN_FP8.values(), ids=OWN_FP8)
 def test_fp8_is_bit_equal_to_vllm_ascends_own(
     serve: Serve, options: dict[str, bool]
 ) -> None:
@@ -198,8 +204,30 @@ def test_mx_beside_vllm_ascends_own(serve: Serve, tmp_path: Path, name: str) -> 
     )
     check_own(theirs)
     engines.check_in_charge(runs[0], ours)
+    assert (ours["logprobs"] == theirs["logprobs"]) == (name == "dense/mxfp8")
     for result in (ours, theirs):
         assert calls_in_a_layer(result) == SERVED[name].calls
         found = engines.difference(name, result["logprobs"], rounded=True)
         print(f"{name} {result['config']}: {found:.4f}")
         assert found < SERVED[name].tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, E2M1], ids=["fp8", "fp4"])
+def test_norms_that_quantize(monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    """As the two operators which they replace; a sum that 16 bits hold."""
+    import torch_npu
+
+    monkeypatch.setenv("VLLM_ASCEND_CT_SOC", CHIP)
+    torch.manual_seed(0)
+    x1, x2 = (torch.randint(-9, 9, (5, 96)).bfloat16().npu() for _ in range(2))
+    gamma = torch.rand(96).bfloat16().npu()
+    normal = torch_npu.npu_rms_norm(x1 + x2, gamma, 1e-6)[0]
+    expected = torch_npu.npu_dynamic_mx_quant(normal, dst_type=dtype)
+    found = torch_npu.npu_rms_norm_dynamic_mx_quant(x1 + x2, gamma, dst_type=dtype)
+    q, total, scale, rstd = torch_npu.npu_add_rms_norm_dynamic_mx_quant(
+        x1, x2, gamma, dst_type=dtype
+    )
+    for one, other in zip((*found[:2], q, scale), expected * 2, strict=True):
+        assert torch.equal(one.view(torch.uint8).cpu(), other.view(torch.uint8).cpu())
+    assert torch.equal(total, x1 + x2)
+    assert rstd.numel() == found[2].numel() == 0
