@@ -23,6 +23,7 @@ from tests.real_stack import test_vllm_ascend_chips
 from tests.soft_npu import (
     engines,
     test_310p,
+    test_a5,
     test_engine,
     test_models,
     test_ranks,
@@ -139,6 +140,8 @@ def _checkpoints() -> Iterator[tuple[str, str]]:
         yield test_310p.CHIP, run["checkpoint"]
     for names in test_models.PROCESSES.values():
         yield from ((Device.soc, name) for name in names)
+    for runs in test_a5.PROCESSES.values():
+        yield from ((test_a5.CHIP, run["checkpoint"]) for run in runs)
     for chip, run, _ in test_ranks.CASES.values():
         yield chip, run["checkpoint"]
     for name, _ in test_serve.CASES.values():

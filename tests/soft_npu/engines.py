@@ -76,14 +76,20 @@ def _directory(name: str) -> str:
     return name if Path(name).is_dir() else str(suite.checkpoint(name))
 
 
-def check_served(run: Run, result: Result) -> None:
-    """Check that this package serves, on each of its NPUs."""
+def check_in_charge(run: Run, result: Result) -> None:
+    """Check that this package is in charge, on each of its NPUs."""
     assert result["config"] == f"{OURS}.AscendCTConfig"
     sizes = [x for name, x in run.items() if name.endswith("parallel_size")]
     assert len(result["ranks"]) == (sizes[0] if sizes else 1)
     for rank in result["ranks"]:
         assert rank["platform"] == "NPUAscendCTPlatform"
         assert rank["devices"] == ["npu"]
+
+
+def check_served(run: Run, result: Result) -> None:
+    """Check that this package serves, on A2, A3 or 310P."""
+    check_in_charge(run, result)
+    for rank in result["ranks"]:
         if is_float(run["checkpoint"]):
             # All unquantized layers use vllm-ascend's methods.
             assert rank["resolved"] and not rank["kernels"], rank
@@ -98,9 +104,17 @@ def check_served(run: Run, result: Result) -> None:
             assert METHODS & set(rank["methods"]), rank
 
 
-def difference(name: str, logprobs: Sequence[float]) -> float:
-    """Mean absolute difference of a checkpoint's log-probabilities from float32."""
-    path = suite.checkpoint(name) / "reference.json"
+def difference(name: str, logprobs: Sequence[float], rounded: bool = False) -> float:
+    """Mean absolute difference of a checkpoint's log-probabilities from float32.
+
+    Args:
+        name: The checkpoint.
+        logprobs: Log-probabilities of its held-out text.
+        rounded: Whether the reference rounds activations as A5 does.
+
+    """
+    directory = suite.rounded(name) if rounded else suite.checkpoint(name)
+    path = directory / "reference.json"
     reference = json.loads(path.read_text())[: len(logprobs)]
     return mean_difference(list(logprobs), reference)
 

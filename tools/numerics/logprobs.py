@@ -40,7 +40,8 @@ def reference(
 
     Args:
         checkpoint: Its directory.
-        on_grid: Rounds the inputs `[M, K]` of linear layers except the output head.
+        on_grid: Rounds the inputs `[M, K]` of linear layers except the output head and
+            routers.
 
     Returns:
         Log-probability of each token except the first, given the tokens before it.
@@ -111,7 +112,8 @@ def _round_inputs(model: Any, on_grid: Callable[["Tensor"], "Tensor"]) -> None:
         return on_grid(x.flatten(0, -2)).view(x.shape).to(x.dtype)
 
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+        is_quantized = name != "lm_head" and not name.endswith(".gate")
+        if isinstance(module, torch.nn.Linear) and is_quantized:
             module.register_forward_pre_hook(hook)
 
 

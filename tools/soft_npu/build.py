@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
-"""Compile the runtime, the dispatch library, and vllm-ascend's own library."""
+"""Compile the runtime, the libraries over it, and vllm-ascend's own library."""
 
 import subprocess
 import sysconfig
@@ -16,12 +16,14 @@ ROOT = Path("build/soft-npu")
 DISPATCH = "libsoft_npu.so"
 # Parts of every release's stack, which the libraries are compiled against.
 _PACKAGES = ("torch", "torch_npu_production")
+# Directories of sources, of a library each.
+_PARTS = ("runtime", "hccl", "dispatch", "opapi")
 _MISSING = "long soft_npu_missing(const char *);\n"
 _STUB = 'return soft_npu_missing("{name}");'
 
 
 def libraries() -> Path:
-    """Compile the runtime, named like CANN's libraries, and the dispatch library.
+    """Compile the runtime, named like CANN's libraries, and the libraries over it.
 
     Checkouts with other sources that share `build` do not replace each other's.
     """
@@ -31,9 +33,9 @@ def libraries() -> Path:
     def make(directory: Path) -> None:
         print("soft_npu: compiling the runtime and the dispatch library", flush=True)
         include = _include(torch, torch_npu)
-        runtime, hccl, dispatch = (
+        runtime, hccl, dispatch, opapi = (
             compile_objects(directory, sorted((SOURCES / part).glob("*.cpp")), include)
-            for part in ("runtime", "hccl", "dispatch")
+            for part in _PARTS
         )
         own = [*torch_npu.glob("_C*.so"), *torch_npu.glob("lib/*.so")]
         missing = set(elf.missing_symbols(own, torch.glob("lib/*.so*")))
@@ -45,9 +47,9 @@ def libraries() -> Path:
         places = (directory, torch / "lib", torch_npu / "lib")
         needs = ("ascendcl", "hccl", "torch_npu", "torch_cpu", "c10")
         link(directory / DISPATCH, dispatch, places, needs)
+        link(directory / "libopapi.so", opapi, places, ("ascendcl", "torch_cpu", "c10"))
 
-    parts = ("runtime", "hccl", "dispatch")
-    code = [path for part in parts for path in sorted((SOURCES / part).iterdir())]
+    code = [path for part in _PARTS for path in sorted((SOURCES / part).iterdir())]
     packages = [stacks.REQUIREMENTS[part][0] for part in _PACKAGES]
     contents = "\n".join([*(path.read_text() for path in code), *packages])
     return stacks.once(ROOT / f"lib-{stacks.digest(contents)[:12]}", contents, make)

@@ -8,17 +8,28 @@ python -m tools.soft_npu.checkpoints NAME...
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from tools.checkpoints import kv_scales, make_checkpoint, tiny_model, tiny_moe
 from tools.numerics.logprobs import reference
 from tools.soft_npu import build, suite
 from tools.stacks import stacks
+from vllm_ascend_ct.compare_layouts.layer import on_fp8_grid, on_mx_grid
 
 # Layers that a recipe's schemes apply to: the first to attention, the last to the rest.
 _LAYERS = ("re:.*(self|linear)_attn.*(_proj|_qkvz)", "re:.*.mlp.*(_proj|w[123])")
+
+# How A5 rounds activations, for each of `suite.ROUNDED`.
+_GRIDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp8-channel-dynamic": on_fp8_grid,
+    "mxfp8": partial(on_mx_grid, 8),
+    "mxfp4": partial(on_mx_grid, 4),
+}
 
 
 def more_configs() -> dict[str, PretrainedConfig]:
@@ -53,7 +64,13 @@ def make(name: str) -> None:
             kv_scales.add(directory, part)
         (directory / "reference.json").write_text(json.dumps(reference(directory)))
 
+    def make_rounded(directory: Path) -> None:
+        logprobs = reference(suite.checkpoint(name), _GRIDS[recipe])
+        (directory / "reference.json").write_text(json.dumps(logprobs))
+
     stacks.once(suite.checkpoint(name), suite.contents(name), make_one)
+    if suite.is_rounded(name):
+        stacks.once(suite.rounded(name), suite.contents(name), make_rounded)
 
 
 def _base(model: str) -> Path:

@@ -30,6 +30,8 @@ KEPT = {
     # Copies what memory holds, for tensors of one layout.
     "npu::npu_reshape.out",
 }
+# What torch_npu composes of operators that this device computes.
+COMPOSED_BY_TORCH_NPU = {"aten::scaled_dot_product_attention"}
 # Arguments of matmul operators that may be in FRACTAL_NZ.
 READ_NZ = [
     "aten::mm",
@@ -76,15 +78,18 @@ SYNCHRONIZE = [
 def install() -> None:
     """Load the dispatch library, and replace the kernels that torch_npu registers."""
     from tools.soft_npu import ops, triton_kernels
-    from vllm_ascend_ct.ops import emulated, soc
+    from vllm_ascend_ct.ops import emulated
+    from vllm_ascend_ct.ops.soc import Soc, set_default_soc
 
-    soc.set_default_soc(soc.Soc(os.environ["SOFT_NPU_SOC"]))
     torch.ops.load_library(os.environ["SOFT_NPU_LIBRARY"])
+    # Also without this package's platform, which would say it.
+    set_default_soc(Soc(os.environ["SOFT_NPU_SOC"]))
     _library().impl("decoded", _mark_nz, "CPU")
     _library().impl("launch_triton", triton_kernels.launch, "CPU")
     emulated.install()
     ops.install("aten", "npu", "atb")
     _take_over()
+    _compose()
 
 
 def install_custom() -> None:
@@ -118,6 +123,20 @@ def _take_over() -> None:
     ]
     _taken.update(new)
     torch.ops.soft_npu.install(new, READ_NZ, PACKED_INT4, SYNCHRONIZE)
+
+
+def _compose() -> None:
+    """Take over what torch_npu computes above the dispatcher, by calls of CANN."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("AutogradPrivateUse1")
+    composite = "CompositeImplicitAutograd"
+    torch.ops.soft_npu.compose(
+        [
+            name
+            for name in names
+            if torch._C._dispatch_has_kernel_for_dispatch_key(name, composite)
+            and name not in COMPOSED_BY_TORCH_NPU
+        ]
+    )
 
 
 _taken: set[str] = set()

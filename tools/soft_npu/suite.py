@@ -19,7 +19,7 @@ CHECKPOINTS = build.ROOT / "checkpoints"
 # Tests that run on every release.
 ENGINES, *OTHERS = (
     f"tests/soft_npu/test_{name}.py"
-    for name in ("engine", "fusion", "ranks", "kv_cache", "310p", "sleep")
+    for name in ("engine", "fusion", "ranks", "kv_cache", "310p", "a5", "sleep")
 )
 # Checkpoints of the default selection; others are named MODEL/RECIPE.
 MODELS = {
@@ -29,11 +29,24 @@ MODELS = {
     "mla-w4a16": "deepseek-v2/w4a16-g128",
     "moe-w8a8": "qwen3-moe/w8a8-channel-dynamic",
 }
+# Recipes of the dense model whose activations A5 rounds to a floating-point grid.
+ROUNDED = ("fp8-channel-dynamic", "mxfp8", "mxfp4")
 
 
 def checkpoint(name: str) -> Path:
     """The directory of a checkpoint: a name of `MODELS`, or MODEL/RECIPE."""
     return CHECKPOINTS / name.replace("/", "-")
+
+
+def rounded(name: str) -> Path:
+    """The directory of the reference whose activations are rounded as on A5."""
+    return CHECKPOINTS / f"rounded-{name.replace('/', '-')}"
+
+
+def is_rounded(name: str) -> bool:
+    """Whether a checkpoint has such a reference."""
+    model, _, recipe = contents(name).partition("/")
+    return model == "dense" and recipe in ROUNDED
 
 
 def prepare(names: Sequence[str] = tuple(MODELS)) -> None:
@@ -42,7 +55,10 @@ def prepare(names: Sequence[str] = tuple(MODELS)) -> None:
     Uses the plain environment, so that nothing under test computes the reference.
     """
     missing = [
-        name for name in names if not stacks.is_made(checkpoint(name), contents(name))
+        name
+        for name in names
+        if not stacks.is_made(checkpoint(name), contents(name))
+        or (is_rounded(name) and not stacks.is_made(rounded(name), contents(name)))
     ]
     if missing:
         command = [sys.executable, "-m", "tools.soft_npu.checkpoints", *missing]

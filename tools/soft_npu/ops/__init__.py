@@ -12,6 +12,7 @@ from tools.soft_npu.ops import (  # noqa: F401
     gating,
     linear_attention,
     norm,
+    norm_mx,
     rotary,
 )
 from tools.soft_npu.ops.registry import install

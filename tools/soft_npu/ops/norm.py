@@ -12,14 +12,15 @@ from vllm_ascend_ct.ops.emulated.registry import describe, refuse
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _check(name: str, x: torch.Tensor, gamma: torch.Tensor) -> None:
+def check(name: str, x: torch.Tensor, gamma: torch.Tensor) -> None:
+    """Check dtypes, and that the sizes of gamma are the last of x."""
     if x.dtype not in _DTYPES or gamma.dtype not in (x.dtype, torch.float32):
         refuse(name, f"x is {describe(x)}, gamma is {describe(gamma)}; one dtype")
     if gamma.shape != x.shape[x.dim() - gamma.dim() :]:
         refuse(name, f"gamma is {describe(gamma)} of {describe(x)}; its last sizes")
 
 
-def _normalize(
+def normalize(
     x: torch.Tensor, gamma: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x / rms(x)` in fp32, and 1 / rms."""
@@ -37,8 +38,8 @@ def npu_rms_norm(
 
     Source: ops-nn `norm/rms_norm`.
     """
-    _check("npu_rms_norm", input, gamma)
-    normal, rstd = _normalize(input, gamma, epsilon)
+    check("npu_rms_norm", input, gamma)
+    normal, rstd = normalize(input, gamma, epsilon)
     return (normal * gamma.float()).to(input.dtype), rstd
 
 
@@ -50,8 +51,8 @@ def npu_gemma_rms_norm(
 
     Source: op-plugin `GemmaRmsNormKernelOpApi.cpp`; ops-nn `norm/gemma_rms_norm`.
     """
-    _check("npu_gemma_rms_norm", input, gamma)
-    normal, rstd = _normalize(input, gamma, epsilon)
+    check("npu_gemma_rms_norm", input, gamma)
+    normal, rstd = normalize(input, gamma, epsilon)
     return (normal * (1 + gamma.float())).to(input.dtype), rstd
 
 
@@ -75,11 +76,11 @@ def npu_add_rms_norm(
         Norm, rstd, and sum.
 
     """
-    _check("npu_add_rms_norm", x1, gamma)
+    check("npu_add_rms_norm", x1, gamma)
     if (x1.shape, x1.dtype) != (x2.shape, x2.dtype):
         refuse("npu_add_rms_norm", f"x1 is {describe(x1)}, x2 is {describe(x2)}")
     total = _add(x1, x2)
-    normal, rstd = _normalize(total, gamma, epsilon)
+    normal, rstd = normalize(total, gamma, epsilon)
     normal = normal.to(x1.dtype)
     if x1.dtype == torch.float16:
         return normal * gamma.to(x1.dtype), rstd, total
@@ -146,7 +147,7 @@ def npu_add_rms_norm_quant(
         if (operand.dtype, operand.shape) != (dtype, gamma.shape):
             refuse(name, f"{describe(operand)} for {x1.dtype}; {dtype}, as gamma")
     total = _add(x1, x2)
-    normal, _ = _normalize(total, gamma, epsilon)
+    normal, _ = normalize(total, gamma, epsilon)
     y = normal * gamma.float()
     if x1.dtype == torch.float16:
         y = (normal.half() * gamma).float()
@@ -189,7 +190,7 @@ def npu_add_rms_norm_dynamic_quant(
     if y_dtype not in (None, torch.int8):
         refuse(name, f"y_dtype={y_dtype}; emulated: int8")
     total = x1.float() + x2.float()
-    normal, _ = _normalize(total, gamma, epsilon)
+    normal, _ = normalize(total, gamma, epsilon)
     y = normal * gamma.float()
     if beta is not None:
         y = y + beta.float()

@@ -124,9 +124,16 @@ def dynamic_fp8_matmul(
         `[..., N]`, dtype of x.
 
     """
-    q, x_scale = torch.ops.npu.npu_dynamic_quant(_matrix(x), dst_type=FP8)
+    # With one axis more. vllm-ascend's graph passes fuse a norm and a quantization of its
+    # rows into one to int8, whatever dst_type is.
+    rows = _matrix(x).unsqueeze(0)
+    q, x_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
     y = torch.ops.npu.npu_quant_matmul(
-        q, weight, weight_scale, pertoken_scale=x_scale, output_dtype=x.dtype
+        q.squeeze(0),
+        weight,
+        weight_scale,
+        pertoken_scale=x_scale.squeeze(0),
+        output_dtype=x.dtype,
     )
     if bias is not None:
         y = y + bias

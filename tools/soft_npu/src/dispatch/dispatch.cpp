@@ -34,6 +34,8 @@ std::mutex lock;
 std::deque<torch::Library> libraries;
 // What torch_npu registered, of the operators that are wrapped.
 std::map<std::string, c10::SafeKernelFunction> originals;
+// Torch's own, of those that it composes of other operators.
+std::map<std::string, c10::SafeKernelFunction> composed;
 // Memory of the graphs' pools.
 std::unordered_set<const void *> pools;
 // Results are written at once: they need no poison.
@@ -129,6 +131,10 @@ void compute(const OperatorHandle &op, DispatchKeySet, Stack *stack) {
 
 void call_original(const OperatorHandle &op, DispatchKeySet keys, Stack *stack) {
   originals.at(toString(op.operator_name())).callBoxed(op, keys, stack);
+}
+
+void call_composed(const OperatorHandle &op, DispatchKeySet keys, Stack *stack) {
+  composed.at(toString(op.operator_name())).callBoxed(op, keys, stack);
 }
 
 // torch_npu allocates; what it does not write is poison.
@@ -229,6 +235,8 @@ const std::map<std::string, Kernel *> kWrapped = {
     {"npu::npu_format_cast_", own_kernel},
     {"npu::npu_format_cast_.acl_format", own_kernel},
     {"npu::_npu_format_cast", own_kernel},
+    {"npu::_npu_format_cast.aclnn", own_kernel},
+    {"npu::_npu_format_cast.input_dtype", own_kernel},
 };
 
 bool is_view(const c10::FunctionSchema &schema) {
@@ -237,17 +245,35 @@ bool is_view(const c10::FunctionSchema &schema) {
   return false;
 }
 
-void implement(const std::string &full, Kernel *kernel) {
+void implement(const std::string &full, Kernel *kernel,
+               DispatchKey key = DispatchKey::PrivateUse1) {
   const auto colon = full.find("::");
   const auto space = full.substr(0, colon), name = full.substr(colon + 2);
-  static std::map<std::string, torch::Library *> by_namespace;
-  auto &library = by_namespace[space];
+  static std::map<std::pair<std::string, DispatchKey>, torch::Library *> known;
+  auto &library = known[{space, key}];
   if (!library) {
-    libraries.emplace_back(torch::Library::IMPL, space, DispatchKey::PrivateUse1, __FILE__, __LINE__);
+    libraries.emplace_back(torch::Library::IMPL, space, key, __FILE__, __LINE__);
     library = &libraries.back();
   }
   auto boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<Functor>(kernel));
   library->impl(name.c_str(), torch::CppFunction::makeFromBoxedKernel(std::move(boxed)));
+}
+
+std::optional<OperatorHandle> find(const std::string &full) {
+  const auto dot = full.find('.');
+  return c10::Dispatcher::singleton().findSchema(
+      {full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)});
+}
+
+// Of operators that torch composes of others, but torch_npu computes itself above the
+// dispatcher if it records for gradients: composes them again.
+void compose(std::vector<std::string> names) {
+  for (const auto &full : names) {
+    // As on a device that nobody has registered kernels for.
+    const auto key = DispatchKey::AutogradPrivateUse2;
+    composed.emplace(full, find(full)->getComputedKernelForDispatchKey(key));
+    implement(full, call_composed, DispatchKey::AutogradPrivateUse1);
+  }
 }
 
 // Takes over operators, and returns the names of those that stay as they are.
@@ -259,9 +285,7 @@ std::vector<std::string> install(std::vector<std::string> names, std::vector<std
   rules().synchronize.insert(synchronize.begin(), synchronize.end());
   std::vector<std::string> left;
   for (const auto &full : names) {
-    const auto dot = full.find('.');
-    const auto op = c10::Dispatcher::singleton().findSchema(
-        {full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)});
+    const auto op = find(full);
     const auto wrapped = kWrapped.find(full);
     if (!op || (wrapped == kWrapped.end() && is_view(op->schema()))) {
       left.push_back(full);
@@ -325,6 +349,7 @@ bool in_pool(const void *memory) {
 TORCH_LIBRARY(soft_npu, m) {
   m.def("install(str[] names, str[] read_nz, str[] packed_int4, str[] synchronize) -> str[]",
         soft_npu::install);
+  m.def("compose(str[] names) -> ()", soft_npu::compose);
   m.def("report() -> str[]", soft_npu::report);
   m.def("graph_report() -> str[]", soft_npu::graph_report);
   // Synchronizations; copies to the host and their bytes, to the device and their bytes.

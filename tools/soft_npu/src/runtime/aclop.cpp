@@ -3,7 +3,7 @@
 //
 // Operators that torch_npu compiles and runs by name, with a description of each tensor:
 // "Identity", which copies from one layout into another, and what torch_npu calls itself,
-// not by way of torch's dispatcher: "Fill", "PadV3" and "ViewCopy".
+// not by way of torch's dispatcher: "Fill" and "PadV3".
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -37,11 +37,6 @@ int64_t product(const std::vector<int64_t> &dims, size_t count) {
 bool is_nz(const aclTensorDesc *d) { return d->storage_format == ACL_FORMAT_FRACTAL_NZ; }
 bool is_rows(const aclTensorDesc *d) {
   return d->storage_format == ACL_FORMAT_ND || d->storage_format == ACL_FORMAT_NCHW;
-}
-
-aclError refuse(const std::string &what) {
-  fprintf(stderr, "soft_npu: %s\n", what.c_str());
-  return fail(ACL_ERROR_OP_NOT_FOUND, what);
 }
 
 // `tiled` describes the tensor in FRACTAL_NZ, and its `dims` the matrices that are in it.
@@ -95,33 +90,6 @@ aclError pad(const aclTensorDesc *from, const aclDataBuffer *source, const aclTe
   return ACL_SUCCESS;
 }
 
-// Copies between views of the same size and type. Four inputs describe each: its memory,
-// sizes, strides, and offset.
-aclError view_copy(const aclTensorDesc *const descs[], const aclDataBuffer *const buffers[]) {
-  if (descs[0]->type != descs[4]->type || !is_rows(descs[0]) || !is_rows(descs[4]))
-    return refuse("ViewCopy: between types or formats");
-  const int64_t item = aclDataTypeSize(descs[0]->type);
-  const int64_t rank = product(descs[1]->dims, descs[1]->dims.size());
-  const auto values = [&](int i) { return static_cast<const int64_t *>(buffers[i]->data); };
-  const auto address = [&](int i) {
-    return static_cast<char *>(buffers[i]->data) + *values(i + 3) * item;
-  };
-  const int64_t *sizes = values(1), *to = values(2), *from = values(6);
-  if (!std::equal(sizes, sizes + rank, values(5))) return refuse("ViewCopy: between sizes");
-  char *target = address(0), *source = address(4);
-  note_write(target);
-  const int64_t count = product({sizes, sizes + rank}, rank);
-  for (int64_t n = 0; n < count; n++) {
-    int64_t rest = n, t = 0, s = 0;
-    for (int64_t axis = rank - 1; axis >= 0; rest /= sizes[axis--]) {
-      t += rest % sizes[axis] * to[axis];
-      s += rest % sizes[axis] * from[axis];
-    }
-    memcpy(target + t * item, source + s * item, item);
-  }
-  return ACL_SUCCESS;
-}
-
 // Calls `copy(tile address, row address, bytes)` for each piece of a row in a tile.
 template <typename Copy>
 void for_tiles(int64_t batch, int64_t rows, int64_t row_bytes, int64_t tile, Copy copy) {
@@ -160,6 +128,9 @@ size_t aclDataTypeSize(aclDataType type) {
   switch (type) {
     case ACL_INT8:
     case ACL_UINT8:
+    case ACL_FLOAT8_E5M2:
+    case ACL_FLOAT8_E4M3FN:
+    case ACL_FLOAT8_E8M0:
     case ACL_BOOL: return 1;
     case ACL_FLOAT16:
     case ACL_BF16:
@@ -224,7 +195,6 @@ aclError aclopCompileAndExecute(const char *type, int inputs, const aclTensorDes
   if (name == "Fill" && inputs == 2 && outputs == 1)
     return fill(from[1], sources[1], to[0], targets[0]);
   if (name == "PadV3" && outputs == 1) return pad(from[0], sources[0], to[0], targets[0]);
-  if (name == "ViewCopy" && inputs == 8) return view_copy(from, sources);
   return refuse("operator " + name + " is not emulated");
 }
 

@@ -22,6 +22,8 @@ namespace soft_npu {
 
 // Returns `code`, with what `aclGetRecentErrMsg` then says.
 aclError fail(aclError code, const std::string &message);
+// The same of an operator that is not emulated, which is printed as well.
+aclError refuse(const std::string &what);
 const char *setting(const char *name, const char *otherwise);
 uint64_t number(const char *name, uint64_t otherwise);
 

@@ -51,6 +51,11 @@ aclError fail(aclError code, const std::string &message) {
   return code;
 }
 
+aclError refuse(const std::string &what) {
+  fprintf(stderr, "soft_npu: %s\n", what.c_str());
+  return fail(ACL_ERROR_OP_NOT_FOUND, what);
+}
+
 const char *setting(const char *name, const char *otherwise) {
   const char *value = getenv(name);
   return value && *value ? value : otherwise;
