@@ -124,15 +124,15 @@ def dynamic_fp8_matmul(
         `[..., N]`, dtype of x.
 
     """
-    # With one axis more. vllm-ascend's graph passes fuse a norm and a quantization of its
-    # rows into one to int8, whatever dst_type is.
+    # With one axis more: vllm-ascend's graph passes fuse a norm and a quantization of
+    # its rows into one to int8, whatever dst_type is.
     rows = _matrix(x).unsqueeze(0)
     q, x_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
     y = torch.ops.npu.npu_quant_matmul(
-        q.squeeze(0),
+        _matrix(q),
         weight,
         weight_scale,
-        pertoken_scale=x_scale.squeeze(0),
+        pertoken_scale=x_scale.view(-1),
         output_dtype=x.dtype,
     )
     if bias is not None:
