@@ -129,10 +129,10 @@ def dynamic_fp8_matmul(
     rows = _matrix(x).unsqueeze(0)
     q, x_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
     y = torch.ops.npu.npu_quant_matmul(
-        q.squeeze(0),
+        _matrix(q),
         weight,
         weight_scale,
-        pertoken_scale=x_scale.squeeze(0),
+        pertoken_scale=x_scale.view(-1),
         output_dtype=x.dtype,
     )
     if bias is not None:
