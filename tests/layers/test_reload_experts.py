@@ -30,6 +30,7 @@ from tests.layers.quantized_experts import (
 )
 from tests.layers.quantized_layers import MULTIPLIED_EXPERTS, activations
 from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
+from vllm_ascend_ct.fused_moe.experts.ascend_wna16_moe import shared_zeros
 
 BF16 = torch.bfloat16
 
@@ -105,3 +106,13 @@ def test_resolved_experts_have_the_new_weights(
         assert parameter.data_ptr() == before[name]
         assert not torch.equal(weights[0][name], weights[1][name])
         assert torch.equal(parameter, weights[0][name])
+
+
+def test_shared_zeros_survive_a_sleep() -> None:
+    """Of memory that two models share, a sleep restores what one of them covers."""
+    large, small = torch.ones(64), torch.ones(8)
+    shared_zeros(large)
+    model = torch.nn.Module()
+    model.register_buffer("zero_offset", shared_zeros(small))
+    discard(model)
+    assert not shared_zeros(large).any()

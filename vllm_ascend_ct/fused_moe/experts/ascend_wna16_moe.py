@@ -116,5 +116,8 @@ def shared_zeros(like: torch.Tensor) -> torch.Tensor:
     key = like.dtype, like.device
     known = _zeros.get(key)
     if known is None or known.numel() < like.numel():
-        known = _zeros[key] = torch.zeros_like(like).flatten()
+        known = _zeros[key] = torch.empty_like(like).flatten()
+    # Each time: a sleep of level 2 discards what no buffer of the model covers.
+    with torch.inference_mode():
+        known.zero_()
     return known[: like.numel()].view(like.shape)
