@@ -30,6 +30,12 @@ def software_npu(platform: None) -> None:
 
 
 @pytest.fixture(autouse=True)
+def default_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm-ascend's platform sets what its engines that sleep cannot have."""
+    monkeypatch.delenv("PYTORCH_NPU_ALLOC_CONF", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def no_faults() -> Iterator[None]:
     """A fault that one test injects must not fail another."""
     yield

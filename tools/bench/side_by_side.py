@@ -39,6 +39,7 @@ from tools.bench.comparison import (
     FP8_BLOCK,
     ITSELF,
     MIXED,
+    MXFP8,
     PACKAGE,
     UNQUANTIZED,
     Counts,
@@ -51,15 +52,19 @@ from tools.soft_npu.environment import Device
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 START = "<!-- side by side: tools/bench/side_by_side.py -->\n"
 END = "<!-- end of side by side -->\n"
+# Names of checkpoints, with `@CHIP` for others than A2.
 CHECKPOINTS = (
     *("dense-w8a8", "moe-w8a8", f"{MIXED}w4a16-g32", f"{MIXED}w4a8-channel"),
     *("dense-w4a16", "moe-w4a16", FP8_BLOCK, "qwen3-moe/fp8-channel-dynamic"),
+    *("dense/fp8-channel-dynamic@A5", MXFP8, "qwen3-moe/fp8-channel-dynamic@A5"),
 )
 # Those that are served with graphs, too.
 WITH_GRAPHS = ("dense-w8a8", "moe-w8a8")
 # vllm-ascend's errors for schemes that it does not serve, on a chip without FP8.
 REFUSED = (
     *("No compressed-tensors compatible", "dst_type=24; emulated: int8"),
+    # Its FP8 experts on A5.
+    "quant_dtype=24 is not emulated",
     # vllm-ascend 0.23 takes native FP8 of DeepSeek V4 alone.
     "object has no attribute 'o_groups'",
 )
@@ -68,7 +73,7 @@ PROMPT, GENERATED = 16, 8
 # Operators of linear layers.
 STUBBED = (
     *("npu_dynamic_quant", "npu_quantize", "npu_quant_matmul"),
-    "npu_weight_quant_batchmatmul",
+    *("npu_weight_quant_batchmatmul", "npu_dynamic_mx_quant"),
 )
 CALLS, ROUNDS = 2000, 7
 
@@ -228,7 +233,7 @@ def measure(checkpoint: str) -> dict[str, Any]:
 
 
 def run(
-    checkpoint: Path, release: str, plugins: str, graphs: bool = False
+    checkpoint: Path, device: Device, plugins: str, graphs: bool = False
 ) -> dict[str, Any] | None:
     """Measure a checkpoint in a process of its own; None if it is refused.
 
@@ -238,7 +243,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="side-by-side-") as state:
         out = Path(state) / "out.json"
-        variables = environment.variables(Device(release), Path(state)) | {
+        variables = environment.variables(device, Path(state)) | {
             "VLLM_PLUGINS": plugins,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CACHE_ROOT": str(Path(state) / "cache"),
@@ -281,44 +286,62 @@ def as_native_fp8(checkpoint: Path, directory: Path) -> Path:
     return copy
 
 
-def beside(name: str, release: str) -> tuple[str, Path, dict[str, Any]]:
+def as_mixed(checkpoint: Path, directory: Path) -> Path:
+    """Write MX weights in the format in which vllm-ascend 0.30 reads activations."""
+    copy = directory / "mixed"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["format"] = "mixed-precision"
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+# Other forms of the same weights, for vllm-ascend.
+FORMS = {FP8_BLOCK: ("fp8", as_native_fp8), MXFP8: ("mixed-precision", as_mixed)}
+
+
+def beside(entry: str, device: Device) -> tuple[str, Path, dict[str, Any]]:
     """What to compare with: vllm-ascend, or the 16-bit model if it refuses.
 
     Returns:
         What serves, the checkpoint that it serves, and what was measured.
 
     """
+    name = entry.partition("@")[0]
     path = suite.checkpoint(name)
-    own = run(path, release, OWN)
+    own = run(path, device, OWN)
     if own is not None:
         assert own["config"].startswith("vllm_ascend.")
         return ITSELF, path, own
-    if name == FP8_BLOCK:
+    if entry in FORMS:
+        form, write = FORMS[entry]
         with tempfile.TemporaryDirectory(prefix="side-by-side-") as directory:
-            copy = as_native_fp8(path, Path(directory))
-            own = run(copy, release, OWN)
+            copy = write(path, Path(directory))
+            own = run(copy, device, OWN)
         if own is not None:
             assert own["config"].startswith("vllm_ascend.")
-            return f"{ITSELF}, as `fp8`", copy, own
+            return f"{ITSELF}, as `{form}`", copy, own
     model = suite.contents(name).partition("/")[0]
     suite.prepare([model])
-    base = run(suite.checkpoint(model), release, OWN)
+    base = run(suite.checkpoint(model), device, OWN)
     assert base is not None and not base["config"]
     return UNQUANTIZED, suite.checkpoint(model), base
 
 
-def rows(name: str, release: str) -> Iterator[Row]:
+def rows(entry: str, release: str) -> Iterator[Row]:
     """Measure a checkpoint by this package and by vllm-ascend."""
+    name, _, chip = entry.partition("@")
+    device = Device(release, chip or Device.soc)
     path = suite.checkpoint(name)
-    ours = run(path, release, OURS)
+    ours = run(path, device, OURS)
     assert ours is not None and ours["config"].startswith("vllm_ascend_ct.")
-    server, its_path, other = beside(name, release)
+    server, its_path, other = beside(entry, device)
     found = ((PACKAGE, OURS, path, ours), (server, OWN, its_path, other))
     for server, plugins, served, measured in found:
         graphs = {}
-        if name in WITH_GRAPHS:
-            graphs = run(served, release, plugins, graphs=True) or {}
-        yield Row(name, release, server, measured | graphs)
+        if entry in WITH_GRAPHS:
+            graphs = run(served, device, plugins, graphs=True) or {}
+        yield Row(entry, release, server, measured | graphs)
 
 
 def with_report(page: str, rows: Sequence[Row]) -> str:
@@ -370,7 +393,7 @@ def main() -> None:
     if arguments.keep and arguments.keep.exists():
         found = [Row(*row) for row in json.loads(arguments.keep.read_text())]
     kept = {(row.release, row.checkpoint) for row in found}
-    suite.prepare(arguments.checkpoints)
+    suite.prepare([entry.partition("@")[0] for entry in arguments.checkpoints])
     for release, name in product(releases, arguments.checkpoints):
         if (release, name) in kept:
             continue

@@ -14,6 +14,8 @@ from vllm_ascend_ct.ops.dtypes import E2M1_VALUES
 
 # Values to dequantize at once; their indices, values and scales take 1 MB each.
 _VALUES_AT_ONCE = 1 << 18
+# Values to look for NaN in; two copies of them take 256 KB.
+_CHECKED_AT_ONCE = 1 << 17
 # Without the sign bit.
 _E4M3_NAN = 0x7F
 _E8M0_BIAS, _E8M0_NAN = 127, 255
@@ -70,8 +72,11 @@ def has_nan(weight: torch.Tensor) -> bool:
     if weight.is_meta:
         return False
     codes = weight.view(torch.uint8)
-    parts = codes.split(max(1, _VALUES_AT_ONCE // codes.shape[1]))
-    return any(bool(((part & _E4M3_NAN) == _E4M3_NAN).any()) for part in parts)
+    found = torch.zeros((), dtype=torch.bool, device=weight.device)
+    for part in codes.split(max(1, _CHECKED_AT_ONCE // codes.shape[1])):
+        found |= ((part & _E4M3_NAN) == _E4M3_NAN).any()
+    # Waits for the device once.
+    return bool(found)
 
 
 def dequantize(

@@ -124,16 +124,16 @@ def dynamic_fp8_matmul(
         `[..., N]`, dtype of x.
 
     """
-    # With one axis more: vllm-ascend's graph passes fuse a norm and a quantization of
-    # its rows into one to int8, whatever dst_type is.
-    rows = _matrix(x).unsqueeze(0)
-    q, x_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
+    rows = _matrix(x)
+    if torch.compiler.is_compiling():
+        # With one axis more: vllm-ascend's graph passes fuse a norm and a quantization
+        # of its rows into one to int8, whatever dst_type is.
+        q, x_scale = torch.ops.npu.npu_dynamic_quant(rows.unsqueeze(0), dst_type=FP8)
+        q, x_scale = _matrix(q), x_scale.view(-1)
+    else:
+        q, x_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
     y = torch.ops.npu.npu_quant_matmul(
-        _matrix(q),
-        weight,
-        weight_scale,
-        pertoken_scale=x_scale.view(-1),
-        output_dtype=x.dtype,
+        q, weight, weight_scale, pertoken_scale=x_scale, output_dtype=x.dtype
     )
     if bias is not None:
         y = y + bias

@@ -72,7 +72,10 @@ class AscendFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
         x: Any,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight, scale, *_ = self._get_layer_params(layer)
+        # Not `_get_layer_params`: it looks up two parameters more, which takes as long
+        # as the rest of a call.
+        weight_name, scale_name, *_ = self.layer_param_names
+        weight, scale = getattr(layer, weight_name), getattr(layer, scale_name)
         return dynamic_fp8_matmul(x, weight, scale, bias)
 
     def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
