@@ -5,9 +5,7 @@
 A5 multiplies FP8 and MX formats as they are. Runs on each supported release.
 """
 
-import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 from tests.soft_npu.test_engine import in_turn
+from tools.bench.side_by_side import as_mixed
 from tools.soft_npu import suite
 from vllm_ascend_ct.ops.dtypes import E2M1
 
@@ -192,11 +191,7 @@ def test_mx_beside_vllm_ascends_own(serve: Serve, tmp_path: Path, name: str) -> 
     Of MXFP4 it rounds halves away from zero, and this package to even.
     """
     suite.prepare([name])
-    checkpoint = tmp_path / "mixed"
-    shutil.copytree(suite.checkpoint(name), checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"]["format"] = "mixed-precision"
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    checkpoint = as_mixed(suite.checkpoint(name), tmp_path)
     runs = [{"checkpoint": str(checkpoint), **SMALL, **EAGER}]
     ours, theirs = (
         engines.run(runs, tmp_path / f"{plugins}.json", plugins, CHIP)[0]

@@ -51,6 +51,25 @@ def _causal(rows: int, columns: int) -> torch.Tensor:
     return torch.ones(rows, columns, dtype=torch.bool).triu(1 + columns - rows)
 
 
+def _encode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor,
+    added: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of whole sequences; causal if no mask is added."""
+    start = 0
+    for length in lengths.tolist():
+        part = slice(start, start + length)
+        q, k, v = query[part], key[part], value[part]
+        hidden = _causal(length, length) if added is None else added[:length, :length]
+        out[part] = attend(q, k, v, scale, hidden)[0].to(out.dtype)
+        start += length
+
+
 @implements("atb::_npu_flash_attention")
 def _npu_flash_attention(
     query: torch.Tensor,
@@ -81,13 +100,7 @@ def _npu_flash_attention(
 
     """
     added = _added("_npu_flash_attention", mask)
-    start = 0
-    for length in seq_len.tolist():
-        part = slice(start, start + length)
-        q, k, v = query[part], key[part], value[part]
-        hidden = added[:length, :length]
-        out[part] = attend(q, k, v, scale_value, hidden)[0].to(out.dtype)
-        start += length
+    _encode(query, key, value, seq_len, added, scale_value, out)
 
 
 @implements("atb::_npu_flash_attention_v3")
@@ -112,13 +125,7 @@ def _npu_flash_attention_v3(
     if mask_type not in (None, _ENCODER):
         refuse(name, f"mask_type={mask_type}; supported: {_ENCODER}")
     _check_compressed(name, _added(name, mask))
-    start = 0
-    for length in seq_len.tolist():
-        part = slice(start, start + length)
-        q, k, v = query[part], key[part], value[part]
-        hidden = _causal(length, length)
-        out[part] = attend(q, k, v, scale_value, hidden)[0].to(out.dtype)
-        start += length
+    _encode(query, key, value, seq_len, None, scale_value, out)
 
 
 @implements("atb::_npu_paged_attention")
