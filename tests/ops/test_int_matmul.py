@@ -81,7 +81,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.double() @ weight.double()
 
 
-# Multiples of the block sizes 1024 (float32) and 4096 (packed), less and more.
+# Multiples of the block sizes 1024 (float32; packed) and 4096 (packed), less and more.
 @pytest.mark.parametrize("k", [1, 62, 1023, 1024, 1025, 3072, 4098, 9000])
 @pytest.mark.parametrize("m", [1, 2, 70])
 def test_exact(path: str, m: int, k: int) -> None:
@@ -134,6 +134,19 @@ def test_vllms_scaled_product(m: int, k: int, dtype: torch.dtype) -> None:
                 assert torch.equal(result, expected.to(dtype))
 
 
+@pytest.mark.parametrize("in_int32", [True, False])
+def test_sums_that_a_cpu_rounds_are_not_packed(
+    mocker: MockerFixture, in_int32: bool
+) -> None:
+    """A CPU that rounds before it shifts gets half as much to add."""
+    mocker.patch.object(packed_int8, "saturates", return_value=False)
+    mocker.patch.object(packed_int8, "shifts_in_int32", return_value=in_int32)
+    most = (1 << 24) // (128 if in_int32 else 255) // 127
+    for k, packs in ((most, True), (most + 1, False)):
+        weight = torch.full((k, 8), 127, dtype=torch.int8)
+        assert (packed_int8.pack(weight) is not None) == packs
+
+
 def test_a_weight_is_packed_once(mocker: MockerFixture) -> None:
     """Scales that are computed in each call do not pack the weight again."""
     import vllm._custom_ops  # noqa: F401
@@ -156,7 +169,11 @@ def test_independent_of_the_default_dtype(m: int) -> None:
     x, weight, scale = int8(m, 64), normal(40, 64).t(), torch.rand(40)
     expected = reference(x, weight).float() * scale
     derived.clear()
-    for probe in (packed_int8.packing_pays, packed_int8.saturates):
+    for probe in (
+        packed_int8.packing_pays,
+        packed_int8.saturates,
+        packed_int8.shifts_in_int32,
+    ):
         probe.cache_clear()
     for cached in (scaled_int8._is_exact, packed_int8._per_channel):
         cached.cache_clear()
@@ -220,19 +237,22 @@ def test_int4_products_are_exact(path: str, m: int, k: int, group_size: int) -> 
                 assert torch.equal(product.double(), reference(x_part, part))
 
 
-def test_weights_of_models_are_packed(mocker: MockerFixture) -> None:
+@pytest.mark.parametrize("in_int32", [True, False])
+def test_weights_of_models_are_packed(mocker: MockerFixture, in_int32: bool) -> None:
     """With a rest; and if a sum could exceed 2**24, in blocks or not at all."""
     mocker.patch.object(packed_int8, "saturates", return_value=True)
-    weight = normal(64, 4096).t()
+    mocker.patch.object(packed_int8, "shifts_in_int32", return_value=in_int32)
+    k = packed_int8.block_size()
+    weight = normal(64, k).t()
     packed = packed_int8.pack(weight)
     assert packed is not None and packed.rest is not None
     assert 0 < packed.rest.values().numel() < 0.02 * weight.numel()
     assert weight.numel() < packed.nbytes < 1.2 * weight.numel()
     assert packed_int8.pack(FILLS["lowest"](8, 1024).t()) is None
     assert packed_int8.pack(normal(8, 1023).t()) is None
-    wide = torch.full((8, 2048), 64, dtype=torch.int8)
+    wide = torch.full((8, k // 2), 64, dtype=torch.int8)
     assert packed_int8.pack(wide[:, ::2].t()) is not None
-    assert packed_int8.pack(torch.cat((wide, wide), dim=1).t()) is None
+    assert packed_int8.pack(torch.cat((wide, wide, wide), dim=1).t()) is None
 
 
 def test_the_rest_keeps_neighbours_from_overflowing() -> None:

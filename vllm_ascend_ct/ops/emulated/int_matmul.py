@@ -16,6 +16,7 @@ from vllm_ascend_ct.ops.emulated.float_matmul import EXACT_INTEGERS, float_matmu
 from vllm_ascend_ct.ops.emulated.packed_int8 import (
     EXTREMES,
     PackedInt8,
+    block_size,
     is_exact,
     pack,
     packing_pays,
@@ -23,7 +24,6 @@ from vllm_ascend_ct.ops.emulated.packed_int8 import (
 from vllm_ascend_ct.ops.emulated.scaled_int8 import ScaledInt8, packs_scaled
 from vllm_ascend_ct.ops.emulated.weights import unpack_int4
 
-_PACKED_K = 4096
 # torch's int8 matmul packs the weight in each call, except for one row by a transposed
 # weight. Up to this many values, packing is cheaper than a call of oneDNN's matmul.
 _PACKED_AT_ONCE = 1 << 20
@@ -54,7 +54,7 @@ def int_matmul(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
     blocks = _blocks(x1, x2)
     if len(blocks) == 1:
         return _product(x1, blocks[0], bits=8)
-    return _sum(map(_product, x1.split(_PACKED_K, dim=1), blocks))
+    return _sum(map(_product, x1.split(block_size(), dim=1), blocks))
 
 
 def scaled_int_matmul(
@@ -143,7 +143,7 @@ def _blocks(x: torch.Tensor, weight: torch.Tensor) -> Blocks:
 
 
 def _packed_int8(weight: torch.Tensor) -> Blocks:
-    blocks = list(map(pack, weight.split(_PACKED_K)))
+    blocks = list(map(pack, weight.split(block_size())))
     # If a block cannot be packed, cache nothing: the block would keep the weight alive.
     packed = [block for block in blocks if block is not None]
     return Blocks(packed if len(packed) == len(blocks) else ())

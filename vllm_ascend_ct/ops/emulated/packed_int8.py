@@ -19,6 +19,7 @@ from vllm_ascend_ct.ops.emulated.float_matmul import EXACT_INTEGERS
 
 # oneDNN takes activations as uint8, and 255 * 128 < 2**15.
 _SHIFT = _LARGEST_PAIR = 128
+_LARGEST_SHIFTED = 255
 EXTREMES = ((127, 127), (-128, -128), (127, -128))
 _BOUNDED = ((127, 1), (-128, 0), (64, 64), (-64, -64))
 # Normally distributed weights leave 0.8 % of their values in the rest. From about 10 %,
@@ -109,7 +110,8 @@ def pack(weight: torch.Tensor) -> PackedInt8 | None:
     """Pack an int8 weight `[K, N]`; None if multiplying in float32 is no slower."""
     k, n = weight.shape
     rows = weight.t()
-    if rows.to(torch.int16).abs().sum(1).max() > EXACT_INTEGERS // _SHIFT:
+    largest = _SHIFT if shifts_in_int32() else _LARGEST_SHIFTED
+    if rows.to(torch.int16).abs().sum(1).max() > EXACT_INTEGERS // largest:
         return None
     if not saturates():
         return PackedInt8(_prepack(rows), None, (k, n))
@@ -176,6 +178,25 @@ def packing_pays() -> bool:
 def saturates() -> bool:
     """Whether oneDNN saturates with large neighbours, so that weights must be split."""
     return not is_exact(_multiply_packed, EXTREMES)
+
+
+@cache
+def shifts_in_int32() -> bool:
+    """Whether oneDNN takes the shift of the activations off before it rounds to fp32.
+
+    For many rows its AMX kernels round first. Tested with a sum of shifted products
+    that fp32 does not represent.
+    """
+    x = torch.full((4 * _ROWS_AT_ONCE, 2048), 127, dtype=torch.int8, device="cpu")
+    x[:, 0] = 126
+    rows = torch.tensor(_BOUNDED[:1], dtype=torch.int8, device="cpu").repeat(64, 1024)
+    expected = x.double() @ rows.t().double()
+    return torch.equal(_multiply_packed(x, rows.t()).double(), expected)
+
+
+def block_size() -> int:
+    """The largest K, a power of 2, for which weights of models can be packed."""
+    return 4096 if shifts_in_int32() else 1024
 
 
 def is_exact(
