@@ -132,6 +132,30 @@ def test_there_and_back() -> None:
     assert torch.equal(back, call.args[0])
 
 
+@pytest.mark.parametrize("index", [-1, 1, TOKENS * TOP_K])
+def test_rows_of_weight_0_are_not_read(index: int) -> None:
+    """As vllm-ascend has them for experts of other ranks, whose rows nobody wrote."""
+    call = unpermute_call()
+    rows, order, probs = call.args
+    probs.view(-1)[::3] = 0
+    unused = order[::3].long()
+    expected = call.run()
+    assert expected.isfinite().all()
+    rows[unused] = float("nan")
+    order[::3] = index
+    assert torch.equal(call.run(), expected)
+
+
+def test_padding_has_weights_of_nan() -> None:
+    call = unpermute_call()
+    _, order, probs = call.args
+    expected = call.run()
+    probs[-1] = float("nan")
+    order[-TOP_K:] = order[0]
+    result = call.run()
+    assert torch.equal(result[:-1], expected[:-1]) and result[-1].isnan().all()
+
+
 def unpermute(args: dict[int, Any]) -> Call:
     call = unpermute_call()
     for position, value in args.items():

@@ -100,39 +100,6 @@ def npu_moe_token_permute(
     return tokens[order // max(top_k, 1)], order.argsort().to(torch.int32)
 
 
-@implements("npu::npu_moe_token_unpermute", "npu::_npu_moe_token_unpermute")
-def npu_moe_token_unpermute(
-    permuted_tokens: torch.Tensor,
-    sorted_indices: torch.Tensor,
-    probs: torch.Tensor | None = None,
-    padded_mode: bool = False,
-    restore_shape: list[int] | None = None,
-) -> torch.Tensor:
-    """Sum the rows of each token.
-
-    Replaces the package's emulation, which refuses duplicate indices: vllm-ascend uses
-    them for rows of weight 0. Source: op-plugin `MoeTokenUnpermuteKernelNpuOpApi.cpp`;
-    ops-transformer `moe/moe_token_unpermute`.
-
-    Args:
-        permuted_tokens: `[R, H]`.
-        sorted_indices: int32 `[T * top-k]`.
-        probs: `[T, top-k]`; None for one unweighted row per token.
-        padded_mode: False.
-        restore_shape: Only read in padded mode.
-
-    """
-    if padded_mode:
-        refuse("npu_moe_token_unpermute", "padded_mode is not emulated")
-    rows = permuted_tokens[sorted_indices.long()]
-    if probs is None:
-        return rows
-    total = torch.zeros(len(probs), rows.shape[1])
-    for choice, weight in enumerate(probs.float().unbind(1)):
-        total += rows[choice :: probs.shape[1]].float() * weight.unsqueeze(1)
-    return total.to(permuted_tokens.dtype)
-
-
 @implements("aten::histc")
 def histc(
     self: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0

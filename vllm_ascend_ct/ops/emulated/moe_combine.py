@@ -55,14 +55,16 @@ def npu_moe_token_unpermute(
 ) -> torch.Tensor:
     """Sum the rows of each token: `sum over j of probs[t, j] * row[index[t, j]]`.
 
-    Accumulates in fp32 in the order of j, and rounds once.
+    Accumulates in fp32 in the order of j, and rounds once. Rows of weight 0 are not
+    read, whatever their index: vllm-ascend has them for experts of other ranks.
 
     Source: op-plugin `MoeTokenUnpermuteKernelNpuOpApi.cpp`; ops-transformer
-    `moe/moe_token_unpermute`.
+    `moe/moe_token_unpermute/op_kernel/moe_token_unpermute.h`.
 
     Args:
         permuted_tokens: `[R, H]` fp16, bf16 or fp32.
-        sorted_indices: int32 `[T * top-k]`, token-major, in `[0, R)`, no duplicates.
+        sorted_indices: int32 `[T * top-k]`, token-major. Those of the rows that are
+            read are in `[0, R)`, without duplicates.
         probs: `[T, top-k]`; None for one unweighted row per token.
         padded_mode: False.
         restore_shape: None.
@@ -77,17 +79,19 @@ def npu_moe_token_unpermute(
     result = _unpermute_fake(
         permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
     )
-    indices = sorted_indices.tolist()
+    weights = torch.ones(len(result), 1) if probs is None else probs.float()
+    is_read = weights.flatten() != 0
+    # A batch's padding may have weights of NaN. Nobody uses its result.
+    indices = sorted_indices[weights.flatten().abs() > 0].tolist()
     if indices and not (
         min(indices) >= 0
         and max(indices) < len(permuted_tokens)
         and len(set(indices)) == len(indices)
     ):
         refuse(_UNPERMUTE, "sorted_indices must be in range and unique")
-    rows = permuted_tokens[sorted_indices].view(len(result), -1, result.shape[1])
-    rows = rows.float()
-    if probs is not None:
-        rows = rows * probs.view(len(result), -1, 1).float()
+    rows = torch.zeros(len(sorted_indices), result.shape[1])
+    rows[is_read] = permuted_tokens[sorted_indices[is_read]].float()
+    rows = rows.view(*weights.shape, -1) * weights.unsqueeze(2)
     total = torch.zeros(result.shape, dtype=torch.float32)
     for choice in rows.unbind(1):
         total += choice
