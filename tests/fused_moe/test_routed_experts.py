@@ -128,8 +128,8 @@ def test_rows_of_mx_experts(scheme: str, monkeypatch: pytest.MonkeyPatch) -> Non
     method, way = method_of(experts), call()
     assert method.sent_as == "NONE"
     y = method.apply_gmm2(way, *method.apply_gmm1_act_quant(way))
-    hidden, _ = experts.gate(way.hidden_states, None, COUNTS)
-    expected = experts.down(hidden, None, COUNTS)[: COUNTS.sum()]
+    hidden, scale = experts.gate(way.hidden_states, None, COUNTS)
+    expected = experts.down(hidden, scale, COUNTS)[: COUNTS.sum()]
     assert expected.isfinite().all() and expected.count_nonzero()
     assert torch.equal(y[: COUNTS.sum()], expected)
 

@@ -27,7 +27,7 @@ from tests.layers.quantized_layers import (
     MULTIPLIED_MX,
     activations,
 )
-from tests.layers.test_experts import BACK, COPY, GATES, PRODUCT, SORT
+from tests.layers.test_experts import BACK, COPY, GATE, GATES, PRODUCT, SORT
 from tools.bench.launches import Launches
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.fused_moe import lora
@@ -36,6 +36,7 @@ from vllm_ascend_ct.fused_moe.experts.ascend_float_moe import (
     AscendMxExperts,
 )
 from vllm_ascend_ct.fused_moe.modular_kernel import ModularAscendMethod
+from vllm_ascend_ct.ops.precedents import FUSED_GATE
 from vllm_ascend_ct.quantization.compressed_tensors import resolving
 from vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe as methods,
@@ -62,20 +63,24 @@ def on_a5(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", MULTIPLIED_EXPERTS)
 def test_output_is_the_formula(scheme: str, size: str, dtype: torch.dtype) -> None:
-    """The formula rounds products to 16 bits, so that they are quantized alike."""
+    """If not fused, products are rounded to 16 bits before they are quantized."""
     sizes = SIZES[size]
     runner, formula = load(sizes, scheme, dtype)
     method = runner.routed_experts.quant_method
     assert type(method) is ModularAscendMethod
     is_fp8 = scheme.startswith("fp8")
     assert type(method.experts) is (AscendFp8Experts if is_fp8 else AscendMxExperts)
+    is_fused = is_fp8 or size != "odd"
+    assert (
+        FUSED_GATE in {form.operator for form in method.experts.forms()}
+    ) == is_fused
+    formula = formula if is_fused else formula.rounded(dtype)
     for batch in (1, 7, 256):
         x = formula.without_ties(activations(batch, sizes.hidden, dtype))
         routed = routing(sizes, batch, seed=batch)
         y = run(runner, x, routed)
         assert y.dtype == dtype and y.shape == x.shape
-        expected = formula.rounded(dtype)(x, *routed)
-        assert relative_error(y, expected) < tolerance(scheme)
+        assert relative_error(y, formula(x, *routed)) < tolerance(scheme)
 
 
 def tolerance(scheme: str) -> float:
@@ -93,14 +98,17 @@ def test_activations_are_quantized(scheme: str) -> None:
 
 
 def test_launches() -> None:
-    sizes = SIZES["8 experts"]
-    runner, _ = load(sizes, "mxfp8", BF16)
-    x, routed = activations(7, sizes.hidden, BF16), routing(sizes, 7)
-    with Launches() as launches:
-        run(runner, x, routed)
-    product = ["npu.npu_dynamic_mx_quant", PRODUCT]
-    steps = [SORT, *product, "npu.npu_swiglu", *product, BACK, *COPY]
-    assert launches.names == steps
+    quantize, unfused = "npu.npu_dynamic_mx_quant", "npu.npu_swiglu"
+    for size, gate in (
+        ("8 experts", [quantize, "aten.cumsum", GATE]),
+        ("odd", [quantize, PRODUCT, unfused, quantize]),
+    ):
+        sizes = SIZES[size]
+        runner, _ = load(sizes, "mxfp8", BF16)
+        x, routed = activations(7, sizes.hidden, BF16), routing(sizes, 7)
+        with Launches() as launches:
+            run(runner, x, routed)
+        assert launches.names == [SORT, *gate, PRODUCT, BACK, *COPY]
 
 
 @pytest.mark.parametrize("activation", GATES)

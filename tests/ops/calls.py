@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ def fp8_grouped_call(out_dtype: torch.dtype = torch.bfloat16, spare: int = 1) ->
     )
 
 
-def mx_grouped_call(bits: int, spare: int = 1, k: int = K) -> Call:
+def mx_grouped_call(bits: int, spare: int = 1, k: int = K, n: int = N) -> Call:
     """As layers make it, with transposed weights; see `grouped_call`."""
     m, pairs = sum(GROUPED_ROWS) + spare, -(-k // 64)
     make, options = (fp8, {}) if bits == 8 else (e2m1, {})
@@ -169,9 +170,9 @@ def mx_grouped_call(bits: int, spare: int = 1, k: int = K) -> Call:
         options = {"x_dtype": E2M1, "weight_dtype": E2M1}
     return Call(
         "npu_grouped_matmul",
-        [[make(m, width)], [make(EXPERTS, N, width).transpose(1, 2)]],
+        [[make(m, width)], [make(EXPERTS, n, width).transpose(1, 2)]],
         {
-            "scale": [exponents(EXPERTS, N, pairs, 2).transpose(1, 2)],
+            "scale": [exponents(EXPERTS, n, pairs, 2).transpose(1, 2)],
             "per_token_scale": [exponents(m, pairs, 2)],
             "group_list": torch.tensor(GROUPED_ROWS),
             "group_list_type": 1,
@@ -330,6 +331,30 @@ def swiglu_quant_call(
     )
 
 
+def float_swiglu_quant_call(kind: str, spare: int = 1) -> Call:
+    """As layers make it; `kind` is "fp8", "mxfp8" or "mxfp4"."""
+    is_mx, n = kind != "fp8", 128
+    like = (
+        mx_grouped_call(int(kind[-1]), spare, n=n)
+        if is_mx
+        else fp8_grouped_call(spare=spare)
+    )
+    (rows,), weight = like.args
+    options: dict[str, Any] = {"dequant_dtype": torch.float32, "quant_dtype": FP8}
+    if is_mx:
+        options |= {"dequant_mode": 2, "quant_mode": 2}
+        options |= {"weight_scale_dtype": E8M0, "x_scale_dtype": E8M0}
+    if kind == "mxfp4":
+        options |= {"quant_dtype": E2M1, "x_dtype": E2M1, "weight_dtype": E2M1}
+    (of_rows,) = like.kwargs["per_token_scale"]
+    counts = like.kwargs["group_list"].cumsum(0)
+    return Call(
+        "npu_grouped_matmul_swiglu_quant_v2",
+        [rows, weight, like.kwargs["scale"], of_rows, counts],
+        options,
+    )
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "npu_dynamic_quant": lambda: Call("npu_dynamic_quant", [x()]),
     "npu_dynamic_quant_asymmetric": lambda: Call("npu_dynamic_quant_asymmetric", [x()]),
@@ -379,6 +404,12 @@ CALLS_A5: dict[str, Callable[[], Call]] = {
     "npu_grouped_matmul, FP8": fp8_grouped_call,
     "npu_grouped_matmul, MXFP8": lambda: mx_grouped_call(8),
     "npu_grouped_matmul, MXFP4": lambda: mx_grouped_call(4),
+    **{
+        f"npu_grouped_matmul_swiglu_quant_v2, {kind}": partial(
+            float_swiglu_quant_call, kind
+        )
+        for kind in ("fp8", "mxfp8", "mxfp4")
+    },
     "npu_quant_matmul, MXFP8": lambda: mx_matmul_call(8),
     "npu_quant_matmul, MXFP4": lambda: mx_matmul_call(4),
 }

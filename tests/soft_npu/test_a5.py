@@ -27,7 +27,7 @@ CHIP = "A5"
 DENSE, EXPERTS = 4, 2
 QUANTIZE, MX_QUANTIZE = "npu::npu_dynamic_quant", "npu::npu_dynamic_mx_quant"
 MULTIPLY, WEIGHT_ONLY = "npu::npu_quant_matmul", "npu::npu_weight_quant_batchmatmul"
-GROUPED = "npu::npu_grouped_matmul"
+GROUPED, GATE = "npu::npu_grouped_matmul", "npu::npu_grouped_matmul_swiglu_quant_v2"
 # With graphs, norms that quantize.
 FUSED = {
     "npu::npu_rms_norm_dynamic_mx_quant": MX_QUANTIZE,
@@ -69,10 +69,11 @@ def quantized(kernel: str, operator: str, tolerance: float) -> Served:
 
 def experts(operator: str, tolerance: float) -> Served:
     """Experts beside W4A16 attention; with 0.23 they are resolved."""
-    calls = {WEIGHT_ONLY: EXPERTS, GROUPED: 2}
     if not IS_030:
+        calls = {WEIGHT_ONLY: EXPERTS, GROUPED: 2}
         return Served([WNA16], calls, tolerance, resolved=True)
-    return Served([WNA16], {operator: 2, **calls}, tolerance)
+    calls = {operator: 1, WEIGHT_ONLY: EXPERTS, GATE: 1, GROUPED: 1}
+    return Served([WNA16], calls, tolerance)
 
 
 # Tolerances are those of tests/engine, where operators are emulated below vLLM's CPU
@@ -130,7 +131,7 @@ def calls_in_a_layer(result: Result) -> dict[str, float]:
     calls: Counter[str] = Counter()
     for name, count in rank["operators"].items():
         calls[FUSED.get(name, name.removesuffix(".out"))] += count
-    operators = (QUANTIZE, MX_QUANTIZE, MULTIPLY, WEIGHT_ONLY, GROUPED)
+    operators = (QUANTIZE, MX_QUANTIZE, MULTIPLY, WEIGHT_ONLY, GATE, GROUPED)
     return {name: calls[name] / calls[ATTENTION] for name in operators if calls[name]}
 
 

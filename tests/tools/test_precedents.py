@@ -104,7 +104,7 @@ def test_calls_of_floats_have_proven_rows(
     made = {form for form in made if form.kind not in UNANNOUNCED}
     assert made == {call.args[0] for call in looked_up.call_args_list}
     rows = [precedent(form, Soc.A5) for form in made]
-    assert len(rows) == 9 and all(row and row.source for row in rows)
+    assert len(rows) == 12 and all(row and row.source for row in rows)
 
 
 def test_a_call_without_a_row_is_found(mocker: MockerFixture) -> None:

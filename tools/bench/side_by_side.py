@@ -63,8 +63,6 @@ WITH_GRAPHS = ("dense-w8a8", "moe-w8a8")
 # vllm-ascend's errors for schemes that it does not serve, on a chip without FP8.
 REFUSED = (
     *("No compressed-tensors compatible", "dst_type=24; emulated: int8"),
-    # Its FP8 experts on A5.
-    "quant_dtype=24 is not emulated",
     # vllm-ascend 0.23 takes native FP8 of DeepSeek V4 alone.
     "object has no attribute 'o_groups'",
 )

@@ -230,12 +230,15 @@ def products(
     group = config["config_groups"]["group_0"]
     weights, inputs = group["weights"], group["input_activations"]
     bits, groups = operator_bits(weights["num_bits"]), weights["strategy"]
-    product = forms.GROUPED if experts else forms.QUANT_MATMUL
+    products = [forms.QUANT_MATMUL]
+    if experts:
+        products = [forms.FUSED_GATE, forms.GROUPED]
     if weights.get("type") == "float" and groups == "group":
         kind = f"mxfp{bits}"
-        return [(forms.DYNAMIC_MX_QUANT, kind), (product, kind)]
+        return [(name, kind) for name in (forms.DYNAMIC_MX_QUANT, *products)]
     if weights.get("type") == "float":
-        return [(forms.DYNAMIC_QUANT, "dynamic-fp8"), (product, "fp8")]
+        dynamic = (forms.DYNAMIC_QUANT, "dynamic-fp8")
+        return [dynamic, *((name, "fp8") for name in products)]
     static = [(forms.QUANTIZE, "static")] if inputs == _TENSOR else []
     if only_weights:
         operator = forms.GROUPED if experts else forms.WEIGHT_ONLY

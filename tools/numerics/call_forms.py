@@ -80,10 +80,8 @@ def _quant_matmul(named: dict[str, Any]) -> tuple[str, Any]:
     weight = named["x2"]
     if _tensor(weight).dtype == torch.int32:
         return f"w4a8-{'group' if named['group_sizes'][2] else 'channel'}", weight
-    if named["scale_dtype"] is not None:
-        return f"mxfp{4 if _tensor(weight).dtype == torch.uint8 else 8}", weight
-    if _tensor(weight).dtype == torch.float8_e4m3fn:
-        return "fp8", weight
+    if kind := _float_kind(weight, named["scale_dtype"]):
+        return kind, weight
     if named.get("pertoken_scale") is not None:
         return "w8a8", weight
     is_int32 = named["output_dtype"] in (torch.int32, _INT32)
@@ -96,11 +94,9 @@ def _quant_matmul_dequant(named: dict[str, Any]) -> tuple[str, Any]:
 
 def _grouped(named: dict[str, Any]) -> tuple[str, Any]:
     (weight,) = named["weight"]
-    if named["scale_dtype"] is not None:
-        return f"mxfp{4 if _tensor(weight).dtype == torch.uint8 else 8}", weight
+    if kind := _float_kind(weight, named["scale_dtype"]):
+        return kind, weight
     bits = 4 if _tensor(weight).dtype == torch.int32 else 8
-    if _tensor(weight).dtype == torch.float8_e4m3fn:
-        return "fp8", weight
     if _tensor(named["x"][0]).dtype != torch.int8:
         groups = "group" if named["antiquant_scale"][0].dim() == 3 else "channel"
         return f"w{bits}a16-{groups}", weight
@@ -109,7 +105,15 @@ def _grouped(named: dict[str, Any]) -> tuple[str, Any]:
 
 def _fused_gate(named: dict[str, Any]) -> tuple[str, Any]:
     (weight,), (scale,) = named["weight"], named["weight_scale"]
-    return _int8_experts(weight, scale)
+    kind = _float_kind(weight, named["weight_scale_dtype"])
+    return (kind, weight) if kind else _int8_experts(weight, scale)
+
+
+def _float_kind(weight: Any, scale_dtype: Any) -> str | None:
+    """The kind of an MX or FP8 weight; None for others."""
+    if scale_dtype is not None:
+        return f"mxfp{4 if _tensor(weight).dtype == torch.uint8 else 8}"
+    return "fp8" if _tensor(weight).dtype == torch.float8_e4m3fn else None
 
 
 def _int8_experts(weight: Any, scale: torch.Tensor) -> tuple[str, Any]:

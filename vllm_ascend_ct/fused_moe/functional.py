@@ -17,6 +17,8 @@ from vllm_ascend_ct.ops.traced import moe_init_routing
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 _CUMULATIVE, _COUNTS = 0, 1
+# Scales of blocks, as an operator's mode.
+_BLOCKS = 2
 _DYNAMIC = 1
 # Index is token-major, and may contain -1 for rows that are missing.
 _DROP_PAD_BY_TOKEN = 3
@@ -233,46 +235,109 @@ def int8_product(
     return product
 
 
-def fp8_product(
-    rows: torch.Tensor, counts: torch.Tensor, experts: Operands
-) -> torch.Tensor:
-    """Quantize rows to FP8 (E4M3) per token, and multiply. Two launches. A5.
+def fp8_gate(
+    rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor, w13: Operands
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply FP8 rows, apply SwiGLU, and quantize per token to FP8. A5.
+
+    Two launches: one for cumulative counts, as vllm-ascend passes them.
 
     Args:
-        rows: `[M, K]` fp16 or bf16, sorted by expert.
+        rows: FP8 (E4M3) `[M, K]`, sorted by expert.
+        row_scale: fp32 `[M]`.
         counts: int64 `[E]`, number of rows of each expert.
-        experts: FP8 `[E, K, N]`, scale fp32 `[E, N]`.
+        w13: FP8 `[E, K, 2 * I]`, gate and up side by side; scale fp32 `[E, 2 * I]`.
 
     Returns:
-        `[M, N]`, dtype of the rows.
+        FP8 `[M, I]`, and its scale fp32 `[M]`.
 
     """
-    q, row_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
-    return int8_product(q, row_scale, counts, experts, rows.dtype)
+    return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
+        rows,
+        [w13.weight],
+        [w13.scale],
+        row_scale,
+        counts.cumsum(0),
+        dequant_dtype=torch.float32,
+        quant_dtype=FP8,
+    )
+
+
+def mx_gate(
+    rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor, w13: Operands
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply MX rows, apply SwiGLU, and quantize in blocks to their format. A5.
+
+    Two launches: one for cumulative counts, as vllm-ascend passes them.
+
+    Args:
+        rows: As in `mx_product`.
+        row_scale: As in `mx_product`.
+        counts: As in `mx_product`.
+        w13: As in `mx_product`; gate and up side by side.
+
+    Returns:
+        Rows and scales as in `mx_product`, with K of `w13`'s N / 2.
+
+    """
+    packed = _packed(w13)
+    return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
+        rows,
+        [w13.weight],
+        [w13.scale],
+        row_scale,
+        counts.cumsum(0),
+        dequant_mode=_BLOCKS,
+        dequant_dtype=torch.float32,
+        quant_mode=_BLOCKS,
+        quant_dtype=FP8 if packed is None else packed,
+        x_dtype=packed,
+        weight_dtype=packed,
+        weight_scale_dtype=E8M0,
+        x_scale_dtype=E8M0,
+    )
+
+
+def mx_quant(
+    rows: torch.Tensor, experts: Operands
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize `[M, K]` to the MX format of the weights; results as in `mx_product`."""
+    packed = _packed(experts)
+    return torch.ops.npu.npu_dynamic_mx_quant(
+        rows, dst_type=FP8 if packed is None else packed
+    )
+
+
+def _packed(experts: Operands) -> int | None:
+    """The number of E2M1, for tensors of bytes; None for FP8."""
+    return E2M1 if experts.weight.dtype == torch.uint8 else None
 
 
 def mx_product(
-    rows: torch.Tensor, counts: torch.Tensor, experts: Operands
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    counts: torch.Tensor,
+    experts: Operands,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Quantize rows to the MX format of the weights, and multiply. Two launches. A5.
+    """Multiply rows by experts in the same MX format. One launch. A5.
 
     Args:
-        rows: `[M, K]` fp16 or bf16, sorted by expert.
+        rows: FP8 (E4M3) `[M, K]`, or two FP4 (E2M1) to a uint8 `[M, K / 2]`, sorted by
+            expert.
+        row_scale: uint8 (E8M0) `[M, ceil(K / 64), 2]`.
         counts: int64 `[E]`, number of rows of each expert.
-        experts: FP8 (E4M3) `[E, K, N]`, or two FP4 (E2M1) to a uint8 along K `[E, K /
-            2, N]`; scale uint8 (E8M0) `[E, ceil(K / 64), N, 2]`. Transposed views of
-            `[E, N, ...]`.
+        experts: FP8 `[E, K, N]`, or two FP4 to a uint8 along K `[E, K / 2, N]`; scale
+            uint8 (E8M0) `[E, ceil(K / 64), N, 2]`. Transposed views of `[E, N, ...]`.
+        dtype: bf16 or fp16, dtype of the result.
 
     Returns:
-        `[M, N]`, dtype of the rows.
+        `[M, N]`.
 
     """
-    packed = E2M1 if experts.weight.dtype == torch.uint8 else None
-    q, row_scale = torch.ops.npu.npu_dynamic_mx_quant(
-        rows, dst_type=FP8 if packed is None else packed
-    )
+    packed = _packed(experts)
     (product,) = torch.ops.npu.npu_grouped_matmul(
-        [q],
+        [rows],
         [experts.weight],
         scale=[experts.scale],
         per_token_scale=[row_scale],
@@ -280,7 +345,7 @@ def mx_product(
         group_list_type=_COUNTS,
         group_type=0,
         split_item=2,
-        output_dtype=rows.dtype,
+        output_dtype=dtype,
         x_dtype=packed,
         weight_dtype=packed,
         scale_dtype=E8M0,

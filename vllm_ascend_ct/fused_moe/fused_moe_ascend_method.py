@@ -268,8 +268,8 @@ class RoutedExpertsAscendMethod(AscendMethod):
 
         Args:
             call: vllm-ascend's `MoEMlpComputeInput`, the same as in the first call.
-            hidden: `[M, I]`.
-            scale: fp32 `[M]` if `hidden` is int8.
+            hidden: Its result.
+            scale: The result's scale, or None.
 
         """
         return self.experts.down(hidden, scale, self._counts)

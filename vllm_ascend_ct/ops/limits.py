@@ -480,6 +480,29 @@ class GroupedMatmulSwigluQuantLimits:
 
 
 @dataclass(frozen=True)
+class FloatSwigluQuantLimits:
+    """Limits of `npu_grouped_matmul_swiglu_quant_v2` with FP8, MXFP8 and MXFP4.
+
+    Those of the product apply, too.
+    """
+
+    mx_n_multiple: int = 128
+
+    def refusal(self, n: int, is_mx: bool) -> str | None:
+        """Why a product with `n` outputs, gate and up together, is not fused, or None.
+
+        Args:
+            n: Output features.
+            is_mx: Whether blocks share a scale.
+
+        """
+        multiple = self.mx_n_multiple if is_mx else 2
+        if n % multiple:
+            return f"N={n}; supported: multiples of {multiple}"
+        return None
+
+
+@dataclass(frozen=True)
 class MoeInitRoutingLimits:
     """Limits of `npu_moe_init_routing_v2`.
 
@@ -605,6 +628,7 @@ class Limits:
     grouped_matmul_swiglu_quant: GroupedMatmulSwigluQuantLimits | None = field(
         default_factory=GroupedMatmulSwigluQuantLimits
     )
+    float_swiglu_quant: FloatSwigluQuantLimits | None = None
     moe_init_routing: MoeInitRoutingLimits = field(default_factory=MoeInitRoutingLimits)
     moe_token_unpermute: MoeTokenUnpermuteLimits = field(
         default_factory=MoeTokenUnpermuteLimits
@@ -635,6 +659,7 @@ LIMITS = {
         a8w4=None,
         grouped_matmul=GROUPED_A5,
         grouped_matmul_swiglu_quant=None,
+        float_swiglu_quant=FloatSwigluQuantLimits(),
         int8_attention=None,
     ),
     Soc.ASCEND_310P: Limits(

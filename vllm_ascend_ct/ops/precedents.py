@@ -371,18 +371,27 @@ PRECEDENTS: tuple[Precedent, ...] = (
         CONTIGUOUS,
         _A5,
         f"{_METHODS}w8a8fp8_dynamic.py; {_VLLM_ASCEND}device/device_op.py",
-        "serving; before it, one operator multiplies, activates and quantizes",
+        "serving",
+    ),
+    _row(
+        FUSED_GATE,
+        "fp8",
+        CONTIGUOUS,
+        _A5,
+        f"{_VLLM_ASCEND}device/device_op.py",
+        "serving",
     ),
     *(
         _row(
-            GROUPED,
+            operator,
             kind,
             TRANSPOSED,
             _A5,
             f"{_METHODS}{name}.py; {_VLLM_ASCEND}device/device_op.py",
-            "serving; before it, one operator multiplies, activates and quantizes",
+            "serving",
         )
         for kind, name in (("mxfp8", "w8a8_mxfp8"), ("mxfp4", "w4a4_mxfp4"))
+        for operator in (GROUPED, FUSED_GATE)
     ),
     _row(
         GROUPED,

@@ -9,7 +9,14 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from vllm_ascend_ct.errors import Remedy, broken_checkpoint
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
-from vllm_ascend_ct.fused_moe.functional import Operands, fp8_product, mx_product
+from vllm_ascend_ct.fused_moe.functional import (
+    Operands,
+    fp8_gate,
+    int8_product,
+    mx_gate,
+    mx_product,
+    mx_quant,
+)
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.limits import current_limits
@@ -17,6 +24,7 @@ from vllm_ascend_ct.ops.precedents import (
     CONTIGUOUS,
     DYNAMIC_MX_QUANT,
     DYNAMIC_QUANT,
+    FUSED_GATE,
     GROUPED,
     ROWS,
     TRANSPOSED,
@@ -29,10 +37,13 @@ from vllm_ascend_ct.weights.float_quantized import has_nan
 class AscendFloatExperts(AscendExperts):
     """Activations quantized to the format of the weights, and multiplied.
 
-    Seven launches with SwiGLU.
+    Six launches with SwiGLU, seven if the operator that multiplies, activates and
+    quantizes does not take the sizes.
     """
 
     quantizes_activations = True
+    # Whether blocks of a row share a scale.
+    _is_mx: bool
 
     @classmethod
     def refusal(
@@ -73,15 +84,42 @@ class AscendFloatExperts(AscendExperts):
         )
 
     @abstractmethod
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize rows to the format of the weights."""
+
+    @abstractmethod
     def _product(
-        self, rows: torch.Tensor, counts: torch.Tensor, name: str
+        self,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor,
+        counts: torch.Tensor,
+        name: str,
     ) -> torch.Tensor:
-        """Quantize rows, and multiply them by the weights of a product."""
+        """Multiply quantized rows by the weights of a product."""
+
+    @abstractmethod
+    def _fused_gate(
+        self, rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Multiply quantized rows by gate and up, apply SwiGLU, and quantize."""
+
+    def lay_out(self) -> None:
+        super().lay_out()
+        limits = current_limits().float_swiglu_quant
+        _, n = self.products(self.moe)["w13"]
+        self._fused = (
+            limits is not None
+            and self.activation is None
+            and limits.refusal(n, self._is_mx) is None
+        )
 
     def gate(
         self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden = self._product(rows, counts, "w13")
+        q, scale = self._quantize(rows)
+        if self._fused:
+            return self._fused_gate(q, scale, counts)
+        hidden = self._product(q, scale, counts, "w13")
         if self.activation is None:
             return torch.ops.npu.npu_swiglu(hidden), None
         return self.activation(hidden), None
@@ -89,11 +127,19 @@ class AscendFloatExperts(AscendExperts):
     def down(
         self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
-        return self._product(hidden, counts, "w2")
+        if scale is None:
+            hidden, scale = self._quantize(hidden)
+        return self._product(hidden, scale, counts, "w2")
+
+    def _forms(self, quantization: Form, kind: str, layout: str) -> list[Form]:
+        fused = [Form(FUSED_GATE, kind, layout)] if self._fused else []
+        return [quantization, *fused, Form(GROUPED, kind, layout)]
 
 
 class AscendFp8Experts(AscendFloatExperts):
     """FP8 (E4M3) weights with a scale per channel, and activations per token."""
+
+    _is_mx = False
 
     @classmethod
     def _size_refusal(
@@ -112,20 +158,35 @@ class AscendFp8Experts(AscendFloatExperts):
         set_parameter(self.layer, f"{name}_weight_scale", scale.squeeze(2))
 
     def forms(self) -> list[Form]:
-        quantize = Form(DYNAMIC_QUANT, "dynamic-fp8", ROWS)
-        return [quantize, Form(GROUPED, "fp8", CONTIGUOUS)]
+        quantization = Form(DYNAMIC_QUANT, "dynamic-fp8", ROWS)
+        return self._forms(quantization, "fp8", CONTIGUOUS)
+
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
 
     def _product(
-        self, rows: torch.Tensor, counts: torch.Tensor, name: str
+        self,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor,
+        counts: torch.Tensor,
+        name: str,
     ) -> torch.Tensor:
-        return fp8_product(rows, counts, self.operands(name))
+        dtype = self.moe.in_dtype
+        return int8_product(rows, row_scale, counts, self.operands(name), dtype)
+
+    def _fused_gate(
+        self, rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return fp8_gate(rows, row_scale, counts, self.operands("w13"))
 
 
 class AscendMxExperts(AscendFloatExperts):
     """MXFP8 or MXFP4 weights and activations.
 
-    Weights stay as they were loaded: the operator takes transposed views.
+    Weights stay as they were loaded: the operators take transposed views.
     """
+
+    _is_mx = True
 
     @classmethod
     def _size_refusal(
@@ -147,9 +208,22 @@ class AscendMxExperts(AscendFloatExperts):
     def forms(self) -> list[Form]:
         packed = self.operands("w2").weight.dtype == torch.uint8
         kind = f"mxfp{4 if packed else 8}"
-        return [Form(DYNAMIC_MX_QUANT, kind, ROWS), Form(GROUPED, kind, TRANSPOSED)]
+        return self._forms(Form(DYNAMIC_MX_QUANT, kind, ROWS), kind, TRANSPOSED)
+
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return mx_quant(rows, self.operands("w13"))
 
     def _product(
-        self, rows: torch.Tensor, counts: torch.Tensor, name: str
+        self,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor,
+        counts: torch.Tensor,
+        name: str,
     ) -> torch.Tensor:
-        return mx_product(rows, counts, self.operands(name))
+        dtype = self.moe.in_dtype
+        return mx_product(rows, row_scale, counts, self.operands(name), dtype)
+
+    def _fused_gate(
+        self, rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return mx_gate(rows, row_scale, counts, self.operands("w13"))

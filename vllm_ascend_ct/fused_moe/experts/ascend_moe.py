@@ -131,7 +131,7 @@ class AscendExperts(ABC):
             counts: int64 `[E]`, number of rows of each expert.
 
         Returns:
-            `[M, I]`, and its scale fp32 `[M]` if it is int8.
+            `[M, I]`, and its scale for `down` if it is quantized.
 
         """
 
@@ -143,7 +143,8 @@ class AscendExperts(ABC):
 
         Args:
             hidden: `[M, I]`.
-            scale: fp32 `[M]` if `hidden` is int8.
+            scale: Its scale: fp32 `[M]`, or E8M0 `[M, ceil(I / 64), 2]` of MX formats;
+                None if it is not quantized.
             counts: int64 `[E]`, number of rows of each expert.
 
         Returns:

@@ -113,12 +113,29 @@ def npu_dynamic_mx_quant(
         OperatorLimitError: The call is outside the operator's limits.
 
     """
-    q, scale = _dynamic_mx_quant_fake(
+    q, _ = _dynamic_mx_quant_fake(
         input, axis, round_mode, dst_type, block_size, scale_alg, dst_type_max
     )
     is_packed = q.dtype == torch.uint8
-    k, missing = input.shape[-1], -input.shape[-1] % MX_BLOCK
-    padded = torch.nn.functional.pad(input.float(), (0, missing))
+    return quantize_blocks(input.float(), is_packed, _ROUND_MODES[round_mode])
+
+
+def quantize_blocks(
+    values: torch.Tensor, is_packed: bool, half_to_even: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize as `npu_dynamic_mx_quant` does.
+
+    Args:
+        values: fp32 `[..., K]`.
+        is_packed: Whether to E2M1, two to a byte, or to E4M3.
+        half_to_even: Whether ties of E2M1 go to the even mantissa, or away from zero.
+
+    Returns:
+        The values, and their scales uint8 `[..., ceil(K / 64), 2]`.
+
+    """
+    k, missing = values.shape[-1], -values.shape[-1] % MX_BLOCK
+    padded = torch.nn.functional.pad(values, (0, missing))
     blocks = padded.unflatten(-1, (-1, MX_BLOCK))
     amax = blocks.abs().amax(dim=-1)
     # frexp's mantissa is in [0.5, 1), and its exponent 0 for 0. E8M0's bias is 127.
@@ -130,11 +147,11 @@ def npu_dynamic_mx_quant(
     unfinished = ~amax.isfinite()
     codes.masked_fill_(unfinished, E8M0_NAN)
     factor.masked_fill_(unfinished, torch.nan)
-    values = (blocks * factor.unsqueeze(-1)).flatten(-2)[..., :k]
+    quotients = (blocks * factor.unsqueeze(-1)).flatten(-2)[..., :k]
     if is_packed:
-        q.copy_(encode_e2m1(values, _ROUND_MODES[round_mode]))
+        q = encode_e2m1(quotients, half_to_even)
     else:
-        q.copy_(values.clamp_(-FP8_MAX, FP8_MAX))
-    scale.zero_()
+        q = quotients.clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+    scale = torch.zeros((*values.shape[:-1], scale_pairs(k), 2), dtype=torch.uint8)
     scale.flatten(-2)[..., : codes.shape[-1]] = codes.to(torch.uint8)
     return q, scale

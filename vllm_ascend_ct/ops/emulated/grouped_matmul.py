@@ -9,10 +9,11 @@ import torch
 
 from vllm_ascend_ct.ops.dtypes import FP8
 from vllm_ascend_ct.ops.emulated.derived import derived
-from vllm_ascend_ct.ops.emulated.grouped_matmul_mx import mx_expert, mx_grouped_fake
+from vllm_ascend_ct.ops.emulated.grouped_matmul_mx import mx_grouped_fake
 from vllm_ascend_ct.ops.emulated.int_matmul import int_matmul, scaled_int_matmul
 from vllm_ascend_ct.ops.emulated.quant_matmul_a8w4 import a8w4_product
 from vllm_ascend_ct.ops.emulated.quant_matmul_fp8 import fp8_matmul
+from vllm_ascend_ct.ops.emulated.quant_matmul_mx import mx_matmul
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
     describe,
@@ -105,7 +106,7 @@ def parts(
         start = stop
 
 
-def _grouped_matmul_fake(
+def grouped_matmul_fake(
     x: list[torch.Tensor],
     weight: list[torch.Tensor],
     bias: _Tensors = None,
@@ -123,9 +124,10 @@ def _grouped_matmul_fake(
     group_list_type: int | None = 0,
     act_type: int | None = 0,
     tuning_config: list[int] | None = None,
-    output_dtype: int | None = None,
+    output_dtype: int | torch.dtype | None = None,
     **dtypes: int | None,
 ) -> list[torch.Tensor]:
+    """Check a call of `npu_grouped_matmul`, and allocate its result."""
     unused = (offset, activation_input, activation_quant_scale, tuning_config)
     if any(argument is not None for argument in (*unused, activation_quant_offset)):
         refuse(_NAME, "offset, activation_* and tuning_config are not emulated")
@@ -193,7 +195,7 @@ def _grouped_matmul_fake(
     "int? act_type=0, int[]? tuning_config=None, int? output_dtype=None, "
     "int? x_dtype=None, int? weight_dtype=None, int? scale_dtype=None, "
     "int? per_token_scale_dtype=None) -> Tensor[]",
-    fake=_grouped_matmul_fake,
+    fake=grouped_matmul_fake,
 )
 def npu_grouped_matmul(
     x: list[torch.Tensor],
@@ -241,7 +243,7 @@ def npu_grouped_matmul(
         OperatorLimitError: The call is outside the operator's limits.
 
     """
-    (result,) = _grouped_matmul_fake(
+    (result,) = grouped_matmul_fake(
         x,
         weight,
         bias,
@@ -260,18 +262,10 @@ def npu_grouped_matmul(
         None if tensors is None else tensors[0]
         for tensors in (bias, scale, antiquant_scale, antiquant_offset, per_token_scale)
     )
-    if options.get("scale_dtype") is not None:
+    if is_float(x[0]):
         assert scales is not None and per_token is not None
-        for expert, rows in parts(group_list, group_list_type):
-            operands = x[0], weight[0], scales, per_token
-            result[rows].copy_(mx_expert(*operands, expert, rows))
-        return [result]
-    if x[0].dtype == FP8:
-        assert scales is not None and per_token is not None
-        for expert, rows in parts(group_list, group_list_type):
-            values = fp8_matmul(
-                x[0][rows], weight[0][expert], scales[expert], per_token[rows]
-            )
+        operands = x[0], weight[0], scales, per_token
+        for rows, values in float_products(*operands, group_list, group_list_type):
             result[rows].copy_(values)
         return [result]
     if scales is not None:
@@ -288,6 +282,39 @@ def npu_grouped_matmul(
         expert_bias = None if biases is None else biases[expert]
         result[rows].copy_(multiply_dequantized(x[0][rows], matrix, expert_bias))
     return [result]
+
+
+def is_float(x: torch.Tensor) -> bool:
+    """Whether activations are FP8, or in an MX format."""
+    return x.dtype in (FP8, torch.uint8)
+
+
+def float_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    per_token_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    group_list_type: int,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Multiply FP8 or MX rows by their experts.
+
+    Args:
+        x: `[M, K]`, rows sorted by expert.
+        weight: `[E, K, N]`.
+        scale: fp32 `[E, N]`, or E8M0 `[E, ceil(K / 64), N, 2]`.
+        per_token_scale: fp32 `[M]`, or E8M0 `[M, ceil(K / 64), 2]`.
+        group_list: int64 `[E]`.
+        group_list_type: 0 for cumulative counts, 1 for counts.
+
+    Yields:
+        The rows of an expert that has any, and their product in fp32.
+
+    """
+    multiply = fp8_matmul if scale.dim() == 2 else mx_matmul
+    for expert, rows in parts(group_list, group_list_type):
+        operands = x[rows], weight[expert], scale[expert], per_token_scale[rows]
+        yield rows, multiply(*operands)
 
 
 class _Experts(list[torch.Tensor]):

@@ -13,7 +13,6 @@ from vllm_ascend_ct.ops.emulated.mx_values import scale_pairs
 from vllm_ascend_ct.ops.emulated.quant_matmul_mx import (
     check_formats,
     check_scale,
-    mx_matmul,
 )
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
@@ -33,7 +32,7 @@ def mx_grouped_fake(
     scale: list[torch.Tensor] | None,
     per_token_scale: list[torch.Tensor] | None,
     group_list: torch.Tensor | None,
-    output_dtype: int | None,
+    output_dtype: int | torch.dtype | None,
     unused: tuple[Any, ...],
     x_dtype: int | None = None,
     weight_dtype: int | None = None,
@@ -88,17 +87,3 @@ def mx_grouped_fake(
     check_scale(_NAME, "scale", of_weight, (experts, pairs, n, 2), transposed)
     check_scale(_NAME, "per_token_scale", of_rows, (m, pairs, 2))
     return x.new_empty((m, n), dtype=out_dtype)
-
-
-def mx_expert(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    per_token_scale: torch.Tensor,
-    expert: int,
-    rows: slice,
-) -> torch.Tensor:
-    """Multiply an expert's rows by its weight, in fp32."""
-    return mx_matmul(
-        x[rows], weight[expert], scale[expert], per_token_scale[rows], None
-    )

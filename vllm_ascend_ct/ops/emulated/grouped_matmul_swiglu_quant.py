@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from vllm_ascend_ct.ops.emulated.grouped_matmul import int8_products
+from vllm_ascend_ct.ops.emulated.grouped_matmul import (
+    float_products,
+    int8_products,
+    is_float,
+)
+from vllm_ascend_ct.ops.emulated.grouped_matmul_swiglu_quant_float import (
+    float_swiglu_quant_fake,
+    swiglu_quant,
+)
 from vllm_ascend_ct.ops.emulated.quantize import int8_values
 from vllm_ascend_ct.ops.emulated.registry import (
     describe,
@@ -35,6 +43,12 @@ def _swiglu_quant_fake(
     group_list_type: int = 0,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_float(x):
+        if weight_assist_matrix is not None:
+            refuse(_NAME, "weight_assist_matrix of floating-point weights")
+        options |= {"dequant_mode": dequant_mode, "group_list_type": group_list_type}
+        operands = x, weight, weight_scale, x_scale, group_list
+        return float_swiglu_quant_fake(*operands, **options)
     for argument, value in options.items():
         if value is not None and value != _DEFAULTS.get(argument):
             refuse(_NAME, f"{argument}={value} is not emulated")
@@ -117,14 +131,15 @@ def npu_grouped_matmul_swiglu_quant_v2(
     """Multiply each expert's rows, apply SwiGLU, and quantize the result per row.
 
     `c = product * x_scale`, `s = silu(c[:, :N / 2]) * c[:, N / 2:]`, per row
-    `scale = amax|s| / 127` and `q = rint(s * (1 / scale))`, all in fp32. Rows that
-    belong to no expert are not written.
+    `scale = amax|s| / 127` and `q = rint(s * (1 / scale))`, all in fp32. FP8 and MX
+    formats on A5: see `grouped_matmul_swiglu_quant_float.py`. Rows that belong to no
+    expert are not written.
 
     Source: op-plugin `torch_npu-npu_grouped_matmul_swiglu_quant_v2.md`; ops-transformer
     `gmm/grouped_matmul_swiglu_quant_v2`.
 
     Args:
-        x: int8 `[M, K]`, rows sorted by expert.
+        x: int8 `[M, K]`, rows sorted by expert; or FP8, or an MX format.
         weight: One tensor, int8 `[E, K, N]` in FRACTAL_NZ, or int4 as int32
             `[E, K, N / 8]`.
         weight_scale: One tensor `[E, N]`. For int4, int64 that holds fp32 bits, `[E,
@@ -152,6 +167,12 @@ def npu_grouped_matmul_swiglu_quant_v2(
         group_list_type=group_list_type,
         **options,
     )
+    if is_float(x):
+        q, scales = (poison(result) for result in results)
+        operands = x, weight[0], weight_scale[0], x_scale, group_list
+        for part, product in float_products(*operands, group_list_type):
+            q[part], scales[part] = swiglu_quant(product, x.dtype, x_scale.dim() == 3)
+        return q, scales
     if weight[0].dtype == torch.int8 and not is_nz(weight[0]):
         refuse(_NAME, "an int8 weight is in ND; supported: FRACTAL_NZ")
     q, scales = (poison(result) for result in results)

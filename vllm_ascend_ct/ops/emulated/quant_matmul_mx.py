@@ -145,7 +145,7 @@ def mx_matmul(
     x2: torch.Tensor,
     scale: torch.Tensor,
     pertoken_scale: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply in fp32. Each product is exact, like the operands times their scales.
 
