@@ -131,6 +131,7 @@ KNOWN = {
     (_FEWER, "moe-w8a8"): (1, _UNPROVEN),
     (_FEWER, f"{MIXED}w4a16-g32"): (1, _SAME),
     (_FEWER, f"{MIXED}w4a8-channel"): (1, _SAME),
+    (_FEWER, "qwen3-moe/fp8-channel-dynamic@A5"): (1, _SAME),
     (_PEAK, "moe-w8a8"): (0.15, _NZ),
     (_PEAK, f"{MIXED}w4a8-channel"): (0.15, _NZ),
     (_PEAK, FP8_BLOCK): (0.35, _WORKING),
