@@ -163,16 +163,20 @@ def check_own(theirs: Result) -> None:
     assert theirs["config"].startswith("vllm_ascend.")
 
 
-# With graphs, vllm-ascend 0.23 quantizes to int8 what it multiplies in FP8.
-OWN_FP8 = {"eager": EAGER, **({"graphs": {}} if IS_030 else {})}
+DENSE_FP8, MOE_FP8 = (f"{x}/fp8-channel-dynamic" for x in ("dense", "qwen3-moe"))
+OWN_FP8 = {"eager": (DENSE_FP8, EAGER)}
+if IS_030:
+    # With graphs, 0.23 quantizes to int8 what it multiplies in FP8, and its config has
+    # no FP8 experts.
+    OWN_FP8 |= {"graphs": (DENSE_FP8, {}), "experts": (MOE_FP8, EAGER)}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", OWN_FP8.values(), ids=OWN_FP8)
+@pytest.mark.parametrize(("checkpoint", "options"), OWN_FP8.values(), ids=OWN_FP8)
 def test_fp8_is_bit_equal_to_vllm_ascends_own(
-    serve: Serve, options: dict[str, bool]
+    serve: Serve, checkpoint: str, options: dict[str, bool]
 ) -> None:
-    runs = [{"checkpoint": "dense/fp8-channel-dynamic", **SMALL, **options}]
+    runs = [{"checkpoint": checkpoint, **SMALL, **options}]
     (ours,), (theirs,) = (
         serve(runs, plugins=plugins, chip=CHIP) for plugins in ("ascend_ct", "ascend")
     )
