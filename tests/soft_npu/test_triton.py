@@ -93,6 +93,65 @@ def test_computes_with_bfloat16() -> None:
     assert torch.equal(z.cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_saturates(dtype: torch.dtype, target: torch.dtype) -> None:
+    """Triton's own interpreter wraps around."""
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a = tl.load(x + offsets)
+        kind = y.dtype.element_ty
+        tl.store(y + offsets, a.cast(kind, overflow_mode="saturate"))
+        tl.store(y + SIZE + offsets, tl.cast(a, kind, overflow_mode="saturate"))
+
+    values = [0, -1.5, 127.5, 128, 255, 300, -128, -129, 4e4, -4e4, 1e10, -1e10]
+    x = torch.tensor([*values, torch.inf, -torch.inf, 2**31, 3]).to(dtype)
+    y = torch.empty(2, 16, dtype=target, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=16)
+    limits = torch.iinfo(target)
+    expected = x.double().trunc().clamp(limits.min, limits.max).to(target)
+    assert torch.equal(y.cpu(), expected.expand(2, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+def test_slice_beyond_the_end(dtype: torch.dtype) -> None:
+    """Kernels read it if a block is longer than a row, and mask it when they store."""
+
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        a = tl.load(x + tl.arange(0, SIZE))
+        part = triton_kernels.extract_slice(a, (6,), (BLOCK,), (1,))
+        tl.store(y + tl.arange(0, BLOCK), part)
+
+    x, y = torch.arange(8).to(dtype), torch.empty(4, dtype=dtype, device="npu")
+    kernel[(1,)](x.npu(), y, SIZE=8, BLOCK=4)
+    assert y[:2].tolist() == [6, 7]
+    rest = y[2:].cpu()
+    written = rest == rest if dtype.is_floating_point else rest != -(2**31)
+    assert not written.any()
+
+
+@pytest.mark.parametrize("mode", ["trunc", "saturate"])
+def test_casts_integers(mode: str) -> None:
+    @triton.jit
+    def kernel(x, y, z, MODE: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a = tl.load(x + offsets)
+        tl.store(y + offsets, a.cast(tl.int8, overflow_mode=MODE))
+        tl.store(z + offsets, a.cast(tl.uint8, overflow_mode=MODE))
+
+    x = torch.tensor([0, 5, -5, 127, 128, -129, 300, -(2**31)], dtype=torch.int32)
+    y = torch.empty(8, dtype=torch.int8, device="npu")
+    z = torch.empty(8, dtype=torch.uint8, device="npu")
+    kernel[(1,)](x.npu(), y, z, MODE=mode, SIZE=8)
+    for result in (y, z):
+        limits = torch.iinfo(result.dtype)
+        kept = x.clamp(limits.min, limits.max) if mode == "saturate" else x
+        assert torch.equal(result.cpu(), kept.to(result.dtype))
+
+
 def test_calls_what_a_module_took_from_the_language() -> None:
     @triton.jit
     def kernel(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]

@@ -5,6 +5,7 @@
 A launch is an operator of the software NPU, so that graphs can capture it.
 """
 
+import functools
 import importlib
 import re
 import sys
@@ -16,6 +17,7 @@ import torch
 
 _launches: dict[int, tuple[Any, str, dict[str, Any]]] = {}
 _TENSOR = object()
+_BFLOAT16_NAN = 0x7FC0
 
 
 def install() -> None:
@@ -63,7 +65,8 @@ def install() -> None:
     functions["min_dot_size"] = names["min_dot_size"](None)
     # The interpreter gives its builder to functions of `triton.language`, and only when
     # it launches a kernel. Modules have taken some of them by then.
-    language = importlib.import_module("triton.language")
+    language: Any = importlib.import_module("triton.language")
+    language.cast = language.tensor.cast = _saturating(language.cast)
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": language}))
     libdevice = importlib.import_module("triton.language.extra.ascend.libdevice")
     interpreter._patch_builtin(libdevice, interpreter.interpreter_builder)
@@ -137,7 +140,9 @@ def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
         elif pair == (tl.float32, tl.bfloat16):
             bits = np.ascontiguousarray(src.data).view(np.uint32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            data = np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16)
+            data = np.where(np.isnan(src.data), _BFLOAT16_NAN, rounded).astype(
+                np.uint16
+            )
         elif pair[0] == pair[1] or tl.bfloat16 not in pair:
             return cast(builder, src, dst_type)
         else:
@@ -145,6 +150,48 @@ def _with_bfloat16(cast: Callable[..., Any]) -> Callable[..., Any]:
         return TensorHandle(data, dst_type.scalar)
 
     return cast_impl
+
+
+def _saturating(cast: Callable[..., Any]) -> Callable[..., Any]:
+    """Know triton-ascend's `overflow_mode`, which it gives to its compiler as a hint.
+
+    Like the compiler, it casts integers to or from unsigned ones by way of float32.
+    Source: triton-ascend `triton_patch/language/core.py` and `semantic.py`.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    @functools.wraps(cast)
+    def saturating(
+        input: Any,
+        dtype: Any,
+        *args: Any,
+        overflow_mode: str | None = None,
+        _builder: Any,
+        **options: Any,
+    ) -> Any:
+        if overflow_mode == "trunc" or dtype == tl.int1:
+            overflow_mode = None
+        if overflow_mode != "saturate" or not dtype.is_int():
+            options["overflow_mode"] = overflow_mode
+            return cast(input, dtype, *args, _builder=_builder, **options)
+        source, scalar = input.handle, input.dtype
+        narrower = scalar.primitive_bitwidth >= dtype.primitive_bitwidth
+        unsigned = scalar.is_int_unsigned() or dtype.is_int_unsigned()
+        if scalar == tl.bfloat16 or (scalar.is_int() and unsigned and narrower):
+            source = _builder.cast_impl(source, tl.float32)
+        data = _builder.cast_impl(source, dtype).data
+        limits = np.iinfo(data.dtype)
+        for limit, over in (
+            (limits.min, np.less_equal),
+            (limits.max, np.greater_equal),
+        ):
+            data = np.where(over(source.data, limit), data.dtype.type(limit), data)
+        kind = tl.block_type(dtype, input.shape) if input.type.is_block() else dtype
+        return tl.tensor(TensorHandle(data, dtype), kind)
+
+    return saturating
 
 
 def _get_bf16(builder: Any, value: float) -> Any:
@@ -275,8 +322,26 @@ def _tensor(data: Any, like: Any) -> Any:
 
 
 def extract_slice(ful: Any, offsets: Any, sizes: Any, strides: Any, **_: Any) -> Any:
-    """A slice of a tensor; see triton-ascend's extension."""
-    return _tensor(ful.handle.data[_slices(offsets, sizes, strides)].copy(), ful)
+    """A slice of a tensor; see triton-ascend's extension.
+
+    Behind the tensor's end is NaN, or the smallest integer: memory that nobody wrote.
+    """
+    import numpy as np
+
+    slices = _slices(offsets, sizes, strides)
+    data = ful.handle.data
+    beyond = [(0, max(0, s.stop - n)) for s, n in zip(slices, data.shape)]
+    if np.any(beyond):
+        data = np.pad(data, beyond, constant_values=_unwritten(ful.dtype, data.dtype))
+    return _tensor(data[slices].copy(), ful)
+
+
+def _unwritten(kind: Any, stored: Any) -> Any:
+    import numpy as np
+
+    if kind.is_bf16():
+        return _BFLOAT16_NAN
+    return np.nan if kind.is_floating() else np.iinfo(stored).min
 
 
 def insert_slice(
