@@ -2,11 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """What becomes of others' tests, from pytest's report."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tools.soft_npu import foreign_tests, own_tests
+from tools.soft_npu import environment, foreign_tests, own_tests
+from tools.soft_npu.environment import Device
+from tools.soft_npu.foreign_tests import Suite
 from tools.upstream import patch_tree
 
 REPORT = """<testsuites><testsuite>
@@ -65,3 +68,22 @@ def test_files_of_a_directory_share_a_process(tmp_path: Path) -> None:
     ]
     with pytest.raises(SystemExit, match="no tests in tests/none"):
         list(own_tests.directories(tmp_path, ["tests/none"]))
+
+
+def test_trees_have_tools_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/theirs.py").touch()
+    imports = "from tools import soft_npu, theirs"
+    (tmp_path / "test_it.py").write_text(f"{imports}\n\ndef test_it():\n    pass\n")
+    (tmp_path / "conftest.py").write_text(
+        'def pytest_addoption(parser):\n    parser.addoption("--timeout")\n'
+    )
+    root = {"PYTHONPATH": str(Path(own_tests.__file__).parents[2])}
+    monkeypatch.setattr(environment, "variables", lambda *_: os.environ | root)
+    monkeypatch.setattr(environment, "add_packages", lambda *_: None)
+    found = Suite(tmp_path, Device()).outcomes(["test_it.py"])
+    assert {name: kind for name, (kind, _) in found.items()} == {
+        "test_it.test_it": "passed"
+    }

@@ -73,6 +73,8 @@ class Suite:
         """Run pytest, and stop all that it started; returns why there is no report."""
         variables = environment.variables(self.device, state) | self.variables
         environment.add_packages(variables, "test_packages")
+        # Last: the tests' packages do not hide this project's of the same name.
+        variables["PYTHONPATH"] += f"{os.pathsep}{self.root}"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-c", os.devnull, "--rootdir", str(self.root), "--tb=short"]
         command += ["-o", "junit_logging=out-err", "--continue-on-collection-errors"]
