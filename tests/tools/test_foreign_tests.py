@@ -70,6 +70,15 @@ def test_files_of_a_directory_share_a_process(tmp_path: Path) -> None:
         list(own_tests.directories(tmp_path, ["tests/none"]))
 
 
+def test_engines_may_take_as_long_as_their_file(tmp_path: Path) -> None:
+    unit, engine = (
+        own_tests.suite_of(tmp_path, Device.release, f"tests/{part}/_310p", {})
+        for part in ("ut", "e2e")
+    )
+    assert unit.seconds_of_test < engine.seconds_of_test == engine.seconds
+    assert unit.device == engine.device and unit.device.soc == "310P"
+
+
 def test_trees_have_tools_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ _SPARSE = {
     "index_n_heads": 4,
     "index_topk": 64,
 }
+# Directory of the tests that start engines.
+_END_TO_END = "tests/e2e/"
 # Parts of directories' names that ask for a chip.
 CHIPS = {"310p": "310P", "a3": "A3"}
 # Without this command the tests replace torch_npu by mocks.
@@ -70,7 +73,7 @@ def run(paths: Sequence[str], release: str, report: Path | None) -> int:
         place = Path(name)
         root, variables = _tree(place, release), _variables(place)
         suites = (
-            (Suite(root, _device(release, directory), variables), files)
+            (suite_of(root, release, directory, variables), files)
             for directory, files in directories(root, paths)
         )
         for found in foreign_tests.run(suites):
@@ -143,14 +146,22 @@ def directories(root: Path, paths: Sequence[str]) -> Iterator[tuple[str, list[st
     ordered = sorted(files, key=os.path.split)
     for directory, of_it in itertools.groupby(ordered, os.path.dirname):
         names = list(of_it)
-        if directory.startswith("tests/e2e/"):
+        if directory.startswith(_END_TO_END):
             # Engines of different files do not share a process.
             yield from ((directory, [name]) for name in names)
         else:
             yield directory, names
 
 
-def _device(release: str, directory: str) -> Device:
-    """Two devices of the chip that a directory asks for."""
+def suite_of(
+    root: Path, release: str, directory: str, variables: dict[str, str]
+) -> Suite:
+    """Two devices of the chip that a directory asks for.
+
+    A test that starts engines may take as long as its file.
+    """
     chips = (soc for part, soc in CHIPS.items() if part in directory)
-    return Device(release, next(chips, Device.soc), devices=2, memory="4G")
+    device = Device(release, next(chips, Device.soc), devices=2, memory="4G")
+    found = Suite(root, device, variables)
+    engines = directory.startswith(_END_TO_END)
+    return replace(found, seconds_of_test=found.seconds) if engines else found
