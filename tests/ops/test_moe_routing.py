@@ -192,6 +192,10 @@ REPEATED = torch.zeros(TOKENS * TOP_K, dtype=torch.int32)
         (lambda: init_routing_call(scale=scales(2, K)), "scale is float32"),
         (lambda: init_routing_call(-1, scale=scales(1, K)), "scale is float32"),
         (lambda: init_routing_call(-1, x_dtype=torch.int8), "x_dtype=1; emulated"),
+        (
+            lambda: init_routing_call(row_idx_type=1, active_expert_range=[0, 2]),
+            r"row_idx_type=1 of experts \(0, 2\); emulated: all 4",
+        ),
         (routing_of_int8, "x dtype torch.int8"),
         (lambda: unpermute({1: REPEATED}), "in range and unique"),
         (lambda: unpermute({1: REPEATED - 1}), "in range and unique"),

@@ -80,6 +80,11 @@ def _init_routing_fake(
     if offset is not None:
         refuse(_INIT, "offset is not emulated")
     active = tuple(active_expert_range)
+    if row_idx_type == _SCATTER and active != (0, expert_num):
+        # Documents call the other indices unwritten. A2's kernel for small batches
+        # writes them, and op-plugin's test compares them; that for large ones does not
+        # (ops-transformer `moe_v3_sort_one_core.h`, `moe_v3_sort_actual_expert.h`).
+        refuse(_INIT, f"row_idx_type=1 of experts {active}; emulated: all {expert_num}")
     if reason := limits.refusal(x.dtype, quant_mode, expert_num, active):
         refuse(_INIT, reason)
     dims = (x.dim(), expert_idx.dim(), expert_idx.dtype)
