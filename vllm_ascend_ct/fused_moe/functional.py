@@ -17,8 +17,8 @@ from vllm_ascend_ct.ops.traced import moe_init_routing
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 _CUMULATIVE, _COUNTS = 0, 1
-# Scales of blocks, as an operator's mode.
-_BLOCKS = 2
+# Which elements of a row share a scale.
+_PER_TOKEN, _BLOCKS = 0, 2
 _DYNAMIC = 1
 # Index is token-major, and may contain -1 for rows that are missing.
 _DROP_PAD_BY_TOKEN = 3
@@ -205,10 +205,10 @@ def int8_product(
     experts: Operands,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply int8 rows by int8 or int4 experts, or FP8 by FP8. One launch.
+    """Multiply int8 rows by int8 or int4 experts. One launch.
 
     Args:
-        rows: int8 or FP8 `[M, K]`, sorted by expert.
+        rows: int8 `[M, K]`, sorted by expert.
         row_scale: fp32 `[M]`.
         counts: int64 `[E]`, number of rows of each expert.
         experts: int8 weights have a scale `[E, N]`, bf16 for bf16 results and fp32 for
@@ -235,107 +235,80 @@ def int8_product(
     return product
 
 
-def fp8_gate(
-    rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor, w13: Operands
+def float_quant(
+    rows: torch.Tensor, experts: Operands
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply FP8 rows, apply SwiGLU, and quantize per token to FP8. A5.
-
-    Two launches: one for cumulative counts, as vllm-ascend passes them.
-
-    Args:
-        rows: FP8 (E4M3) `[M, K]`, sorted by expert.
-        row_scale: fp32 `[M]`.
-        counts: int64 `[E]`, number of rows of each expert.
-        w13: FP8 `[E, K, 2 * I]`, gate and up side by side; scale fp32 `[E, 2 * I]`.
+    """Quantize rows `[M, K]` to the format of floating-point weights. One launch. A5.
 
     Returns:
-        FP8 `[M, I]`, and its scale fp32 `[M]`.
+        Rows and scales as `float_product` takes them.
 
     """
-    return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
-        rows,
-        [w13.weight],
-        [w13.scale],
-        row_scale,
-        counts.cumsum(0),
-        dequant_dtype=torch.float32,
-        quant_dtype=FP8,
-    )
+    if not _in_blocks(experts):
+        return torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
+    return torch.ops.npu.npu_dynamic_mx_quant(rows, dst_type=_packed(experts) or FP8)
 
 
-def mx_gate(
+def float_gate(
     rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor, w13: Operands
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply MX rows, apply SwiGLU, and quantize in blocks to their format. A5.
+    """Multiply rows, apply SwiGLU, and quantize to the format of the rows. A5.
 
     Two launches: one for cumulative counts, as vllm-ascend passes them.
 
     Args:
-        rows: As in `mx_product`.
-        row_scale: As in `mx_product`.
-        counts: As in `mx_product`.
-        w13: As in `mx_product`; gate and up side by side.
+        rows: As in `float_product`.
+        row_scale: As in `float_product`.
+        counts: int64 `[E]`, number of rows of each expert.
+        w13: As in `float_product`; gate and up side by side.
 
     Returns:
-        Rows and scales as in `mx_product`, with K of `w13`'s N / 2.
+        Rows and scales as `float_product` takes them, with half of N as K.
 
     """
     packed = _packed(w13)
+    mode, scale_dtype = (_BLOCKS, E8M0) if _in_blocks(w13) else (_PER_TOKEN, None)
     return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
         rows,
         [w13.weight],
         [w13.scale],
         row_scale,
         counts.cumsum(0),
-        dequant_mode=_BLOCKS,
+        dequant_mode=mode,
         dequant_dtype=torch.float32,
-        quant_mode=_BLOCKS,
-        quant_dtype=FP8 if packed is None else packed,
+        quant_mode=mode,
+        quant_dtype=packed or FP8,
         x_dtype=packed,
         weight_dtype=packed,
-        weight_scale_dtype=E8M0,
-        x_scale_dtype=E8M0,
+        weight_scale_dtype=scale_dtype,
+        x_scale_dtype=scale_dtype,
     )
 
 
-def mx_quant(
-    rows: torch.Tensor, experts: Operands
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize `[M, K]` to the MX format of the weights; results as in `mx_product`."""
-    packed = _packed(experts)
-    return torch.ops.npu.npu_dynamic_mx_quant(
-        rows, dst_type=FP8 if packed is None else packed
-    )
-
-
-def _packed(experts: Operands) -> int | None:
-    """The number of E2M1, for tensors of bytes; None for FP8."""
-    return E2M1 if experts.weight.dtype == torch.uint8 else None
-
-
-def mx_product(
+def float_product(
     rows: torch.Tensor,
     row_scale: torch.Tensor,
     counts: torch.Tensor,
     experts: Operands,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply rows by experts in the same MX format. One launch. A5.
+    """Multiply rows by experts in the same format: FP8, MXFP8 or MXFP4. One launch. A5.
 
     Args:
         rows: FP8 (E4M3) `[M, K]`, or two FP4 (E2M1) to a uint8 `[M, K / 2]`, sorted by
             expert.
-        row_scale: uint8 (E8M0) `[M, ceil(K / 64), 2]`.
+        row_scale: fp32 `[M]`; of MX formats uint8 (E8M0) `[M, ceil(K / 64), 2]`.
         counts: int64 `[E]`, number of rows of each expert.
-        experts: FP8 `[E, K, N]`, or two FP4 to a uint8 along K `[E, K / 2, N]`; scale
-            uint8 (E8M0) `[E, ceil(K / 64), N, 2]`. Transposed views of `[E, N, ...]`.
+        experts: FP8 `[E, K, N]`, scale fp32 `[E, N]`. In MX formats transposed views of
+            `[E, N, ...]`: FP8, or two FP4 to a uint8 along K `[E, K / 2, N]`; scale
+            uint8 (E8M0) `[E, ceil(K / 64), N, 2]`.
         dtype: bf16 or fp16, dtype of the result.
 
     Returns:
         `[M, N]`.
 
     """
-    packed = _packed(experts)
+    packed, scale_dtype = _packed(experts), E8M0 if _in_blocks(experts) else None
     (product,) = torch.ops.npu.npu_grouped_matmul(
         [rows],
         [experts.weight],
@@ -348,10 +321,20 @@ def mx_product(
         output_dtype=dtype,
         x_dtype=packed,
         weight_dtype=packed,
-        scale_dtype=E8M0,
-        per_token_scale_dtype=E8M0,
+        scale_dtype=scale_dtype,
+        per_token_scale_dtype=scale_dtype,
     )
     return product
+
+
+def _in_blocks(experts: Operands) -> bool:
+    """Whether floating-point weights have E8M0 scales of blocks."""
+    return experts.scale.dtype == torch.uint8
+
+
+def _packed(experts: Operands) -> int | None:
+    """The number of E2M1, for tensors of bytes; None for FP8."""
+    return E2M1 if experts.weight.dtype == torch.uint8 else None
 
 
 def quant_dequant_product(

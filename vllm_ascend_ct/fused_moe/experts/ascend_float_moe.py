@@ -11,11 +11,9 @@ from vllm_ascend_ct.errors import Remedy, broken_checkpoint
 from vllm_ascend_ct.fused_moe.experts.ascend_moe import AscendExperts, stored_weight
 from vllm_ascend_ct.fused_moe.functional import (
     Operands,
-    fp8_gate,
-    int8_product,
-    mx_gate,
-    mx_product,
-    mx_quant,
+    float_gate,
+    float_product,
+    float_quant,
 )
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import FP8
@@ -83,26 +81,6 @@ class AscendFloatExperts(AscendExperts):
             stored_weight(layer, name)[1], getattr(layer, f"{name}_weight_scale")
         )
 
-    @abstractmethod
-    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize rows to the format of the weights."""
-
-    @abstractmethod
-    def _product(
-        self,
-        rows: torch.Tensor,
-        row_scale: torch.Tensor,
-        counts: torch.Tensor,
-        name: str,
-    ) -> torch.Tensor:
-        """Multiply quantized rows by the weights of a product."""
-
-    @abstractmethod
-    def _fused_gate(
-        self, rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Multiply quantized rows by gate and up, apply SwiGLU, and quantize."""
-
     def lay_out(self) -> None:
         super().lay_out()
         limits = current_limits().float_swiglu_quant
@@ -116,10 +94,11 @@ class AscendFloatExperts(AscendExperts):
     def gate(
         self, rows: torch.Tensor, row_scale: torch.Tensor | None, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, scale = self._quantize(rows)
+        w13 = self.operands("w13")
+        q, scale = float_quant(rows, w13)
         if self._fused:
-            return self._fused_gate(q, scale, counts)
-        hidden = self._product(q, scale, counts, "w13")
+            return float_gate(q, scale, counts, w13)
+        hidden = float_product(q, scale, counts, w13, self.moe.in_dtype)
         if self.activation is None:
             return torch.ops.npu.npu_swiglu(hidden), None
         return self.activation(hidden), None
@@ -127,9 +106,10 @@ class AscendFloatExperts(AscendExperts):
     def down(
         self, hidden: torch.Tensor, scale: torch.Tensor | None, counts: torch.Tensor
     ) -> torch.Tensor:
+        w2 = self.operands("w2")
         if scale is None:
-            hidden, scale = self._quantize(hidden)
-        return self._product(hidden, scale, counts, "w2")
+            hidden, scale = float_quant(hidden, w2)
+        return float_product(hidden, scale, counts, w2, self.moe.in_dtype)
 
     def _forms(self, quantization: Form, kind: str, layout: str) -> list[Form]:
         fused = [Form(FUSED_GATE, kind, layout)] if self._fused else []
@@ -161,24 +141,6 @@ class AscendFp8Experts(AscendFloatExperts):
         quantization = Form(DYNAMIC_QUANT, "dynamic-fp8", ROWS)
         return self._forms(quantization, "fp8", CONTIGUOUS)
 
-    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
-
-    def _product(
-        self,
-        rows: torch.Tensor,
-        row_scale: torch.Tensor,
-        counts: torch.Tensor,
-        name: str,
-    ) -> torch.Tensor:
-        dtype = self.moe.in_dtype
-        return int8_product(rows, row_scale, counts, self.operands(name), dtype)
-
-    def _fused_gate(
-        self, rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return fp8_gate(rows, row_scale, counts, self.operands("w13"))
-
 
 class AscendMxExperts(AscendFloatExperts):
     """MXFP8 or MXFP4 weights and activations.
@@ -209,21 +171,3 @@ class AscendMxExperts(AscendFloatExperts):
         packed = self.operands("w2").weight.dtype == torch.uint8
         kind = f"mxfp{4 if packed else 8}"
         return self._forms(Form(DYNAMIC_MX_QUANT, kind, ROWS), kind, TRANSPOSED)
-
-    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return mx_quant(rows, self.operands("w13"))
-
-    def _product(
-        self,
-        rows: torch.Tensor,
-        row_scale: torch.Tensor,
-        counts: torch.Tensor,
-        name: str,
-    ) -> torch.Tensor:
-        dtype = self.moe.in_dtype
-        return mx_product(rows, row_scale, counts, self.operands(name), dtype)
-
-    def _fused_gate(
-        self, rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return mx_gate(rows, row_scale, counts, self.operands("w13"))
