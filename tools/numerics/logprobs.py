@@ -118,7 +118,12 @@ def _round_inputs(model: Any, on_grid: Callable[["Tensor"], "Tensor"]) -> None:
 
 
 def served(
-    checkpoint: Path, *, eager: bool = True, ranks: int = 1, experts: bool = False
+    checkpoint: Path,
+    *,
+    eager: bool = True,
+    ranks: int = 1,
+    experts: bool = False,
+    dtype: str = "auto",
 ) -> list[float]:
     """Log-probabilities by vLLM, on the platform of this process.
 
@@ -127,6 +132,7 @@ def served(
         eager: Whether to skip compilation.
         ranks: Number of ranks (tensor parallelism).
         experts: Whether to use expert parallelism.
+        dtype: Dtype of what is not quantized; "auto" for the checkpoint's.
 
     Returns:
         As `reference`.
@@ -138,6 +144,7 @@ def served(
     in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
     llm = LLM(
         str(checkpoint),
+        dtype=dtype,
         max_model_len=LENGTH + 12,
         enforce_eager=eager,
         tensor_parallel_size=ranks,

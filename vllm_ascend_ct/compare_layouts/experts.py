@@ -25,6 +25,7 @@ from vllm_ascend_ct.compare_layouts.layer import (
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import MX_BLOCK
 from vllm_ascend_ct.ops.limits import current_limits
+from vllm_ascend_ct.ops.precedents import FUSED_GATE
 
 EXPERTS, TOP_K = 8, 2
 # Weight `[N, K]` of an expert in float64, by its number.
@@ -128,9 +129,7 @@ def _experts(bits: int, group_size: int, quantizes: bool, sizes: Sizes) -> Layer
         return weight
 
     on_grid = on_int8_grid if quantizes else torch.Tensor.double
-    # Operators that quantize the product do not round it before.
-    scheme = bits, group_size
-    return _made(_class(quantizes), scheme, make, on_grid, sizes, not quantizes)
+    return _made(_class(quantizes), (bits, group_size), make, on_grid, sizes)
 
 
 def _fp8(sizes: Sizes) -> Layer:
@@ -143,10 +142,7 @@ def _fp8(sizes: Sizes) -> Layer:
         set_parameter(layer, f"{name}_weight_scale", scale)
         return lambda number: weight[number].double() * scale[number].double()
 
-    def on_grid(x: torch.Tensor) -> torch.Tensor:
-        return on_fp8_grid(x.to(sizes.dtype))
-
-    return _made(AscendFp8Experts, (8, 0), make, on_grid, sizes, True)
+    return _made(AscendFp8Experts, (8, 0), make, on_fp8_grid, sizes)
 
 
 def _mx(bits: int, sizes: Sizes) -> Layer:
@@ -159,11 +155,8 @@ def _mx(bits: int, sizes: Sizes) -> Layer:
         set_parameter(layer, f"{name}_weight_scale", scale)
         return exact.__getitem__
 
-    def on_grid(x: torch.Tensor) -> torch.Tensor:
-        # Steps of the grid are wide, so that what rounds before it counts.
-        return on_mx_grid(bits, x.to(sizes.dtype))
-
-    return _made(AscendMxExperts, (bits, MX_BLOCK), make, on_grid, sizes, True)
+    on_grid = partial(on_mx_grid, bits)
+    return _made(AscendMxExperts, (bits, MX_BLOCK), make, on_grid, sizes)
 
 
 def _made(
@@ -172,7 +165,6 @@ def _made(
     make: Callable[[Any, str, int, int], _Weight],
     on_grid: Product,
     sizes: Sizes,
-    rounds: bool,
 ) -> Layer:
     """Lay out experts whose parameters `make` creates.
 
@@ -183,7 +175,6 @@ def _made(
             product's prefix, K and N.
         on_grid: Quantizes activations, in float64.
         sizes: Sizes, dtype and device.
-        rounds: Whether the first product is rounded to the model's dtype.
 
     """
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -210,8 +201,12 @@ def _made(
             ids[len(x)] = choices(len(x)).to(x.device)
         return run(runner, x, ids[len(x)])
 
+    # An operator that quantizes the product does not round it before.
+    fused = any(form.operator == FUSED_GATE for form in experts.forms())
+    dtype = torch.float64 if fused else sizes.dtype
+
     def formula(x: torch.Tensor) -> torch.Tensor:
-        return _formula(x, weights, on_grid, sizes.dtype if rounds else torch.float64)
+        return _formula(x, weights, on_grid, dtype)
 
     return Layer(product, formula, runner.experts.announced)
 
@@ -243,7 +238,7 @@ def _formula(
         x: `[T, H]`.
         weights: Weights of "w13" and "w2".
         on_grid: Quantizes activations.
-        dtype: Dtype that the first product is rounded to.
+        dtype: Dtype that the first product and its activation are rounded to.
 
     """
 
@@ -257,7 +252,7 @@ def _formula(
         if len(tokens):
             products = times(x[tokens], "w13", number).to(dtype).double()
             gate, up = products.chunk(2, dim=1)
-            hidden = torch.nn.functional.silu(gate) * up
+            hidden = (torch.nn.functional.silu(gate) * up).to(dtype).double()
             total.index_add_(0, tokens, times(hidden, "w2", number))
     return total / TOP_K
 
