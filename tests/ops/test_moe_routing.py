@@ -146,6 +146,14 @@ def test_rows_of_weight_0_are_not_read(index: int) -> None:
     assert torch.equal(call.run(), expected)
 
 
+def test_restore_shape_is_not_read() -> None:
+    """vllm-ascend gives it for rows from other ranks."""
+    call = unpermute_call()
+    expected = call.run()
+    call.kwargs["restore_shape"] = [TOKENS, K]
+    assert torch.equal(call.run(), expected)
+
+
 def test_padding_has_weights_of_nan() -> None:
     call = unpermute_call()
     _, order, probs = call.args

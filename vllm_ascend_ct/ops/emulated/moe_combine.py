@@ -19,8 +19,8 @@ def _unpermute_fake(
     padded_mode: bool = False,
     restore_shape: list[int] | None = None,
 ) -> torch.Tensor:
-    if padded_mode or restore_shape is not None:
-        refuse(_UNPERMUTE, "padded_mode and restore_shape are not emulated")
+    if padded_mode:
+        refuse(_UNPERMUTE, "padded_mode is not emulated")
     if permuted_tokens.dim() != 2 or (sorted_indices.dim(), sorted_indices.dtype) != (
         1,
         torch.int32,
@@ -67,7 +67,7 @@ def npu_moe_token_unpermute(
             read are in `[0, R)`, without duplicates.
         probs: `[T, top-k]`; None for one unweighted row per token.
         padded_mode: False.
-        restore_shape: None.
+        restore_shape: Only read in padded mode.
 
     Returns:
         `[T, H]`, dtype of `permuted_tokens`.
