@@ -94,18 +94,13 @@ def _tolerance(scheme: str, check: str) -> float:
     return TOLERANCE if is_weight_only(scheme) else INT8_TOLERANCE
 
 
-def _rounded(scheme: str, formula: FormulaExperts) -> FormulaExperts:
-    """Round products to 16 bits if they are then quantized to few bits."""
-    return formula.rounded(DTYPE) if scheme in MULTIPLIED_EXPERTS else formula
-
-
 def _check_split(rank: int, scheme: str, **options: Any) -> float:
     set_parallel(experts=False)
     weight_only = is_weight_only(scheme) or "has_bias" in options
     runner, formula = load(SIZES, scheme, DTYPE, weight_only, **options)
     x = formula.without_ties(activations(20, SIZES.hidden, DTYPE))
     routed = routing(SIZES, 20)
-    expected = _rounded(scheme, split(formula, rank))(x, *routed)
+    expected = split(formula, rank)(x, *routed)
     return relative_error(run(runner, x, routed), expected)
 
 
@@ -117,7 +112,7 @@ def _check_whole(rank: int, scheme: str, placement: str, **options: Any) -> floa
     x = formula.without_ties(activations(20, SIZES.hidden, DTYPE))
     routed = routing(SIZES, 20)
     here = local_experts(rank, placement)
-    expected = _rounded(scheme, formula)(x, *routed, experts=here)
+    expected = formula(x, *routed, experts=here)
     error = relative_error(run(runner, x, routed), expected)
     # No token is routed to this rank, so all of its rows are unwritten memory.
     elsewhere = torch.tensor(local_experts(1 - rank, placement)[: SIZES.top_k])
