@@ -146,6 +146,17 @@ def test_rows_of_weight_0_are_not_read(index: int) -> None:
     assert torch.equal(call.run(), expected)
 
 
+def test_rows_are_summed_in_float32_whatever_the_default() -> None:
+    call = unpermute_call(torch.float32)
+    expected = call.run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        result = call.run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(result, expected)
+
+
 def test_restore_shape_is_not_read() -> None:
     """vllm-ascend gives it for rows from other ranks."""
     call = unpermute_call()

@@ -230,15 +230,13 @@ def products(
     group = config["config_groups"]["group_0"]
     weights, inputs = group["weights"], group["input_activations"]
     bits, groups = operator_bits(weights["num_bits"]), weights["strategy"]
-    products = [forms.QUANT_MATMUL]
-    if experts:
-        products = [forms.FUSED_GATE, forms.GROUPED]
+    multiply = [forms.FUSED_GATE, forms.GROUPED] if experts else [forms.QUANT_MATMUL]
     if weights.get("type") == "float" and groups == "group":
         kind = f"mxfp{bits}"
-        return [(name, kind) for name in (forms.DYNAMIC_MX_QUANT, *products)]
+        return [(name, kind) for name in (forms.DYNAMIC_MX_QUANT, *multiply)]
     if weights.get("type") == "float":
         dynamic = (forms.DYNAMIC_QUANT, "dynamic-fp8")
-        return [dynamic, *((name, "fp8") for name in products)]
+        return [dynamic, *((name, "fp8") for name in multiply)]
     static = [(forms.QUANTIZE, "static")] if inputs == _TENSOR else []
     if only_weights:
         operator = forms.GROUPED if experts else forms.WEIGHT_ONLY
@@ -248,7 +246,7 @@ def products(
     if experts and current_limits().quant_grouped_matmul_dequant is not None:
         return [(forms.GROUPED_DEQUANT, kind)]
     if experts:
-        return [dynamic, (forms.FUSED_GATE, kind), (forms.GROUPED, kind)]
+        return [dynamic, *((name, kind) for name in multiply)]
     if static:
         return [*static, (forms.QUANT_MATMUL, "w8a8-static")]
     if not inputs.get("symmetric", True):

@@ -244,7 +244,7 @@ def float_quant(
         Rows and scales as `float_product` takes them.
 
     """
-    if not _in_blocks(experts):
+    if not in_blocks(experts):
         return torch.ops.npu.npu_dynamic_quant(rows, dst_type=FP8)
     return torch.ops.npu.npu_dynamic_mx_quant(rows, dst_type=_packed(experts) or FP8)
 
@@ -267,7 +267,7 @@ def float_gate(
 
     """
     packed = _packed(w13)
-    mode, scale_dtype = (_BLOCKS, E8M0) if _in_blocks(w13) else (_PER_TOKEN, None)
+    mode, scale_dtype = (_BLOCKS, E8M0) if in_blocks(w13) else (_PER_TOKEN, None)
     return torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2(
         rows,
         [w13.weight],
@@ -308,7 +308,7 @@ def float_product(
         `[M, N]`.
 
     """
-    packed, scale_dtype = _packed(experts), E8M0 if _in_blocks(experts) else None
+    packed, scale_dtype = _packed(experts), E8M0 if in_blocks(experts) else None
     (product,) = torch.ops.npu.npu_grouped_matmul(
         [rows],
         [experts.weight],
@@ -327,7 +327,7 @@ def float_product(
     return product
 
 
-def _in_blocks(experts: Operands) -> bool:
+def in_blocks(experts: Operands) -> bool:
     """Whether floating-point weights have E8M0 scales of blocks."""
     return experts.scale.dtype == torch.uint8
 

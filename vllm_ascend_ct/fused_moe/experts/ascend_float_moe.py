@@ -14,6 +14,7 @@ from vllm_ascend_ct.fused_moe.functional import (
     float_gate,
     float_product,
     float_quant,
+    in_blocks,
 )
 from vllm_ascend_ct.kernels.parameters import set_parameter
 from vllm_ascend_ct.ops.dtypes import FP8
@@ -40,8 +41,6 @@ class AscendFloatExperts(AscendExperts):
     """
 
     quantizes_activations = True
-    # Whether blocks of a row share a scale.
-    _is_mx: bool
 
     @classmethod
     def refusal(
@@ -88,7 +87,7 @@ class AscendFloatExperts(AscendExperts):
         self._fused = (
             limits is not None
             and self.activation is None
-            and limits.refusal(n, self._is_mx) is None
+            and limits.refusal(n, in_blocks(self.operands("w13"))) is None
         )
 
     def gate(
@@ -119,8 +118,6 @@ class AscendFloatExperts(AscendExperts):
 class AscendFp8Experts(AscendFloatExperts):
     """FP8 (E4M3) weights with a scale per channel, and activations per token."""
 
-    _is_mx = False
-
     @classmethod
     def _size_refusal(
         cls, moe: FusedMoEConfig, k: int, n: int, group_size: int
@@ -147,8 +144,6 @@ class AscendMxExperts(AscendFloatExperts):
 
     Weights stay as they were loaded: the operators take transposed views.
     """
-
-    _is_mx = True
 
     @classmethod
     def _size_refusal(

@@ -113,11 +113,11 @@ def npu_dynamic_mx_quant(
         OperatorLimitError: The call is outside the operator's limits.
 
     """
-    q, _ = _dynamic_mx_quant_fake(
+    _dynamic_mx_quant_fake(
         input, axis, round_mode, dst_type, block_size, scale_alg, dst_type_max
     )
-    is_packed = q.dtype == torch.uint8
-    return quantize_blocks(input.float(), is_packed, _ROUND_MODES[round_mode])
+    half_to_even = _ROUND_MODES[round_mode]
+    return quantize_blocks(input.float(), dst_type == E2M1, half_to_even)
 
 
 def quantize_blocks(

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 
 from vllm_ascend_ct.ops.emulated.mx_values import scale_pairs
-from vllm_ascend_ct.ops.emulated.quant_matmul_mx import (
-    check_formats,
-    check_scale,
-)
+from vllm_ascend_ct.ops.emulated.quant_matmul_mx import check_formats, check_scale
 from vllm_ascend_ct.ops.emulated.registry import (
     as_dtype,
     describe,

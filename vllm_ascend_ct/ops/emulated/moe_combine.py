@@ -79,7 +79,9 @@ def npu_moe_token_unpermute(
     result = _unpermute_fake(
         permuted_tokens, sorted_indices, probs, padded_mode, restore_shape
     )
-    weights = torch.ones(len(result), 1) if probs is None else probs.float()
+    if probs is None:
+        probs = torch.ones(len(result), 1)
+    weights = probs.float()
     is_read = weights.flatten() != 0
     # A batch's padding may have weights of NaN. Nobody uses its result.
     indices = sorted_indices[weights.flatten().abs() > 0].tolist()
@@ -89,7 +91,8 @@ def npu_moe_token_unpermute(
         and len(set(indices)) == len(indices)
     ):
         refuse(_UNPERMUTE, "sorted_indices must be in range and unique")
-    rows = torch.zeros(len(sorted_indices), result.shape[1])
+    # Not in the default dtype, which an engine sets while it loads.
+    rows = torch.zeros(len(sorted_indices), result.shape[1], dtype=torch.float32)
     rows[is_read] = permuted_tokens[sorted_indices[is_read]].float()
     rows = rows.view(*weights.shape, -1) * weights.unsqueeze(2)
     total = torch.zeros(result.shape, dtype=torch.float32)
