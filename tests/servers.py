@@ -59,3 +59,13 @@ def send_to_rank(server: Server, sent: signal.Signals) -> None:
     titles = {p.pid: Path(f"/proc/{p.pid}/cmdline") for p in server.processes()}
     (rank,) = [pid for pid, file in titles.items() if RANK in file.read_bytes()]
     os.kill(rank, sent)
+
+
+def wait_without_rank(server: Server, seconds: float) -> None:
+    """Wait until a server that lost a rank has ended.
+
+    vLLM's API server sends SIGTERM to the engine core, and kills the ranks only where
+    it then still finds the core alive: ranks that cannot answer may be left.
+    """
+    server.process.wait(seconds)
+    server.kill()

@@ -46,7 +46,7 @@ def test_lost_rank(
         )
         assert set(statuses) == {500}
         assert b'"code": 500' in rest
-        server.wait(SECONDS + END_SECONDS)
+        servers.wait_without_rank(server, SECONDS + END_SECONDS)
     assert re.search(error, server.log.read_text())
 
 

@@ -182,7 +182,7 @@ def test_lost_rank(
         )
         assert set(statuses) == {500}
         assert b'"code": 500' in rest
-        server.wait(END_SECONDS)
+        servers.wait_without_rank(server, END_SECONDS)
     assert error in server.log.read_text()
 
 

@@ -94,11 +94,16 @@ class Server:
             if self.process.poll() is not None and not self.left_behind():
                 return
             time.sleep(0.5)
+        names = [process.name for process in self.kill()]
+        raise RuntimeError(f"left after {seconds} s: {names}")
+
+    def kill(self) -> list[Process]:
+        """Kill what is alive of it: these processes."""
         left = self.left_behind()
         for process in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        raise RuntimeError(f"left after {seconds} s: {[p.name for p in left]}")
+        return left
 
 
 class StartError(RuntimeError):
