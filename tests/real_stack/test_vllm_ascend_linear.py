@@ -26,7 +26,7 @@ from tests.layers.quantized_layers import (
     load_head,
     replicated_case,
 )
-from tests.layers.test_linear import CASES, cases_of, tolerance
+from tests.layers.test_linear import CASES, cases_of, expected_classes, tolerance
 from tools.checkpoints.make_checkpoint import SCHEMES
 from vllm_ascend_ct.errors import UnsupportedCheckpointError
 from vllm_ascend_ct.quantization.compressed_tensors.linear_method import (
@@ -38,8 +38,11 @@ pytestmark = [pytest.mark.vllm_ascend, pytest.mark.usefixtures("vllm_config")]
 BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bias"),
+    [(BF16, True), (torch.float16, False)],
+    ids=["bfloat16-bias", "float16-no-bias"],
+)
 @pytest.mark.parametrize(
     ("scheme", "case"),
     [(s, case) for s in SCHEMES for case in cases_of(s)],
@@ -52,6 +55,8 @@ def test_output_is_the_formula(
     # vllm-ascend treats a layer as unquantized if this is None.
     assert type(layer.quant_method) is AscendCTLinearMethod
     assert layer.quant_method.quant_method is layer.scheme
+    classes = type(layer.scheme), type(layer.scheme.kernel)
+    assert classes == expected_classes(scheme, CASES[case].k)
     x = formulas[0].without_ties(activations(64, CASES[case].k, dtype))
     y, _ = layer(x)
     expected = torch.cat([formula(x) for formula in formulas], dim=-1)

@@ -83,7 +83,6 @@ OTHER_TESTS = {
         "tests/fused_moe",
         "tests/quantization",
         "tests/loading",
-        "tests/layers/test_linear.py",
         "tests/layers/test_reload.py",
         "tests/layers/test_vocabulary.py",
     ),
