@@ -13,6 +13,8 @@ import pytest
 import torch
 from pytest_mock import MockerFixture
 from safetensors.torch import load_file, save_file
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.engine.selection import mostly_long
 from tools.checkpoints.tiny_moe import IGNORE
@@ -115,7 +117,8 @@ def test_compiled(make: MakeCheckpoint, name: str) -> None:
 @pytest.mark.parametrize("name", FLOAT_RECIPES)
 def test_resolved(make: MakeCheckpoint, name: str) -> None:
     path = make(name, FLOAT_RECIPES[name])
-    assert mean_difference(served(path), reference(path)) < WEIGHT_ONLY_TOLERANCE
+    found = mean_difference(served(path, dtype="float16"), reference(path))
+    assert found < FLOAT16_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ON_A5)
@@ -138,7 +141,20 @@ def test_floats_on_a5(
 
 def test_unquantized_experts(make: MakeCheckpoint) -> None:
     path = make("qwen3-moe", {ATTENTION: "w4a16-g32"})
-    assert mean_difference(served(path), reference(path)) < WEIGHT_ONLY_TOLERANCE
+    found = mean_difference(served(path, dtype="float16"), reference(path))
+    assert found < FLOAT16_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [("float16", AttentionBackendEnum.CPU_MLA), ("bfloat16", None)],
+)
+def test_backend_of_latent_attention(
+    make: MakeCheckpoint, dtype: str, backend: AttentionBackendEnum | None
+) -> None:
+    """With AMX, vLLM takes AMX_MLA, which is right with bfloat16 only."""
+    arguments = EngineArgs(str(make("deepseek-v3")), dtype=dtype)
+    assert arguments.create_engine_config().attention_config.backend is backend
 
 
 @pytest.mark.long

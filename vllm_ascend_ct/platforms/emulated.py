@@ -4,9 +4,11 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import PlatformEnum
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_ascend_ct import envs
 from vllm_ascend_ct.errors import PlatformError, Remedy
@@ -54,6 +56,7 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        _avoid_amx_mla(vllm_config)
         super().check_and_update_config(vllm_config)
         # vLLM's CPU operator rotates `[T, heads, size]` incorrectly if pairs are
         # interleaved (DeepSeek). Use the torch implementation, as compiled models do.
@@ -82,3 +85,14 @@ class EmulatedAscendCTPlatform(AscendCTPlatformMixin, CpuPlatform):
             "emulating.",
             envs.EMULATE,
         )
+
+
+def _avoid_amx_mla(vllm_config: "VllmConfig") -> None:
+    """Take vLLM's other backend of latent attention for dtypes but bfloat16.
+
+    vLLM takes AMX_MLA on CPUs with AMX, whatever the dtype; it computes garbage with
+    float16.
+    """
+    model = vllm_config.model_config
+    if model is not None and model.use_mla and model.dtype != torch.bfloat16:
+        vllm_config.attention_config.backend = AttentionBackendEnum.CPU_MLA
