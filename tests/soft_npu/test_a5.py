@@ -23,8 +23,8 @@ from vllm_ascend_ct.ops.dtypes import E2M1
 
 pytestmark = pytest.mark.soft_npu
 CHIP = "A5"
-# Two layers of the model have four linear layers each, or two beside experts.
-DENSE, EXPERTS = 4, 2
+# Each layer of the models has four linear layers, or two beside experts.
+LAYERS, DENSE, EXPERTS = 2, 4, 2
 QUANTIZE, MX_QUANTIZE = "npu::npu_dynamic_quant", "npu::npu_dynamic_mx_quant"
 MULTIPLY, WEIGHT_ONLY = "npu::npu_quant_matmul", "npu::npu_weight_quant_batchmatmul"
 GROUPED, GATE = "npu::npu_grouped_matmul", "npu::npu_grouped_matmul_swiglu_quant_v2"
@@ -34,7 +34,7 @@ FUSED = {
     "npu::npu_add_rms_norm_dynamic_mx_quant": MX_QUANTIZE,
     "npu::npu_add_rms_norm_dynamic_quant": QUANTIZE,
 }
-ATTENTION = "npu::npu_fused_infer_attention_score"
+EMBEDDING = "aten::embedding"
 
 
 WNA16, INT8, FP8, MX8, MX4 = (
@@ -122,39 +122,63 @@ PROCESSES = {
     "mxfp8 expert graphs": graphs("qwen3-moe/w4a16-g128+mxfp8"),
 }
 USUAL = ["usual"]
+TENSOR = {"tensor_parallel_size": 2}
+TWO_RANKS: dict[str, Run] = {
+    "fp8": {"checkpoint": "dense/fp8-channel-dynamic", **TENSOR},
+    "mxfp8": {"checkpoint": "dense/mxfp8", **TENSOR},
+    "mxfp4": {"checkpoint": "dense/mxfp4", **TENSOR},
+    "fp8 experts": {"checkpoint": "qwen3-moe/w4a16-g128+fp8-channel-dynamic", **TENSOR},
+}
 Serve = Callable[..., list[Result]]
 
 
-def calls_in_a_layer(result: Result) -> dict[str, float]:
-    """Of operators that quantize or multiply; each layer attends once."""
-    (rank,) = result["ranks"]
+def calls_in_a_layer(rank: dict[str, Any]) -> dict[str, float]:
+    """Of operators that quantize or multiply; each forward embeds once."""
     calls: Counter[str] = Counter()
     for name, count in rank["operators"].items():
         calls[FUSED.get(name, name.removesuffix(".out"))] += count
     operators = (QUANTIZE, MX_QUANTIZE, MULTIPLY, WEIGHT_ONLY, GATE, GROUPED)
-    return {name: calls[name] / calls[ATTENTION] for name in operators if calls[name]}
+    layers = calls[EMBEDDING] * LAYERS
+    return {name: calls[name] / layers for name in operators if calls[name]}
+
+
+def check_served(run: Run, result: Result) -> None:
+    engines.check_in_charge(run, result)
+    expected = SERVED[run["checkpoint"]]
+    for rank in result["ranks"]:
+        assert rank["kernels"] == expected.kernels
+        assert bool(rank["resolved"]) == expected.resolved
+        assert calls_in_a_layer(rank) == expected.calls
+
+
+def check_close(run: Run, result: Result) -> None:
+    name = run["checkpoint"]
+    found = engines.difference(name, result["logprobs"], suite.is_rounded(name))
+    print(f"{name} {run}: {found:.4f}")
+    assert found < SERVED[name].tolerance
 
 
 @pytest.mark.parametrize("process", in_turn([*PROCESSES], USUAL))
 def test_served(serve: Serve, process: str) -> None:
     runs = PROCESSES[process]
     for run, result in zip(runs, serve(runs, chip=CHIP), strict=True):
-        engines.check_in_charge(run, result)
-        expected = SERVED[run["checkpoint"]]
-        (rank,) = result["ranks"]
-        assert rank["kernels"] == expected.kernels
-        assert bool(rank["resolved"]) == expected.resolved
-        assert calls_in_a_layer(result) == expected.calls
+        check_served(run, result)
 
 
 @pytest.mark.parametrize("process", in_turn([*PROCESSES], USUAL))
 def test_close_to_float32(serve: Serve, process: str) -> None:
     runs = PROCESSES[process]
     for run, result in zip(runs, serve(runs, chip=CHIP), strict=True):
-        name = run["checkpoint"]
-        found = engines.difference(name, result["logprobs"], suite.is_rounded(name))
-        print(f"{name} {run}: {found:.4f}")
-        assert found < SERVED[name].tolerance
+        check_close(run, result)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", TWO_RANKS.values(), ids=TWO_RANKS)
+def test_two_ranks(serve: Serve, options: Run) -> None:
+    run = {**options, **SMALL, **EAGER}
+    (result,) = serve([run], chip=CHIP)
+    check_served(run, result)
+    check_close(run, result)
 
 
 def check_own(theirs: Result) -> None:
