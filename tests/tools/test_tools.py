@@ -61,13 +61,10 @@ def test_experts_are_laid_out_one_at_a_time() -> None:
 @pytest.mark.long
 def test_loading_of_models_is_timed(tmp_path: Path) -> None:
     """Of one block each; what is written is deleted."""
-    lines = list(bench_load_model.results([0.01], tmp_path))
+    scheme = bench_load_model.SCHEMES[0]
+    lines = list(bench_load_model.results([0.01], tmp_path, [scheme]))
     cells = [line.strip("| ").split(" | ") for line in lines]
-    assert [tuple(row[:2]) for row in cells] == [
-        (kind, scheme)
-        for kind in ("experts", "dense")
-        for scheme in bench_load_model.SCHEMES
-    ]
+    assert [row[:2] for row in cells] == [["experts", scheme], ["dense", scheme]]
     for row in cells:
         gigabytes, tensors, *_, ratio = map(float, row[2:])
         # Of 0.01 GB, or of one block if that is larger.

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,9 @@ def load(directory: Path) -> list[float]:
     return [of_reading, *(b - a for a, b in pairwise(clock))]
 
 
-def results(sizes: list[float], directory: Path | None) -> Iterator[str]:
+def results(
+    sizes: list[float], directory: Path | None, schemes: Sequence[str] = SCHEMES
+) -> Iterator[str]:
     """Measure each model, in a process of its own, as lines of a table."""
     variables = os.environ | {
         "VLLM_PLUGINS": "ascend_ct",
@@ -209,7 +211,7 @@ def results(sizes: list[float], directory: Path | None) -> Iterator[str]:
         "OMP_NUM_THREADS": "1",
     }
     for kind in ("experts", "dense"):
-        for scheme in SCHEMES:
+        for scheme in schemes:
             for size in sizes:
                 with tempfile.TemporaryDirectory(dir=directory) as made:
                     count = write(Path(made), kind, scheme, int(size * 1e9))
