@@ -22,8 +22,9 @@ if [ "${1:-}" = --long ]; then
   stage .venv/bin/python -m tools.upstream.upstream_patches verify --changed
   # Where the patches change what is called.
   stage .venv/bin/python -m tools.upstream.upstream_patches test \
-    tests/plugin tests/quantization tests/kernels tests/layers/test_experts.py \
-    tests/engine/test_lora.py -n logical --maxprocesses 4 --dist loadfile
+    tests/plugin/test_{hooks,register,other_quantization}.py tests/quantization \
+    tests/kernels tests/layers/test_experts.py tests/engine/test_lora.py \
+    -n logical --maxprocesses 4 --dist loadfile
   stage .venv/bin/python -m pytest -m long -n logical --maxprocesses 2 --dist loadfile
   stage .venv/bin/python -m tools.stacks.real_stack test \
     -n logical --maxprocesses 4 --dist loadfile
