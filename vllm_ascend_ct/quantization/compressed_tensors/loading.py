@@ -7,6 +7,8 @@ tensors of another dtype or with too many rows, and has assertions without a mes
 """
 
 import functools
+import inspect
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,28 +75,31 @@ class LoadRecord:
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a layer's weight loader so that it checks and records tensors."""
+        self.loader = wrapped(weight_loader, self._load)
+        return self.loader
 
-        @functools.wraps(weight_loader)
-        def load(
-            param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
-            self.before()
-            shard = next(iter((*args, *kwargs.values())), None)
-            name = parameter_name(self.layer, param)
-            if fault := self.shape.fault(name, loaded_weight, self._rows(shard)):
-                raise self._refused(name, shard, *fault)
-            loaded_weight = as_stored(loaded_weight, param)
-            try:
-                result = weight_loader(param, loaded_weight, *args, **kwargs)
-            except (AssertionError, ValueError, IndexError) as error:
-                reason = f"does not fit {list(param.shape)}: {error}"
-                remedy = remedy_for(COLUMNS.get(name))
-                raise self._refused(name, shard, reason, remedy) from error
-            self.seen.setdefault(name, set()).add(shard)
-            return result
-
-        self.loader = load
-        return load
+    def _load(
+        self,
+        weight_loader: Callable[..., Any],
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self.before()
+        shard = next(iter((*args, *kwargs.values())), None)
+        name = parameter_name(self.layer, param)
+        if fault := self.shape.fault(name, loaded_weight, self._rows(shard)):
+            raise self._refused(name, shard, *fault)
+        loaded_weight = as_stored(loaded_weight, param)
+        try:
+            result = weight_loader(param, loaded_weight, *args, **kwargs)
+        except (AssertionError, ValueError, IndexError) as error:
+            reason = f"does not fit {list(param.shape)}: {error}"
+            remedy = remedy_for(COLUMNS.get(name))
+            raise self._refused(name, shard, reason, remedy) from error
+        self.seen.setdefault(name, set()).add(shard)
+        return result
 
     def check_complete(self) -> None:
         """Refuse a layer with missing tensors, and clear the record.
@@ -152,6 +157,38 @@ class LoadRecord:
             f"layer {self.prefix}, tensor {name}",
             remedy,
         )
+
+
+def wrapped(
+    weight_loader: Callable[..., Any], load: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Wrap a layer's weight loader without keeping the layer alive.
+
+    For reloads vLLM keeps the loaders of all parameters, also those of models that are
+    gone. It removes the layer from them only if they are its methods
+    (`model_loader/reload/sanitize.py`).
+
+    Args:
+        weight_loader: The loader.
+        load: A method that is called with `weight_loader` and its arguments. Its object
+            must live as long as the layer.
+
+    """
+    outer, inner = _weak(load), _weak(weight_loader)
+
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        return outer()(inner(), *args, **kwargs)
+
+    functools.update_wrapper(loader, weight_loader)
+    del loader.__wrapped__  # type: ignore[attr-defined]
+    loader.__signature__ = inspect.signature(weight_loader)  # type: ignore[attr-defined]
+    return loader
+
+
+def _weak(function: Callable[..., Any]) -> Callable[[], Any]:
+    if inspect.ismethod(function):
+        return weakref.WeakMethod(function)
+    return lambda: function
 
 
 def as_stored(loaded_weight: torch.Tensor, param: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ shards the 16-bit weight over ranks, so a shard may begin within a block that sh
 scale.
 """
 
-import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Self
 
@@ -28,6 +27,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.loading import (
     LoadRecord,
     parameter_name,
+    wrapped,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.refusals import (
     enough_memory,
@@ -95,41 +95,40 @@ class ResolvedMixin(WatchedMixin):
         self.record.optional = (*OPTIONAL, *FLOAT_INPUT_KINDS, *optional)
 
     def _checking(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
-        return self.record.record(self._resolving(self.record.layer, weight_loader))
+        return self.record.record(wrapped(weight_loader, self._load))
 
-    def _resolving(
-        self, layer: Any, weight_loader: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """Wrap a layer's weight loader so that it receives 16-bit weights."""
-
-        @functools.wraps(weight_loader)
-        def load(
-            param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
-            name = parameter_name(layer, param)
-            kind = self._kind(name)
-            if kind in FLOAT_INPUT_KINDS:
-                return True
-            if kind not in self._kinds or not self._is_local(layer, args):
-                return weight_loader(param, loaded_weight, *args, **kwargs)
-            weight_name = name.removesuffix(kind) + _WEIGHT
-            weight = getattr(layer, weight_name)
-            if weight.is_meta:
-                # In a reload vLLM counts copied elements: copy one for each tensor.
-                weight.new_empty(1).copy_(weight.new_empty(1))
-                return True
-            shard, args = self._of_shard(weight_name, args, kwargs)
-            pieces = self._pieces.setdefault((weight_name, shard), {})
-            pieces[kind] = loaded_weight
-            if len(pieces) < len(self._kinds):
-                # Some weight iterators reuse their buffers, so keep a copy.
-                pieces[kind] = loaded_weight.clone()
-                return True
-            del self._pieces[weight_name, shard]
-            dense = self._dequantized(pieces, weight)
-            return weight_loader(weight, dense, *args, **kwargs)
-
-        return load
+    def _load(
+        self,
+        weight_loader: Callable[..., Any],
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Call a layer's weight loader with 16-bit weights only."""
+        layer = self.record.layer
+        name = parameter_name(layer, param)
+        kind = self._kind(name)
+        if kind in FLOAT_INPUT_KINDS:
+            return True
+        if kind not in self._kinds or not self._is_local(layer, args):
+            return weight_loader(param, loaded_weight, *args, **kwargs)
+        weight_name = name.removesuffix(kind) + _WEIGHT
+        weight = getattr(layer, weight_name)
+        if weight.is_meta:
+            # In a reload vLLM counts copied elements: copy one for each tensor.
+            weight.new_empty(1).copy_(weight.new_empty(1))
+            return True
+        shard, args = self._of_shard(weight_name, args, kwargs)
+        pieces = self._pieces.setdefault((weight_name, shard), {})
+        pieces[kind] = loaded_weight
+        if len(pieces) < len(self._kinds):
+            # Some weight iterators reuse their buffers, so keep a copy.
+            pieces[kind] = loaded_weight.clone()
+            return True
+        del self._pieces[weight_name, shard]
+        dense = self._dequantized(pieces, weight)
+        return weight_loader(weight, dense, *args, **kwargs)
 
     def _kind(self, name: str) -> str:
         return name

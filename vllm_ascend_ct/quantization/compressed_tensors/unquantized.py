@@ -20,6 +20,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.headers import LayerFiles
 from vllm_ascend_ct.quantization.compressed_tensors.loading import (
     missing_tensor,
     shard_indices,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -77,24 +78,28 @@ class WatchedMixin(_Base):
         super().process_weights_after_loading(layer)
 
     def _checking(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(weight_loader)
-        def load(
-            param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
-            self.checkpoint.before_loading()
-            if loaded_weight.dtype not in _FLOATS:
-                raise broken_checkpoint(
-                    "The checkpoint has a tensor of "
-                    f"{loaded_weight.dtype} {list(loaded_weight.shape)} for a layer "
-                    "that config.json does not quantize",
-                    f"layer {self.layer_name}",
-                    Remedy.CORRECT_FIELD.format(field="`targets` or `ignore`"),
-                )
-            if param.is_meta:
-                self._seen.add(next(iter((*args, *kwargs.values())), None))
-            return weight_loader(param, loaded_weight, *args, **kwargs)
+        return wrapped(weight_loader, self._load)
 
-        return load
+    def _load(
+        self,
+        weight_loader: Callable[..., Any],
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self.checkpoint.before_loading()
+        if loaded_weight.dtype not in _FLOATS:
+            raise broken_checkpoint(
+                "The checkpoint has a tensor of "
+                f"{loaded_weight.dtype} {list(loaded_weight.shape)} for a layer "
+                "that config.json does not quantize",
+                f"layer {self.layer_name}",
+                Remedy.CORRECT_FIELD.format(field="`targets` or `ignore`"),
+            )
+        if param.is_meta:
+            self._seen.add(next(iter((*args, *kwargs.values())), None))
+        return weight_loader(param, loaded_weight, *args, **kwargs)
 
     def _is_unfilled(self, layer: Any, weight: torch.Tensor) -> bool:
         """Whether a shard or an expert of a weight was not loaded."""

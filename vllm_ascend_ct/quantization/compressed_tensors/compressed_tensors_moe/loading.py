@@ -6,7 +6,6 @@ vLLM's loader copies a tensor that is too small into a corner of its parameter, 
 not notice a missing expert.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from vllm_ascend_ct.quantization.compressed_tensors.loading import (
     as_stored,
     missing_tensor,
     parameter_name,
+    wrapped,
 )
 from vllm_ascend_ct.quantization.compressed_tensors.tensors import (
     OPTIONAL,
@@ -124,49 +124,49 @@ class ExpertsLoadRecord:
 
     def record(self, weight_loader: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a layer's weight loader so that it checks and records tensors."""
+        self.loader = wrapped(weight_loader, self._load)
+        return self.loader
 
-        @functools.wraps(weight_loader)
-        def load(
-            param: torch.Tensor,
-            loaded_weight: torch.Tensor,
-            weight_name: str,
-            shard_id: str,
-            expert_id: int,
-            return_success: bool = False,
-        ) -> Any:
-            self._before()
-            name = parameter_name(self.layer, param)
-            kind = name.partition("_")[2]
-            if shard_id not in (*_SHARDS["w13"], *_SHARDS["w2"]):
-                raise self._other_loader(f"{expert_id}, {weight_name}", shard_id)
-            local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
-            if local >= 0:
-                fault = self._fault(kind, shard_id, loaded_weight)
-                if fault is None and self._transform is not None:
-                    loaded_weight, fault = self._transformed(kind, loaded_weight)
-                if fault is not None:
-                    raise self._refused(kind, shard_id, expert_id, fault)
-                self._seen.setdefault(name, set()).add((local, shard_id))
-            loaded_weight = as_stored(loaded_weight, param)
-            try:
-                return weight_loader(
-                    param,
-                    loaded_weight,
-                    weight_name,
-                    shard_id,
-                    expert_id,
-                    return_success=return_success,
-                )
-            except (PlatformError, torch.OutOfMemoryError):
-                # Runtime errors that say nothing about the tensor.
-                raise
-            except (RuntimeError, ValueError, IndexError) as error:
-                reason = f"does not fit {list(param.shape)}: {error}"
-                fault = Fault(reason, Remedy.EXPORT_AGAIN)
-                raise self._refused(kind, shard_id, expert_id, fault) from error
-
-        self.loader = load
-        return load
+    def _load(
+        self,
+        weight_loader: Callable[..., Any],
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> Any:
+        self._before()
+        name = parameter_name(self.layer, param)
+        kind = name.partition("_")[2]
+        if shard_id not in (*_SHARDS["w13"], *_SHARDS["w2"]):
+            raise self._other_loader(f"{expert_id}, {weight_name}", shard_id)
+        local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if local >= 0:
+            fault = self._fault(kind, shard_id, loaded_weight)
+            if fault is None and self._transform is not None:
+                loaded_weight, fault = self._transformed(kind, loaded_weight)
+            if fault is not None:
+                raise self._refused(kind, shard_id, expert_id, fault)
+            self._seen.setdefault(name, set()).add((local, shard_id))
+        loaded_weight = as_stored(loaded_weight, param)
+        try:
+            return weight_loader(
+                param,
+                loaded_weight,
+                weight_name,
+                shard_id,
+                expert_id,
+                return_success=return_success,
+            )
+        except (PlatformError, torch.OutOfMemoryError):
+            # Runtime errors that say nothing about the tensor.
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = f"does not fit {list(param.shape)}: {error}"
+            fault = Fault(reason, Remedy.EXPORT_AGAIN)
+            raise self._refused(kind, shard_id, expert_id, fault) from error
 
     def check_complete(self) -> None:
         """Refuse a layer with missing tensors, and clear the record.
