@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
+import gc
 import os
 
 # Set before anything imports vLLM, which then selects the platform of this process.
@@ -18,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests import lacks
-from tests.real_stack.chip import set_chip
-from tools.checkpoints import make_checkpoint, tiny_moe
-from vllm_ascend_ct.errors import UnsupportedCheckpointError
+# What takes seconds to import is imported by workers only, not by xdist's controller.
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
     """Skip tests of what this vLLM lacks, if they are refused for that reason."""
+    from tests import lacks
+    from vllm_ascend_ct.errors import UnsupportedCheckpointError
+
     try:
         return (yield)
     except UnsupportedCheckpointError as error:
@@ -40,6 +40,8 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 def platform() -> None:
     """Without this check, vLLM's own CPU kernels could make all tests pass."""
     if chip := os.environ.get("REAL_STACK_CHIP"):
+        from tests.real_stack.chip import set_chip
+
         set_chip(chip)
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
@@ -63,9 +65,28 @@ def platform() -> None:
         custom_ops.install_quantize()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen(platform: None) -> Iterator[None]:
+    freeze()
+    yield
+    gc.unfreeze()
+
+
+def freeze() -> None:
+    """Exempt what is alive from garbage collection, until vLLM ends an engine.
+
+    vLLM collects garbage several times for each model that it loads and each engine
+    that it starts: it would search a million objects of imported modules.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a checkpoint from a recipe, once per session."""
+    from tools.checkpoints import make_checkpoint
+
     directory = tmp_path_factory.mktemp("checkpoints")
     known: dict[str, Path] = {}
 
@@ -82,6 +103,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Make a model of `tools.checkpoints.tiny_moe`, once per session."""
+    from tools.checkpoints import tiny_moe
+
     directory = tmp_path_factory.mktemp("moe-models")
 
     def make(name: str) -> Path:
@@ -105,6 +128,8 @@ def single_rank() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    import torch
+
     torch.manual_seed(0)
     # vLLM 0.23 does not reset it if a layer is refused.
     torch.set_default_dtype(torch.float32)

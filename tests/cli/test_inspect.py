@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,58 @@ from tools.checkpoints import tiny_moe
 from tools.checkpoints.malform import KINDS, RECIPE, malform
 from vllm_ascend_ct.cli.main import main
 
+# Runs the command once for each line: starting a process takes long.
+REPEATED = """
+import contextlib, io, json, os, sys
+from vllm_ascend_ct.cli.main import main
+for line in sys.stdin:
+    os.environ.pop("VLLM_ASCEND_CT_SOC", None)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = main(["inspect", *json.loads(line)])
+    print(json.dumps([status, output.getvalue()]), flush=True)
+"""
+COMMAND = [sys.executable, "-m", "vllm_ascend_ct.cli.main", "inspect"]
 
-def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
+Inspect = Callable[..., tuple[int, str]]
+Found = Callable[..., tuple[int, dict[str, Any]]]
+
+
+def environment() -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-    command = [sys.executable, "-m", "vllm_ascend_ct.cli.main", "inspect"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**clean, "COLUMNS": "160"},
-        capture_output=True,
+    return {**clean, "COLUMNS": "160"}
+
+
+@pytest.fixture(scope="module")
+def inspect() -> Iterator[Inspect]:
+    """Returns the exit status and the output."""
+    with subprocess.Popen(
+        [sys.executable, "-c", REPEATED],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        requests, results = process.stdin, process.stdout
+
+        def run(*arguments: object) -> tuple[int, str]:
+            print(json.dumps([*map(str, arguments)]), file=requests, flush=True)
+            status, output = json.loads(results.readline())
+            return status, output
+
+        yield run
 
 
-def found(*arguments: object) -> tuple[int, dict[str, Any]]:
-    result = inspect(*arguments, "--json")
-    assert result.stdout, result.stderr
-    return result.returncode, json.loads(result.stdout)
+@pytest.fixture(scope="module")
+def found(inspect: Inspect) -> Found:
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        status, output = inspect(*arguments, "--json")
+        return status, json.loads(output)
+
+    return run
 
 
-def test_mixed_schemes(checkpoint: Callable[..., Path]) -> None:
+def test_mixed_schemes(found: Found, checkpoint: Callable[..., Path]) -> None:
     status, report = found(checkpoint(RECIPE), "--soc", "A3")
     rows = {row["layers"]: row for row in report["rows"]}
     assert status == 0 and report["is_served"] and report["soc"] == "A3"
@@ -54,7 +87,7 @@ def test_mixed_schemes(checkpoint: Callable[..., Path]) -> None:
     assert report["errors"] == [] and report["bytes_per_rank"] > 0
 
 
-def test_floats(checkpoint: Callable[..., Path]) -> None:
+def test_floats(found: Found, checkpoint: Callable[..., Path]) -> None:
     status, report = found(checkpoint({"Linear": "nvfp4"}), "--soc", "A2")
     (row,) = (row for row in report["rows"] if "down_proj" in row["layers"])
     assert status == 0
@@ -64,7 +97,7 @@ def test_floats(checkpoint: Callable[..., Path]) -> None:
 
 
 def test_a_refused_layer_does_not_hide_others(
-    checkpoint: Callable[..., Path], tmp_path: Path
+    found: Found, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     malform(checkpoint(RECIPE), KINDS["config-other-group-size"], tmp_path / "broken")
     status, report = found(tmp_path / "broken")
@@ -79,7 +112,7 @@ def test_a_refused_layer_does_not_hide_others(
 
 
 def test_ranks_that_split_experts(
-    checkpoint: Callable[..., Path], moe_model: Callable[[str], Path]
+    found: Found, checkpoint: Callable[..., Path], moe_model: Callable[[str], Path]
 ) -> None:
     """Each way of splitting them has its bytes, and one is refused."""
     path = checkpoint(
@@ -102,23 +135,27 @@ def test_ranks_that_split_experts(
 
 
 def test_table(checkpoint: Callable[..., Path]) -> None:
-    result = inspect(checkpoint({"Linear": "w8a8-channel-static"}), "--soc", "A5")
+    path = checkpoint({"Linear": "w8a8-channel-static"})
+    command = [*COMMAND, str(path), "--soc", "A5"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
     assert "AscendInt8ScaledMMLinearKernel" in result.stdout
     assert "npu_quantize (static, reciprocal) *" in result.stdout
     assert "* unproven on A5" in result.stdout
 
 
-def test_one_reason_is_said_once(checkpoint: Callable[..., Path]) -> None:
+def test_one_reason_is_said_once(
+    inspect: Inspect, checkpoint: Callable[..., Path]
+) -> None:
     path = checkpoint({"Linear": "w4a16-g128"})
-    result = inspect(path, "--soc", "310P", "--dtype", "float16")
-    assert result.returncode == 1
-    refused = [x for x in result.stdout.splitlines() if x.startswith("Refused:")]
+    status, output = inspect(path, "--soc", "310P", "--dtype", "float16")
+    assert status == 1
+    refused = [x for x in output.splitlines() if x.startswith("Refused:")]
     assert len(refused) == 1 and "qkv_proj (2)" in refused[0]
-    assert result.stdout.count("4-bit weights; supported: 8") == 1
+    assert output.count("4-bit weights; supported: 8") == 1
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint(found: Found, tmp_path: Path) -> None:
     status, report = found(tmp_path)
     assert status == 1 and not report["is_served"] and len(report["errors"]) == 1
 

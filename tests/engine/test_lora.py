@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """LoRA adapters on a model with quantized experts."""
 
-import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -13,12 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 from tests.loading import models
 from tools.checkpoints.tiny_moe import IGNORE
-from tools.numerics.logprobs import LENGTH, held_out_tokens, mean_difference, reference
+from tools.numerics.logprobs import (
+    LENGTH,
+    clean_up,
+    held_out_tokens,
+    mean_difference,
+    reference,
+)
 from vllm_ascend_ct.errors import PlatformError, Remedy
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -81,8 +85,7 @@ def test_adapters_of_other_modules_are_served(tmp_path: Path, experts: Path) -> 
         use_tqdm=False,
     )
     del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    clean_up()
     of_positions: Any = output.prompt_logprobs
     served = [
         of_position[token].logprob

@@ -55,24 +55,53 @@ WITH_THE_CONFIG = {
 THEIRS = "['CompressedTensorsConfig', [], [], [], [], []]"
 
 
-def test_registered_once_however_often_it_is_asked_for() -> None:
-    """The platform alone is enough: some entry points skip general plugins."""
-    out = run_ok(
-        STATE
+def test_what_a_process_that_serves_registers() -> None:
+    """Asks one process in the order of a worker's start, for a start takes long."""
+    config = AscendCTConfig.from_config(
+        {"config_groups": {}, "format": "pack-quantized"}
+    )
+    result = run(
+        f"""
+import pickle
+# The config is unpickled by name, before plugins run.
+config = pickle.loads({pickle.dumps(config)!r})
+print(type(config).__name__, config.quant_format)
+"""
+        + STATE
         + """
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 import vllm_ascend_ct
+# The platform alone is enough: some entry points skip general plugins.
 current_platform.pre_register_and_update()
 print(state())
+# However often it is asked for, it is registered once.
 current_platform.pre_register_and_update()
 load_general_plugins()
 vllm_ascend_ct.general_plugin()
 print(state())
+
+# No other config serves silently, whoever registers it after ours.
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+VllmConfig()
+print("configured")
+
+@register_quantization_config("compressed-tensors")
+class Theirs(QuantizationConfig):
+    pass
+
+VllmConfig()
+print("configured")
+print(get_quantization_config("compressed-tensors").__name__)
 """,
         VLLM_PLUGINS="ascend_ct",
     )
-    assert out.splitlines() == [OURS, OURS]
+    unpickled = "AscendCTConfig pack-quantized"
+    assert result.stdout.splitlines() == [unpickled, OURS, OURS, "configured"]
+    assert "PlatformError: Another config took over" in result.stderr
+    assert "(__main__.Theirs, VLLM_PLUGINS=ascend_ct)" in result.stderr
 
 
 def test_installed_but_not_asked_for() -> None:
@@ -89,35 +118,6 @@ print([name for name in sys.modules if name.startswith("vllm_ascend_ct.")])
 """
     )
     assert out.splitlines() == ["CpuPlatform", THEIRS, "['vllm_ascend_ct.envs']"]
-
-
-def test_another_config_that_takes_over_stops_the_engine() -> None:
-    """No other config serves silently, whoever registers it after ours."""
-    result = run(
-        """
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.quantization import (
-    get_quantization_config, register_quantization_config
-)
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-VllmConfig()
-print("configured")
-
-@register_quantization_config("compressed-tensors")
-class Theirs(QuantizationConfig):
-    pass
-
-VllmConfig()
-print("configured")
-print(get_quantization_config("compressed-tensors").__name__)
-""",
-        VLLM_PLUGINS="ascend_ct",
-    )
-    assert result.stdout.splitlines() == ["configured"]
-    assert "PlatformError: Another config took over" in result.stderr
-    assert "(__main__.Theirs, VLLM_PLUGINS=ascend_ct)" in result.stderr
 
 
 def test_nothing_of_vllm_is_patched() -> None:
@@ -173,20 +173,3 @@ print({".".join(k) for k in before.keys() | after.keys()
     if hasattr(linear, "_POSSIBLE_KERNELS_BY_TYPE"):
         expected.add(f"{kernels}._POSSIBLE_KERNELS_BY_TYPE")
     assert changed - HOUSEKEEPING == expected | WITH_THE_CONFIG
-
-
-def test_config_survives_the_way_to_a_worker() -> None:
-    """It is unpickled by name, before plugins run."""
-    config = AscendCTConfig.from_config(
-        {"config_groups": {}, "format": "pack-quantized"}
-    )
-    out = run_ok(
-        f"""
-import ast
-import pickle
-config = pickle.loads({pickle.dumps(config)!r})
-print(type(config).__name__, config.quant_format)
-""",
-        VLLM_PLUGINS="ascend_ct",
-    )
-    assert out == "AscendCTConfig pack-quantized"

@@ -139,7 +139,6 @@ def served(
 
     """
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
     llm = LLM(
@@ -159,13 +158,22 @@ def served(
         use_tqdm=False,
     )
     del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    clean_up()
     of_positions: Any = output.prompt_logprobs
     return [
         of_position[token].logprob
         for token, of_position in zip(tokens[1:], of_positions[1:])
     ]
+
+
+def clean_up() -> None:
+    """Clean up after an engine of this process, as newer releases of vLLM do."""
+    import torch
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if torch.distributed.is_initialized():
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def mean_difference(some: list[float], others: list[float]) -> float:

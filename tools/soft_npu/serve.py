@@ -8,13 +8,12 @@ A run is JSON: {"checkpoint": DIRECTORY, and arguments of vLLM's `LLM`}.
 """
 
 import argparse
-import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.numerics.logprobs import held_out_tokens
+from tools.numerics.logprobs import clean_up, held_out_tokens
 from tools.soft_npu import sleeping
 
 LENGTH = 128
@@ -115,7 +114,6 @@ def serve(
 
     """
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults: dict[str, Any] = {
         "max_model_len": 256,
@@ -148,8 +146,7 @@ def serve(
     config = type(llm.llm_engine.vllm_config.quant_config)
     result |= {"config": f"{config.__module__}.{config.__name__}", "ranks": ranks}
     del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    clean_up()
     return result
 
 
