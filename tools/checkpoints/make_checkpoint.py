@@ -27,9 +27,9 @@ from compressed_tensors.quantization import (
     disable_quantization,
 )
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from tools.checkpoints import tiny_model, tiny_moe
+from tools.checkpoints import tiny_model, tiny_moe, tiny_vlm
 
 DEFAULT_BASE = tiny_model.DIRECTORY
 
@@ -328,7 +328,8 @@ def make(
     """
     tiny_model.make_once(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    moe = tiny_moe.is_moe(AutoConfig.from_pretrained(base))
+    config = AutoConfig.from_pretrained(base)
+    moe = tiny_moe.is_moe(config)
     model = (tiny_moe.load if moe else _load)(base, dtype)
     if tied:
         model.config.tie_word_embeddings = True
@@ -341,13 +342,16 @@ def make(
         del model.lm_head.weight
     (tiny_moe.save if moe else _save)(model, out)
     tokenizer.save_pretrained(out)
+    if tiny_vlm.has_vision(config):
+        AutoProcessor.from_pretrained(base).save_pretrained(out)
     compressor.update_config(str(out))
     if moe:
         tiny_moe.adapt_config(out, ignore)
 
 
 def _load(base: Path, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    auto_class = tiny_vlm.auto_class(AutoConfig.from_pretrained(base))
+    return auto_class.from_pretrained(base, dtype=dtype)
 
 
 def _save(model: Any, out: Path) -> None:

@@ -251,16 +251,21 @@ def make_random(directory: Path, config: PretrainedConfig) -> None:
     """Make a model with random weights, in bfloat16, and a tokenizer."""
     torch.manual_seed(0)
     model = new_model(config, torch.float32)
+    randomize(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    save(model.bfloat16(), directory)
+    tiny_model.train_tokenizer().save_pretrained(directory)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Set the weights so that routing and predictions vary."""
     for key, parameter in model.named_parameters():
         if key.endswith("gate.weight"):
             torch.nn.init.normal_(parameter, std=0.1)
         elif parameter.dim() > 1:
-            scale = 3.0 if "embed" in key else 1.0
-            std = scale * parameter.shape[1] ** -0.5
+            scale = 3.0 if "embed_tokens" in key else 1.0
+            std = scale * parameter[0].numel() ** -0.5
             torch.nn.init.normal_(parameter, std=std)
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.05)
-    directory.mkdir(parents=True, exist_ok=True)
-    save(model.bfloat16(), directory)
-    tiny_model.train_tokenizer().save_pretrained(directory)

@@ -53,13 +53,21 @@ def reference(
     return of_next(model, held_out_tokens(checkpoint))
 
 
-def of_next(model: Any, tokens: list[int]) -> list[float]:
-    """Log-probability of each token except the first, by a model of Hugging Face."""
+def of_next(model: Any, tokens: list[int], **inputs: "Tensor") -> list[float]:
+    """Log-probability of each token except the first, by a model of Hugging Face.
+
+    Args:
+        model: The model.
+        tokens: The tokens, with an image's if `inputs` have one.
+        inputs: Further arguments of the model.
+
+    """
     import torch
 
     given = torch.tensor(tokens)
     with torch.no_grad():
-        logprobs = model(given.unsqueeze(0)).logits[0].log_softmax(dim=-1)
+        logits = model(given.unsqueeze(0), **inputs).logits
+    logprobs = logits[0].log_softmax(dim=-1)
     found: list[float] = logprobs[:-1].gather(1, given[1:, None])[:, 0].tolist()
     return found
 
@@ -71,9 +79,9 @@ def reference_model(checkpoint: Path) -> Any:
         QuantizationConfig,
         apply_quantization_config,
     )
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from tools.checkpoints import tiny_moe
+    from tools.checkpoints import tiny_moe, tiny_vlm
     from tools.checkpoints.dequantize import dequantized_state
 
     config = AutoConfig.from_pretrained(checkpoint)
@@ -82,7 +90,7 @@ def reference_model(checkpoint: Path) -> Any:
     if tiny_moe.is_moe(config):
         model = tiny_moe.new_model(config, torch.float32)
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = tiny_vlm.auto_class(config).from_config(config, dtype=torch.float32)
     quantization["config_groups"] = {
         name: {**group, "weights": None}
         for name, group in quantization["config_groups"].items()
@@ -93,7 +101,7 @@ def reference_model(checkpoint: Path) -> Any:
     quantization["kv_cache_scheme"] = None
     apply_quantization_config(model, QuantizationConfig.model_validate(quantization))
     state = {
-        tiny_moe.in_model(name, config.model_type): tensor
+        tiny_vlm.in_model(tiny_moe.in_model(name, config.model_type), model): tensor
         for name, tensor in dequantized_state(checkpoint).items()
         if not name.endswith((".k_scale", ".v_scale"))
     }
@@ -124,6 +132,7 @@ def served(
     ranks: int = 1,
     experts: bool = False,
     dtype: str = "auto",
+    prompt: dict[str, Any] | None = None,
 ) -> list[float]:
     """Log-probabilities by vLLM, on the platform of this process.
 
@@ -133,9 +142,10 @@ def served(
         ranks: Number of ranks (tensor parallelism).
         experts: Whether to use expert parallelism.
         dtype: Dtype of what is not quantized; "auto" for the checkpoint's.
+        prompt: vLLM's prompt; None for the text.
 
     Returns:
-        As `reference`.
+        As `reference`, of the prompt.
 
     """
     from vllm import LLM, SamplingParams
@@ -151,14 +161,15 @@ def served(
         distributed_executor_backend="uni" if in_process else None,
         disable_log_stats=True,
     )
-    tokens = held_out_tokens(checkpoint)
+    given: Any = prompt or {"prompt_token_ids": held_out_tokens(checkpoint)}
     (output,) = llm.generate(
-        {"prompt_token_ids": tokens},
+        given,
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
         use_tqdm=False,
     )
     del llm
     clean_up()
+    tokens: Any = output.prompt_token_ids
     of_positions: Any = output.prompt_logprobs
     return [
         of_position[token].logprob

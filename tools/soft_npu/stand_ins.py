@@ -12,7 +12,6 @@ from typing import Any
 
 # Modules that are imported but hardly used.
 MODULES = {
-    "torchvision": "images; the build for this torch is for CUDA",
     "fla_npu": "operators of linear attention, which vllm-ascend 0.30 asks for by name",
 }
 # Modules that a chip's host lacks.
@@ -76,6 +75,7 @@ REPLACED = {
     "triton.language": "functions for the interpreter, before modules take them",
     "triton.language.extra.cann": "three functions, for the interpreter; libdevice",
     "vllm_ascend._build_info.__device_type__": "the chip that --soc names",
+    "torchvision": "its build for CUDA, without the operators that it compiles",
     "vllm-*.dist-info": "identifies vLLM as the build for no device, as on NPU hosts",
 }
 

