@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 from tools.checkpoints.kv_scales import change_scales
-from tools.numerics.logprobs import mean_difference, of_next, reference_model
 from tools.soft_npu import suite
 
 pytestmark = pytest.mark.soft_npu
@@ -35,18 +34,6 @@ TWO_RANKS: Run = {"checkpoint": HEAD, **PARTS, **EAGER, "tensor_parallel_size": 
 Serve = Callable[..., list[Result]]
 
 
-def difference_of_tokens(name: str, result: Result) -> float:
-    """Mean difference of the generated tokens' log-probabilities from float32."""
-    model = reference_model(suite.checkpoint(name))
-    found, expected = [], []
-    for prompt, tokens, logprobs in zip(
-        result["prompts"], result["tokens"], result["token_logprobs"], strict=True
-    ):
-        found += logprobs
-        expected += of_next(model, prompt + tokens)[-len(tokens) :]
-    return mean_difference(found, expected)
-
-
 def check(run: Run, result: Result, dtype: str = "torch.int8") -> None:
     engines.check_served(run, result)
     is_int8 = dtype == "torch.int8"
@@ -57,7 +44,7 @@ def check(run: Run, result: Result, dtype: str = "torch.int8") -> None:
     bound = 0.03 if is_int8 else engines.tolerance(run["checkpoint"])
     for found in (
         engines.difference(run["checkpoint"], result["logprobs"]),
-        difference_of_tokens(run["checkpoint"], result),
+        engines.difference_of_tokens(run["checkpoint"], result),
     ):
         print(f"{run}: {found:.4f}")
         assert found < bound
@@ -95,7 +82,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wrong_scales_show(serve: Serve, wrong: Path) -> None:
     (result,) = serve([{**QUANTIZED[0], "checkpoint": str(wrong)}])
     assert engines.difference(TENSOR, result["logprobs"]) > 0.1
-    assert difference_of_tokens(TENSOR, result) > 0.1
+    assert engines.difference_of_tokens(TENSOR, result) > 0.1
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from tools.checkpoints import kv_scales, make_checkpoint, tiny_model, tiny_moe
+from tools.checkpoints import kv_scales, make_checkpoint, tiny_model, tiny_moe, tiny_vlm
 from tools.numerics.logprobs import reference
 from tools.soft_npu import build, suite
 from tools.stacks import stacks
@@ -59,10 +59,15 @@ def make(name: str) -> None:
         parts = recipe.split("+")
         schemes = [part for part in parts if part not in kv_scales.SCHEMES]
         pairs = dict(zip(_LAYERS, (schemes[0], schemes[-1])))
-        make_checkpoint.make(directory, pairs, _base(model), tiny_moe.IGNORE)
+        ignore = {*tiny_moe.IGNORE, *tiny_vlm.IGNORE}
+        make_checkpoint.make(directory, pairs, _base(model), sorted(ignore))
         for part in kv_scales.SCHEMES.keys() & parts:
             kv_scales.add(directory, part)
-        (directory / "reference.json").write_text(json.dumps(reference(directory)))
+        if model == suite.VISION:
+            logprobs = tiny_vlm.reference(directory, tiny_vlm.image())
+        else:
+            logprobs = reference(directory)
+        (directory / "reference.json").write_text(json.dumps(logprobs))
 
     def make_rounded(directory: Path) -> None:
         logprobs = reference(suite.checkpoint(name), _GRIDS[recipe])
@@ -78,10 +83,14 @@ def _base(model: str) -> Path:
     if model == "dense":
         tiny_model.make_once(make_checkpoint.DEFAULT_BASE)
         return make_checkpoint.DEFAULT_BASE
-    config = (tiny_moe.configs() | more_configs())[model]
+    configs = {**tiny_moe.configs(), **more_configs(), suite.VISION: tiny_vlm.config()}
+    config = configs[model]
 
     def make_random(directory: Path) -> None:
-        tiny_moe.make_random(directory, config)
+        if model == suite.VISION:
+            tiny_vlm.make(directory)
+        else:
+            tiny_moe.make_random(directory, config)
 
     return stacks.once(
         build.ROOT / "base" / model, config.to_json_string(), make_random

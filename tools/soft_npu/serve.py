@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.checkpoints import tiny_vlm
 from tools.numerics.logprobs import clean_up, held_out_tokens
 from tools.soft_npu import sleeping
 
@@ -63,20 +64,19 @@ def operators(_: Any = None) -> dict[str, int]:
 
 
 def answers(llm: Any, checkpoint: str) -> dict[str, Any]:
-    """Log-probabilities of a held-out text; greedy tokens for `PROMPTS` with theirs."""
+    """Log-probabilities of a given text; greedy tokens for `PROMPTS` with theirs."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(
         max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0
     )
     outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
-    tokens = held_out_tokens(Path(checkpoint))[:LENGTH]
     (output,) = llm.generate(
-        {"prompt_token_ids": tokens},
+        _prompt(llm, Path(checkpoint)),
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
         use_tqdm=False,
     )
-    of_positions: Any = output.prompt_logprobs
+    tokens, of_positions = output.prompt_token_ids, output.prompt_logprobs
     return {
         "logprobs": [
             of_position[token].logprob
@@ -89,6 +89,13 @@ def answers(llm: Any, checkpoint: str) -> dict[str, Any]:
             for one in (output.outputs[0] for output in outputs)
         ],
     }
+
+
+def _prompt(llm: Any, checkpoint: Path) -> dict[str, Any]:
+    """The held-out text, with an image if the model sees images."""
+    if llm.llm_engine.model_config.is_multimodal_model:
+        return tiny_vlm.prompt(checkpoint, tiny_vlm.image())
+    return {"prompt_token_ids": held_out_tokens(checkpoint)[:LENGTH]}
 
 
 def serve(

@@ -29,6 +29,8 @@ MODELS = {
     "mla-w4a16": "deepseek-v2/w4a16-g128",
     "moe-w8a8": "qwen3-moe/w8a8-channel-dynamic",
 }
+# The model that is asked about an image.
+VISION = "qwen2-5-vl"
 # Recipes of the dense model whose activations A5 rounds to a floating-point grid.
 ROUNDED = ("fp8-channel-dynamic", "mxfp8", "mxfp4")
 
