@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 import pytest
 
-from tests.conftest import freeze
+from tools.numerics.logprobs import freeze
 
 
 @pytest.fixture(autouse=True)

@@ -177,6 +177,16 @@ def served(
     ]
 
 
+def freeze() -> None:
+    """Exempt what is alive from garbage collection, until vLLM ends an engine.
+
+    vLLM collects garbage several times for each model that it loads and each engine
+    that it starts: it would search a million objects of imported modules.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def clean_up() -> None:
     """Clean up after an engine of this process, as newer releases of vLLM do."""
     import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.checkpoints import tiny_vlm
-from tools.numerics.logprobs import clean_up, held_out_tokens
+from tools.numerics.logprobs import clean_up, freeze, held_out_tokens
 from tools.soft_npu import sleeping
 
 LENGTH = 128
@@ -130,6 +130,7 @@ def serve(
         "disable_log_stats": True,
         "gpu_memory_utilization": 0.5,
     }
+    freeze()
     llm = LLM(checkpoint, **(defaults | options))
     result: dict[str, Any] = {}
     if reload:
