@@ -8,13 +8,14 @@ A run is JSON: {"checkpoint": DIRECTORY, and arguments of vLLM's `LLM`}.
 """
 
 import argparse
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.checkpoints import tiny_vlm
-from tools.numerics.logprobs import clean_up, freeze, held_out_tokens
+from tools.numerics.logprobs import freeze, held_out_tokens
 from tools.soft_npu import sleeping
 
 LENGTH = 128
@@ -121,6 +122,7 @@ def serve(
 
     """
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults: dict[str, Any] = {
         "max_model_len": 256,
@@ -154,7 +156,8 @@ def serve(
     config = type(llm.llm_engine.vllm_config.quant_config)
     result |= {"config": f"{config.__module__}.{config.__name__}", "ranks": ranks}
     del llm
-    clean_up()
+    gc.collect()
+    cleanup_dist_env_and_memory()
     return result
 
 
