@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 from tests.loading import models
 from tools.checkpoints import tiny_moe
@@ -33,8 +34,14 @@ def test_freed(
     name: str, checkpoint: Callable[..., Path], moe_model: Callable[[str], Path]
 ) -> None:
     base, recipe = MODELS[name]
+    if name == "latent" and current_platform.device_type == "npu":
+        pytest.skip("vllm-ascend registers its latent attention in workers only")
     options = {} if base is None else {"base": moe_model(base)}
-    model = models.load(checkpoint(recipe, ignore=tiny_moe.IGNORE, **options))
+    path = checkpoint(recipe, ignore=tiny_moe.IGNORE, **options)
+    vllm_config = models.config_of(path)
+    model = models.load_with(vllm_config, vllm_config.model_config)
+    # vllm-ascend holds the config, and the config the layers that its context names.
+    vllm_config.compilation_config.static_forward_context.clear()
     quantized = [m for m in model.modules() if getattr(m, "quant_method", None)]
     assert len(quantized) > 8
     held: dict[str, weakref.ref[torch.nn.Module | torch.Tensor]] = {
@@ -50,4 +57,5 @@ def test_freed(
     }
     del model, quantized
     gc.collect()
-    assert [kind for kind, thing in held.items() if thing() is not None] == []
+    left = [kind for kind, thing in held.items() if thing() is not None]
+    assert not left, left

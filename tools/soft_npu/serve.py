@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.checkpoints import tiny_vlm
-from tools.numerics.logprobs import freeze, held_out_tokens
+from tools.numerics.logprobs import held_out_tokens
 from tools.soft_npu import sleeping
 
 LENGTH = 128
@@ -132,7 +132,6 @@ def serve(
         "disable_log_stats": True,
         "gpu_memory_utilization": 0.5,
     }
-    freeze()
     llm = LLM(checkpoint, **(defaults | options))
     result: dict[str, Any] = {}
     if reload:
