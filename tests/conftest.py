@@ -67,11 +67,19 @@ def platform() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen(platform: None) -> Iterator[None]:
-    from tools.numerics.logprobs import freeze
-
     freeze()
     yield
     gc.unfreeze()
+
+
+def freeze() -> None:
+    """Exempt what is alive from garbage collection, until vLLM ends an engine.
+
+    vLLM collects garbage several times for each model that it loads and each engine
+    that it starts: it would search a million objects of imported modules.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 import pytest
 
-from tools.numerics.logprobs import freeze
+from tests.conftest import freeze
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from tools.numerics.logprobs import (
     clean_up,
     held_out_tokens,
     mean_difference,
+    of_prompt,
     reference,
 )
 from vllm_ascend_ct.errors import PlatformError, Remedy
@@ -86,11 +87,7 @@ def test_adapters_of_other_modules_are_served(tmp_path: Path, experts: Path) -> 
     )
     del llm
     clean_up()
-    of_positions: Any = output.prompt_logprobs
-    served = [
-        of_position[token].logprob
-        for token, of_position in zip(tokens[1:], of_positions[1:])
-    ]
+    served = of_prompt(output)
     assert mean_difference(served, reference(tmp_path / "merged")) < TOLERANCE
     assert mean_difference(served, reference(experts)) > 3 * TOLERANCE
 

@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 IGNORE = ("lm_head", "re:.*merger.*")
 TOWER = "re:.*visual.*"
 _SPECIAL = {
-    f"{name}_token_id": f"<|{text}|>"
-    for name, text in (
-        ("vision_start", "vision_start"),
-        ("vision_end", "vision_end"),
-        ("vision", "vision_pad"),
-        ("image", "image_pad"),
-        ("video", "video_pad"),
-    )
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "vision_token_id": "<|vision_pad|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
 }
 # Prefixes in checkpoints and in the model.
 _NAMES = {"visual.": "model.visual.", "model.": "model.language_model."}
@@ -89,6 +86,7 @@ def config() -> Qwen2_5_VLConfig:
 
 def make(directory: Path) -> None:
     """Make the model with random weights, in bfloat16, and its processor."""
+    # These need torchvision.
     from transformers import (
         Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,

@@ -169,22 +169,17 @@ def served(
     )
     del llm
     clean_up()
-    tokens: Any = output.prompt_token_ids
-    of_positions: Any = output.prompt_logprobs
+    return of_prompt(output)
+
+
+def of_prompt(output: Any) -> list[float]:
+    """Log-probability, by vLLM, of each token of a prompt except the first."""
     return [
         of_position[token].logprob
-        for token, of_position in zip(tokens[1:], of_positions[1:])
+        for token, of_position in zip(
+            output.prompt_token_ids[1:], output.prompt_logprobs[1:]
+        )
     ]
-
-
-def freeze() -> None:
-    """Exempt what is alive from garbage collection, until vLLM ends an engine.
-
-    vLLM collects garbage several times for each model that it loads and each engine
-    that it starts: it would search a million objects of imported modules.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def clean_up() -> None:

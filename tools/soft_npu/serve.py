@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.checkpoints import tiny_vlm
-from tools.numerics.logprobs import held_out_tokens
+from tools.numerics.logprobs import held_out_tokens, of_prompt
 from tools.soft_npu import sleeping
 
 LENGTH = 128
@@ -77,12 +77,8 @@ def answers(llm: Any, checkpoint: str) -> dict[str, Any]:
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
         use_tqdm=False,
     )
-    tokens, of_positions = output.prompt_token_ids, output.prompt_logprobs
     return {
-        "logprobs": [
-            of_position[token].logprob
-            for token, of_position in zip(tokens[1:], of_positions[1:])
-        ],
+        "logprobs": of_prompt(output),
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "prompts": [output.prompt_token_ids for output in outputs],
         "token_logprobs": [
