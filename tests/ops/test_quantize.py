@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm_ascend_ct.errors import OperatorLimitError
+from vllm_ascend_ct.ops.emulated.quantize import AT_ONCE
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -66,6 +67,18 @@ def test_dynamic_quant_asymmetric(dtype: torch.dtype) -> None:
     )
     dequantized = (q - offset.unsqueeze(1)) * scale.unsqueeze(1)
     assert ((dequantized - x.float()).abs() / scale.unsqueeze(1)).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("name", ["npu_dynamic_quant", "npu_dynamic_quant_asymmetric"])
+def test_rows_are_independent(name: str) -> None:
+    """Also of an input that is quantized in parts, the last of them smaller."""
+    x = torch.randn(3, 100, 2048).bfloat16()
+    assert x[0].numel() <= AT_ONCE < x.numel()
+    operator, smooth = getattr(torch.ops.npu, name), torch.rand(2048).bfloat16()
+    together = operator(x, smooth_scales=smooth)
+    alone = [operator(part, smooth_scales=smooth) for part in x]
+    for result, parts in zip(together, zip(*alone), strict=True):
+        assert torch.equal(result, torch.stack(parts))
 
 
 @DTYPES

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """The operators that quantize activations."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ _DYNAMIC_ARGUMENTS = (
 )
 # A Python number as dividend would be converted to a tensor in each call.
 _INT8_MAX = torch.tensor(127.0, dtype=torch.float32, device="cpu")
+# Values to quantize at once: in fp32 they fit into a core's cache.
+AT_ONCE = 1 << 18
 
 
 def int8_values(values: torch.Tensor) -> torch.Tensor:
@@ -62,6 +65,17 @@ def _smoothed(x: torch.Tensor, smooth_scales: torch.Tensor | None) -> torch.Tens
     return values if smooth_scales is None else values * smooth_scales.float()
 
 
+def _by_rows(
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], x: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Quantize the rows of `x`, some at a time, and concatenate the results."""
+    if x.numel() <= AT_ONCE:
+        return quantize(x)
+    rows = x.flatten(0, -2).split(max(1, AT_ONCE // x.shape[-1]))
+    results = map(torch.cat, zip(*map(quantize, rows)))
+    return tuple(y.view(*x.shape[:-1], *y.shape[1:]) for y in results)
+
+
 def _dynamic_quant_fake(
     input: torch.Tensor, *args: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +93,7 @@ def _dynamic_quant_fake(
 )
 def npu_dynamic_quant(
     input: torch.Tensor, smooth_scales: torch.Tensor | None = None, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Quantize each row symmetrically to int8, or on A5 to FP8 (E4M3).
 
     `scale = amax / 127`, for FP8 `amax / 448`. A2 and A3 multiply by the rounded
@@ -104,7 +118,13 @@ def npu_dynamic_quant(
     soc = current_soc()
     limits = LIMITS[soc].dynamic_quant
     dtype = _check_dynamic("npu_dynamic_quant", limits, input, smooth_scales, **options)
-    values = _smoothed(input, smooth_scales)
+    return _by_rows(lambda x: _dynamic_quant(x, smooth_scales, dtype, soc), input)
+
+
+def _dynamic_quant(
+    x: torch.Tensor, smooth_scales: torch.Tensor | None, dtype: torch.dtype, soc: Soc
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values = _smoothed(x, smooth_scales)
     amax = values.abs().amax(dim=-1, keepdim=True)
     largest = FP8_MAX if dtype == FP8 else 127
     scale = amax * (1 / largest)
@@ -145,7 +165,7 @@ def _dynamic_quant_asymmetric_fake(
 )
 def npu_dynamic_quant_asymmetric(
     input: torch.Tensor, smooth_scales: torch.Tensor | None = None, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Quantize each row asymmetrically to int8.
 
     `scale = max((max - min) / 255, 1e-12)`, `offset = 127 - max / scale` (not rounded),
@@ -166,13 +186,19 @@ def npu_dynamic_quant_asymmetric(
         OperatorLimitError: The call is outside the operator's limits.
 
     """
-    q, scale, offset = _dynamic_quant_asymmetric_fake(input, smooth_scales, **options)
-    values = _smoothed(input, smooth_scales)
+    _dynamic_quant_asymmetric_fake(input, smooth_scales, **options)
+    return _by_rows(lambda x: _dynamic_quant_asymmetric(x, smooth_scales), input)
+
+
+def _dynamic_quant_asymmetric(
+    x: torch.Tensor, smooth_scales: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values = _smoothed(x, smooth_scales)
     low, high = values.aminmax(dim=-1, keepdim=True)
-    row_scale = ((high - low) / 255).clamp_(min=1e-12)
-    row_offset = 127 - high / row_scale
-    q.copy_(int8_values(values * (1 / row_scale) + row_offset))
-    return q, scale.copy_(row_scale.squeeze(-1)), offset.copy_(row_offset.squeeze(-1))
+    scale = ((high - low) / 255).clamp_(min=1e-12)
+    offset = 127 - high / scale
+    q = int8_values(values * (1 / scale) + offset).to(torch.int8)
+    return q, scale.squeeze(-1), offset.squeeze(-1)
 
 
 def _quantize_axis(axis: int, div_mode: bool) -> int:
