@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.utils import (
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tools.checkpoints import tiny_model, tiny_moe
+from tools.checkpoints.drafts import add_mtp_layer
 from tools.checkpoints.make_checkpoint import SCHEMES, compress, prepare
 
 SCHEME = "w4a16-g32"
@@ -169,23 +170,8 @@ def unquantized(name: str) -> tuple[Tensors, dict[str, Any]]:
         tensors.pop("language_model.lm_head.weight", None)
         tensors = {_with_vision_model(key): value for key, value in tensors.items()}
     if name.endswith("-mtp"):
-        _add_mtp(tensors, config)
+        add_mtp_layer(tensors, config)
     return tensors, config
-
-
-def _add_mtp(tensors: Tensors, config: dict[str, Any]) -> None:
-    """Add DeepSeek's layer for multi-token prediction."""
-    number, hidden = config["num_hidden_layers"], config["hidden_size"]
-    last = f"model.layers.{number - 1}."
-    new = f"model.layers.{number}."
-    for name in [name for name in tensors if name.startswith(last)]:
-        tensors[name.replace(last, new)] = tensors[name].clone()
-    tensors[f"{new}eh_proj.weight"] = torch.randn(hidden, 2 * hidden).bfloat16()
-    for norm in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{new}{norm}.weight"] = torch.ones(hidden).bfloat16()
-    tensors[f"{new}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors[f"{new}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    config["num_nextn_predict_layers"] = 1
 
 
 @cache

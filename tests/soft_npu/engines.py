@@ -45,8 +45,9 @@ def run(
 
     """
     names = [run["checkpoint"] for run in runs]
+    names += [draft for run in runs if (draft := _draft(run))]
     suite.prepare([name for name in names if not Path(name).is_dir()])
-    named = [{**run, "checkpoint": _directory(run["checkpoint"])} for run in runs]
+    named = [_with_directories(run) for run in runs]
     ranks = any(name.endswith("parallel_size") for run in runs for name in run)
     variables = {
         **os.environ,
@@ -70,6 +71,20 @@ def run(
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     results: list[Result] = json.loads(out.read_text())
     return results
+
+
+def _draft(run: Run) -> str | None:
+    """The checkpoint of a run's draft model, if it has one of its own."""
+    draft: str | None = run.get("speculative_config", {}).get("model")
+    return draft
+
+
+def _with_directories(run: Run) -> Run:
+    named = {**run, "checkpoint": _directory(run["checkpoint"])}
+    if draft := _draft(run):
+        speculation = {**run["speculative_config"], "model": _directory(draft)}
+        named["speculative_config"] = speculation
+    return named
 
 
 def _directory(name: str) -> str:

@@ -167,6 +167,14 @@ def test_copies_into_views(dtype: torch.dtype) -> None:
     assert torch.equal(found.cpu(), expected)
 
 
+def test_zeros_are_not_pinned() -> None:
+    """As op-plugin's, which ignores what torch's own refuses for a device."""
+    zeros = torch.zeros(3, device="npu", pin_memory=True)
+    assert zeros.tolist() == [0, 0, 0]
+    with pytest.raises(RuntimeError, match="can be pinned"):
+        torch.empty(3, device="npu", pin_memory=True)
+
+
 def test_pinned_memory() -> None:
     pinned = torch.arange(5).pin_memory()
     assert pinned.is_pinned() and not torch.arange(5).is_pinned()

@@ -133,6 +133,21 @@ def test_slice_beyond_the_end(dtype: torch.dtype) -> None:
     assert not written.any()
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_reduces_from_the_end(axis: int) -> None:
+    """Triton's own interpreter returns a matrix for a negative axis."""
+
+    @triton.jit
+    def kernel(x, y, AXIS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        offsets = tl.arange(0, SIZE)
+        a = tl.load(x + offsets[:, None] * SIZE + offsets[None, :])
+        tl.store(y + offsets, tl.argmax(a, axis=AXIS))
+
+    x, y = torch.randn(8, 8), torch.empty(8, dtype=torch.int32, device="npu")
+    kernel[(1,)](x.npu(), y, AXIS=axis, SIZE=8)
+    assert torch.equal(y.cpu(), x.argmax(-1).int())
+
+
 @pytest.mark.parametrize("mode", ["trunc", "saturate"])
 def test_casts_integers(mode: str) -> None:
     @triton.jit

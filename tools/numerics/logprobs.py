@@ -100,10 +100,12 @@ def reference_model(checkpoint: Path) -> Any:
     # The KV cache is served unquantized.
     quantization["kv_cache_scheme"] = None
     apply_quantization_config(model, QuantizationConfig.model_validate(quantization))
+    # Layers for multi-token prediction, which only draft models have.
+    drafts = f"model.layers.{getattr(config, 'num_hidden_layers', '-')}."
     state = {
         tiny_vlm.in_model(tiny_moe.in_model(name, config.model_type), model): tensor
         for name, tensor in dequantized_state(checkpoint).items()
-        if not name.endswith((".k_scale", ".v_scale"))
+        if not name.endswith((".k_scale", ".v_scale")) and not name.startswith(drafts)
     }
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected

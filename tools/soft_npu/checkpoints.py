@@ -15,7 +15,14 @@ from pathlib import Path
 from torch import Tensor
 from transformers import DeepseekV2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from tools.checkpoints import kv_scales, make_checkpoint, tiny_model, tiny_moe, tiny_vlm
+from tools.checkpoints import (
+    drafts,
+    kv_scales,
+    make_checkpoint,
+    tiny_model,
+    tiny_moe,
+    tiny_vlm,
+)
 from tools.numerics.logprobs import reference
 from tools.soft_npu import build, suite
 from tools.stacks import stacks
@@ -56,8 +63,12 @@ def make(name: str) -> None:
         if not recipe:
             shutil.copytree(_base(model), directory, dirs_exist_ok=True)
             return
+        if model == suite.EAGLE:
+            drafts.make_eagle(directory, recipe)
+            return
         parts = recipe.split("+")
-        schemes = [part for part in parts if part not in kv_scales.SCHEMES]
+        others = {suite.MTP, *kv_scales.SCHEMES}
+        schemes = [part for part in parts if part not in others]
         pairs = dict(zip(_LAYERS, (schemes[0], schemes[-1])))
         ignore = {*tiny_moe.IGNORE, *tiny_vlm.IGNORE}
         make_checkpoint.make(directory, pairs, _base(model), sorted(ignore))
@@ -68,6 +79,8 @@ def make(name: str) -> None:
         else:
             logprobs = reference(directory)
         (directory / "reference.json").write_text(json.dumps(logprobs))
+        if suite.MTP in parts:
+            drafts.add_mtp(directory)
 
     def make_rounded(directory: Path) -> None:
         logprobs = reference(suite.checkpoint(name), _GRIDS[recipe])

@@ -64,6 +64,19 @@ def operators(_: Any = None) -> dict[str, int]:
     return {name: int(count) for count, name in counts}
 
 
+def describe_draft(worker: Any) -> dict[str, Any]:
+    """`describe` of the draft model of a worker."""
+    return describe(worker.model_runner.drafter.model)
+
+
+def accepted(llm: Any) -> float:
+    """The part of the draft model's tokens that were accepted."""
+    prefix = "vllm:spec_decode_num_"
+    counts = {metric.name: metric for metric in llm.get_metrics()}
+    drafted = counts[f"{prefix}draft_tokens"].value
+    return float(counts[f"{prefix}accepted_tokens"].value / drafted)
+
+
 def answers(llm: Any, checkpoint: str) -> dict[str, Any]:
     """Log-probabilities of a given text; greedy tokens for `PROMPTS` with theirs."""
     from vllm import SamplingParams
@@ -113,8 +126,9 @@ def serve(
 
     Returns:
         The config's class; the result of `describe` and the number of calls of each
-        operator, by rank; `answers`; and with `sleep` the answers before, and for each
-        what `sleeping.sleep` returns, with the answers after it.
+        operator, by rank; `answers`; with `sleep` the answers before, and for each
+        what `sleeping.sleep` returns, with the answers after it; and of a draft model
+        the result of `describe`, by rank, and what was `accepted` of it.
 
     """
     from vllm import LLM, SamplingParams
@@ -128,6 +142,9 @@ def serve(
         "disable_log_stats": True,
         "gpu_memory_utilization": 0.5,
     }
+    speculates = "speculative_config" in options
+    if speculates:
+        defaults["disable_log_stats"] = False
     llm = LLM(checkpoint, **(defaults | options))
     result: dict[str, Any] = {}
     if reload:
@@ -148,6 +165,9 @@ def serve(
             for name, count in all_.items()
             if count > earlier.get(name, 0)
         }
+    if speculates:
+        drafts = llm.collective_rpc(describe_draft)
+        result |= {"drafts": drafts, "accepted": accepted(llm)}
     config = type(llm.llm_engine.vllm_config.quant_config)
     result |= {"config": f"{config.__module__}.{config.__name__}", "ranks": ranks}
     del llm

@@ -31,6 +31,10 @@ MODELS = {
 }
 # The model that is asked about an image.
 VISION = "qwen2-5-vl"
+# The head that drafts for the dense model.
+EAGLE = "eagle"
+# In the recipe of a DeepSeek model: it has a layer for multi-token prediction.
+MTP = "mtp"
 # Recipes of the dense model whose activations A5 rounds to a floating-point grid.
 ROUNDED = ("fp8-channel-dynamic", "mxfp8", "mxfp4")
 

@@ -60,6 +60,8 @@ def install() -> None:
     builder.get_all_ones_value = _with_bool(builder.get_all_ones_value)
     for name in _ARITHMETIC:
         setattr(builder, name, _in_float32(getattr(builder, name)))
+    along_axis = interpreter.ReduceScanOpIneterface
+    along_axis.apply = _from_the_end(along_axis.apply)
     # The smallest sizes of a product, which are the same for all targets.
     functions = interpreter.interpreter_builder.codegen_fns
     functions["min_dot_size"] = names["min_dot_size"](None)
@@ -70,6 +72,18 @@ def install() -> None:
     interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": language}))
     libdevice = importlib.import_module("triton.language.extra.ascend.libdevice")
     interpreter._patch_builtin(libdevice, interpreter.interpreter_builder)
+
+
+def _from_the_end(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Reduce and scan along an axis counted from the end, as compiled kernels do."""
+
+    def applied(operation: Any, values: Any) -> Any:
+        first = values[0] if isinstance(values, tuple) else values
+        if operation.axis is not None:
+            operation.axis %= first.handle.data.ndim
+        return apply(operation, values)
+
+    return applied
 
 
 def _gather(_: Any, src: Any, index: Any, axis: int) -> Any:

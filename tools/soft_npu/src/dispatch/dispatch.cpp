@@ -169,9 +169,11 @@ void fill_(const OperatorHandle &op, DispatchKeySet keys, Stack *stack) {
     compute(op, keys, stack);
 }
 
+// op-plugin's ignores pin_memory (ZerosKernelNpuOpApi.cpp), which its `empty` refuses.
 void zeros(const OperatorHandle &, DispatchKeySet, Stack *stack) {
   static const auto empty =
       c10::Dispatcher::singleton().findSchemaOrThrow("aten::empty", "memory_format");
+  stack->back() = c10::IValue();
   stack->emplace_back();
   empty.callBoxed(stack);
   stack->back().toTensor().zero_();
