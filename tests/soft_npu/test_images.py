@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.engine.selection import mostly_long
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, SMALL, Result, Run
 from tools.soft_npu import suite
@@ -14,12 +15,15 @@ pytestmark = pytest.mark.soft_npu
 INT8 = f"{suite.VISION}/w8a8-channel-dynamic"
 MIXED = f"{suite.VISION}/w4a16-g128-asym+w8a8-channel-dynamic"
 FP8 = f"{suite.VISION}/fp8-channel-dynamic"
-RUNS: dict[str, Run] = {
+USUAL: dict[str, Run] = {
     "int8": {"checkpoint": INT8, **EAGER, **SMALL},
     "graphs": {"checkpoint": INT8, **SMALL},
+}
+LONG: dict[str, Run] = {
     "mixed": {"checkpoint": MIXED, **EAGER, **SMALL},
     "resolved": {"checkpoint": FP8, **EAGER, **SMALL},
 }
+RUNS = USUAL | LONG
 # Layers and blocks of the language model and of the tower, and their quantized linear
 # layers: the recipes leave attention in the tower alone.
 LAYERS, LINEAR, LINEAR_IN_TOWER = 2, 4, 2
@@ -28,10 +32,11 @@ Serve = Callable[..., list[Result]]
 
 
 def served(serve: Serve, name: str) -> Result:
-    return serve([*RUNS.values()])[[*RUNS].index(name)]
+    runs = USUAL if name in USUAL else LONG
+    return serve([*runs.values()])[[*runs].index(name)]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_long(RUNS, *USUAL))
 def test_close_to_float32(serve: Serve, name: str) -> None:
     result = served(serve, name)
     engines.check_served(RUNS[name], result)
@@ -46,7 +51,7 @@ def test_the_tower_is_quantized(serve: Serve) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["int8", "graphs"])
+@pytest.mark.parametrize("name", USUAL)
 def test_tokens_after_the_prompt(serve: Serve, name: str) -> None:
     """Random weights have many likely tokens, so graphs may generate others."""
     result = served(serve, name)
@@ -57,7 +62,7 @@ def test_tokens_after_the_prompt(serve: Serve, name: str) -> None:
 
 @pytest.mark.long
 def test_two_ranks(serve: Serve) -> None:
-    run = {**RUNS["int8"], "tensor_parallel_size": 2}
+    run = {**USUAL["int8"], "tensor_parallel_size": 2}
     (result,) = serve([run])
     engines.check_served(run, result)
     engines.check_close(run, result)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.selection import mostly_long
 from tests.soft_npu import engines
 from tests.soft_npu.engines import EAGER, KERNELS, SMALL, Result, Run
 from tools.soft_npu import suite
@@ -27,11 +28,8 @@ DENSE: dict[str, Run] = {
     "smaller": {**drafting("dense-w8a8", "draft_model", "dense-w4a16"), **EAGER},
     "eagle": {**drafting("dense-w8a8", "eagle3", f"{suite.EAGLE}/w4a16-g128"), **EAGER},
 }
-EXPERTS: dict[str, Run] = {
-    # With graphs.
-    "mtp": drafting(DEEPSEEK, "mtp"),
-}
-
+# With graphs.
+EXPERTS: dict[str, Run] = {"mtp": drafting(DEEPSEEK, "mtp")}
 RUNS = DENSE | EXPERTS
 
 Serve = Callable[..., list[Result]]
@@ -42,7 +40,7 @@ def served(serve: Serve, name: str) -> Result:
     return serve([*runs.values()])[[*runs].index(name)]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_long(RUNS, *EXPERTS))
 def test_close_to_float32(serve: Serve, name: str) -> None:
     run, result = RUNS[name], served(serve, name)
     engines.check_served(run, result)
@@ -52,7 +50,7 @@ def test_close_to_float32(serve: Serve, name: str) -> None:
     assert found < engines.tolerance(run["checkpoint"])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_long(RUNS, *EXPERTS))
 def test_the_draft_model_is_quantized(serve: Serve, name: str) -> None:
     (draft,) = served(serve, name)["drafts"]
     assert draft["devices"] == ["npu"]
@@ -61,6 +59,7 @@ def test_the_draft_model_is_quantized(serve: Serve, name: str) -> None:
     assert bool(has_experts) == (name in EXPERTS)
 
 
+@pytest.mark.long
 def test_proposals_are_accepted(serve: Serve) -> None:
     """Those of the same model in another scheme; random weights propose others."""
     assert served(serve, "smaller")["accepted"] > 0.8
