@@ -89,9 +89,8 @@ def test(arguments: Sequence[str], release: str | None = None) -> int:
     """
     prepare()
     names = end_to_end() if release is None else [release]
-    with ThreadPoolExecutor() as pool:
-        # One downloads while another compiles.
-        list(pool.map(environment.set_up, names))
+    for name in names:
+        environment.set_up(name)
     has_files = any(argument.startswith("tests/") for argument in arguments)
     runs = [
         (name, [*paths, *arguments], not has_files)
