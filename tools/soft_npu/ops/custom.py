@@ -88,8 +88,8 @@ def npu_copy_and_expand_eagle_inputs(
         first = start + request * (slots - shift_input_ids)
         last, behind = first + valid, first + valid + slots
         rest = slice(behind, behind + max(stop - end - 1, 0))
-        if valid:
-            given = target_token_ids[start + shift_input_ids :][:valid]
+        given = target_token_ids[start + shift_input_ids :][:valid]
+        if len(given):
             # Behind the last of all tokens it is repeated.
             ids[first:last] = given[torch.arange(valid).clamp(max=len(given) - 1)]
         ids[last] = next_token_ids[request]
