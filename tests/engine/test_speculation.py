@@ -14,8 +14,13 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from tools.bench.bench_host import kernels_of
 from tools.checkpoints import drafts
 from tools.checkpoints.tiny_moe import IGNORE
-from tools.numerics.logprobs import clean_up, mean_difference, of_next, reference_model
-from tools.soft_npu.serve import PROMPTS
+from tools.numerics.logprobs import (
+    clean_up,
+    difference_of_generated,
+    of_generated,
+    reference_model,
+)
+from tools.soft_npu.serve import PROMPTS, accepted
 
 NEW_TOKENS = 24
 INT4 = "AscendWNA16LinearKernel"
@@ -54,35 +59,27 @@ def serve(mocker: MockerFixture, path: Path, dtype: str, **speculation: Any) -> 
     spy.reset_mock()
     # One at a time: what is proposed together depends on what was accepted.
     outputs = [llm.generate(prompt, greedy, use_tqdm=False)[0] for prompt in PROMPTS]
-    counts = {
-        metric.name.removeprefix("vllm:spec_decode_num_"): getattr(metric, "value", 0)
-        for metric in llm.get_metrics()
-    }
+    part = accepted(llm)
     kernels = kernels_of(spy.call_args.args[0].model)
     proposals = [token for ids in spy.spy_return_list for token in ids.flatten()]
     mocker.stop(spy)
     del llm
     clean_up()
-    return Served(
-        outputs,
-        kernels,
-        [int(token) for token in proposals],
-        counts["accepted_tokens"] / counts["draft_tokens"],
-    )
+    return Served(outputs, kernels, [int(token) for token in proposals], part)
 
 
 def check_right(path: Path, outputs: list[Any], tolerance: float) -> None:
     """The tokens have the log-probabilities that the model gives them in float32."""
-    model = reference_model(path)
-    found, expected = [], []
-    for output in outputs:
-        tokens = list(output.outputs[0].token_ids)
-        assert len(tokens) == NEW_TOKENS
-        steps = zip(output.outputs[0].logprobs, tokens)
-        found += [step[token].logprob for step, token in steps]
-        given = of_next(model, [*output.prompt_token_ids, *tokens])
-        expected += given[-NEW_TOKENS:]
-    difference = mean_difference(found, expected)
+    texts = [
+        (
+            list(output.prompt_token_ids),
+            list(output.outputs[0].token_ids),
+            of_generated(output),
+        )
+        for output in outputs
+    ]
+    assert all(len(tokens) == NEW_TOKENS for _, tokens, _ in texts)
+    difference = difference_of_generated(reference_model(path), texts)
     print(f"difference: {difference:.4f}")
     assert difference < tolerance
 

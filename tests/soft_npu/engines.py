@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tools.checkpoints.make_checkpoint import FLOAT_SCHEMES
-from tools.numerics.logprobs import mean_difference, of_next, reference_model
+from tools.numerics.logprobs import (
+    difference_of_generated,
+    mean_difference,
+    reference_model,
+)
 from tools.soft_npu import suite
 
 OURS = "vllm_ascend_ct.quantization.compressed_tensors.compressed_tensors"
@@ -27,6 +31,7 @@ SMALL = {"kv_cache_memory_bytes": 1 << 25}
 Result = dict[str, Any]
 # One run is one engine: a checkpoint's name and arguments of `LLM`.
 Run = dict[str, Any]
+Serve = Callable[..., list[Result]]
 
 
 def run(
@@ -91,6 +96,12 @@ def _directory(name: str) -> str:
     return name if Path(name).is_dir() else str(suite.checkpoint(name))
 
 
+def served(serve: Serve, name: str, *groups: dict[str, Run]) -> Result:
+    """The result of a run; those of its group are served one after the other."""
+    (runs,) = (group for group in groups if name in group)
+    return serve([*runs.values()])[[*runs].index(name)]
+
+
 def check_in_charge(run: Run, result: Result) -> None:
     """Check that this package is in charge, on each of its NPUs."""
     assert result["config"] == f"{OURS}.AscendCTConfig"
@@ -137,13 +148,10 @@ def difference(name: str, logprobs: Sequence[float], rounded: bool = False) -> f
 def difference_of_tokens(name: str, result: Result) -> float:
     """Mean difference of the generated tokens' log-probabilities from float32."""
     model = reference_model(suite.checkpoint(name))
-    found, expected = [], []
-    for prompt, tokens, logprobs in zip(
+    texts = zip(
         result["prompts"], result["tokens"], result["token_logprobs"], strict=True
-    ):
-        found += logprobs
-        expected += of_next(model, prompt + tokens)[-len(tokens) :]
-    return mean_difference(found, expected)
+    )
+    return difference_of_generated(model, texts)
 
 
 def is_float(name: str) -> bool:

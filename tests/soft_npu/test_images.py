@@ -2,13 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """A vision-language model in vllm-ascend's engine, asked about an image."""
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.engine.selection import mostly_long
 from tests.soft_npu import engines
-from tests.soft_npu.engines import EAGER, SMALL, Result, Run
+from tests.soft_npu.engines import EAGER, SMALL, Result, Run, Serve
 from tools.soft_npu import suite
 
 pytestmark = pytest.mark.soft_npu
@@ -28,12 +26,9 @@ RUNS = USUAL | LONG
 # layers: the recipes leave attention in the tower alone.
 LAYERS, LINEAR, LINEAR_IN_TOWER = 2, 4, 2
 
-Serve = Callable[..., list[Result]]
-
 
 def served(serve: Serve, name: str) -> Result:
-    runs = USUAL if name in USUAL else LONG
-    return serve([*runs.values()])[[*runs].index(name)]
+    return engines.served(serve, name, USUAL, LONG)
 
 
 @pytest.mark.parametrize("name", mostly_long(RUNS, *USUAL))

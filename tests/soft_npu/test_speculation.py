@@ -2,14 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm-ascend-ct project
 """Speculative decoding in vllm-ascend's engine, with quantized draft models."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.engine.selection import mostly_long
 from tests.soft_npu import engines
-from tests.soft_npu.engines import EAGER, KERNELS, SMALL, Result, Run
+from tests.soft_npu.engines import EAGER, KERNELS, SMALL, Result, Run, Serve
 from tools.soft_npu import suite
 
 pytestmark = pytest.mark.soft_npu
@@ -32,12 +31,9 @@ DENSE: dict[str, Run] = {
 EXPERTS: dict[str, Run] = {"mtp": drafting(DEEPSEEK, "mtp")}
 RUNS = DENSE | EXPERTS
 
-Serve = Callable[..., list[Result]]
-
 
 def served(serve: Serve, name: str) -> Result:
-    runs = DENSE if name in DENSE else EXPERTS
-    return serve([*runs.values()])[[*runs].index(name)]
+    return engines.served(serve, name, DENSE, EXPERTS)
 
 
 @pytest.mark.parametrize("name", mostly_long(RUNS, *EXPERTS))

@@ -9,7 +9,7 @@ import argparse
 import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +182,29 @@ def of_prompt(output: Any) -> list[float]:
             output.prompt_token_ids[1:], output.prompt_logprobs[1:]
         )
     ]
+
+
+def of_generated(output: Any) -> list[float]:
+    """Log-probability, by vLLM, of each generated token."""
+    (one,) = output.outputs
+    return [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)]
+
+
+def difference_of_generated(
+    model: Any, texts: Iterable[tuple[list[int], list[int], list[float]]]
+) -> float:
+    """Mean difference of generated tokens' log-probabilities from a model's.
+
+    Args:
+        model: A model of Hugging Face.
+        texts: For each, the prompt, the tokens generated after it, and theirs.
+
+    """
+    found, expected = [], []
+    for prompt, tokens, logprobs in texts:
+        found += logprobs
+        expected += of_next(model, prompt + tokens)[-len(tokens) :]
+    return mean_difference(found, expected)
 
 
 def clean_up() -> None:

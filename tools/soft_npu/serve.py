@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.checkpoints import tiny_vlm
-from tools.numerics.logprobs import held_out_tokens, of_prompt
+from tools.numerics.logprobs import held_out_tokens, of_generated, of_prompt
 from tools.soft_npu import sleeping
 
 LENGTH = 128
@@ -94,10 +94,7 @@ def answers(llm: Any, checkpoint: str) -> dict[str, Any]:
         "logprobs": of_prompt(output),
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "prompts": [output.prompt_token_ids for output in outputs],
-        "token_logprobs": [
-            [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)]
-            for one in (output.outputs[0] for output in outputs)
-        ],
+        "token_logprobs": [of_generated(output) for output in outputs],
     }
 
 
@@ -134,17 +131,15 @@ def serve(
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    speculates = "speculative_config" in options
     defaults: dict[str, Any] = {
         "max_model_len": 256,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 512,
         "dtype": "bfloat16",
-        "disable_log_stats": True,
+        "disable_log_stats": not speculates,
         "gpu_memory_utilization": 0.5,
     }
-    speculates = "speculative_config" in options
-    if speculates:
-        defaults["disable_log_stats"] = False
     llm = LLM(checkpoint, **(defaults | options))
     result: dict[str, Any] = {}
     if reload:
